@@ -1,0 +1,427 @@
+"""`Task` and `TaskStream`: an image-classification dataset's splits, cut into tasks by class."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import datasets
+import numpy as np
+
+
+logger = logging.getLogger(__name__)
+
+TRAIN_SPLITS = ("train",)
+TEST_SPLITS = ("test", "validation", "valid", "val")
+LABEL_COLUMNS = ("label", "labels")
+CLASS_ORDER_SEED = 1993
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: the classes that arrive together, and their images.
+
+    Args:
+        index: The task's place in the stream, counted from 1.
+        class_ids: The dataset's own label ids, in order of arrival.
+        class_names: The names as prompts need them, in the same order.
+        first_label: How many classes arrived before: the arrival label of `class_ids[0]`.
+        train: The training images: columns `image` and `label` (the dataset's own label ids).
+        test: The test images of this task's classes, in the same form.
+    """
+
+    index: int
+    class_ids: tuple[int, ...]
+    class_names: tuple[str, ...]
+    first_label: int
+    train: datasets.Dataset
+    test: datasets.Dataset
+
+    @property
+    def name(self) -> str:
+        """The task's name, and its folder's: `task-01`."""
+        return f"task-{self.index:02d}"
+
+
+class TaskStream(Sequence[Task]):
+    """Tasks in order of arrival; `TaskStream.from_dataset` cuts a dataset into one.
+
+    Args:
+        tasks: The tasks, in order.
+        name: What results and model cards call the stream.
+        dataset_id: Hub id of the dataset, where there is one.
+
+    Attributes:
+        class_order: Label ids of the dataset in order of arrival.
+        class_names: The names of the classes in order of arrival.
+        arrival_labels: `arrival_labels[label id]` is the id's position in `class_order`, which is what a model is
+            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,).
+    """
+
+    def __init__(self, tasks: Iterable[Task], name: str, dataset_id: str | None = None):
+        self._tasks = tuple(tasks)
+        self.name, self.dataset_id = name, dataset_id
+        self.class_order = tuple(label for task in self._tasks for label in task.class_ids)
+        self.class_names = self.seen_class_names(len(self._tasks))
+        label_feature = self._tasks[0].train.features["label"]
+        size = max(self.class_order) + 1
+        if isinstance(label_feature, datasets.ClassLabel):
+            size = max(size, label_feature.num_classes)
+        self.arrival_labels = np.full(size, -1, dtype=np.int64)
+        self.arrival_labels[list(self.class_order)] = np.arange(len(self.class_order))
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __getitem__(self, index):
+        return self._tasks[index]
+
+    def __repr__(self) -> str:
+        sizes = [len(task.class_ids) for task in self._tasks]
+        return f"TaskStream({self.name!r}, {len(sizes)} tasks of {sizes} classes)"
+
+    def seen_class_names(self, index: int) -> tuple[str, ...]:
+        """The names of the classes of tasks 1 to `index`, in order of arrival."""
+        return tuple(name for task in self._seen(index) for name in task.class_names)
+
+    def seen_test(self, index: int) -> datasets.Dataset:
+        """The test images of tasks 1 to `index`, task by task; columns `image` and `label`."""
+        return datasets.concatenate_datasets([task.test for task in self._seen(index)])
+
+    def _seen(self, index: int) -> tuple[Task, ...]:
+        if not 1 <= index <= len(self._tasks):
+            raise ValueError(f"task index {index}: tasks of {self.name!r} are counted from 1 to {len(self._tasks)}.")
+        return self._tasks[:index]
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: str | os.PathLike[str] | Mapping[str, datasets.Dataset],
+        *,
+        increment: int,
+        initial_increment: int | None = None,
+        name: str | None = None,
+        dataset_id: str | None = None,
+        config_name: str | None = None,
+        revision: str | None = None,
+        train_split: str | None = None,
+        test_split: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        class_names: Sequence[str] | None = None,
+        class_order: Sequence[int] | None = None,
+        class_order_seed: int | None = CLASS_ORDER_SEED,
+        max_train_images_per_class: int | None = None,
+        max_test_images_per_class: int | None = None,
+        seed: int = 0,
+    ) -> TaskStream:
+        """Cut a dataset into tasks. Only the label column is read: no image is decoded, and none is copied.
+
+        Args:
+            dataset: Hub id or local folder, for `datasets.load_dataset`, or a loaded `DatasetDict`, whose formats and
+                transforms are dropped.
+            increment: Classes of every task; the last is smaller where they do not divide, and a warning says so.
+            initial_increment: Classes of the first task; None or 0: `increment`.
+            name: The stream's name; default: the Hub id, or the folder's name.
+            dataset_id: Hub id of the dataset; default: `dataset`, where that is one.
+            config_name, revision: Configuration and Hub revision, for `datasets.load_dataset`.
+            train_split: Default: `train`.
+            test_split: Default: the first there is of `test`, `validation`, `valid`, `val`.
+            image_column: Default: the column of type `Image`.
+            label_column: Default: the column of type `ClassLabel`, else one named `label` or `labels`. Strings are
+                encoded in alphabetical order; integers are the ids, and their own names.
+            class_names: One name for each label id from 0, taken as they are; default: the dataset's, through
+                `clean_class_name`.
+            class_order: Label ids in order of arrival; those left out are left out of the stream.
+            class_order_seed: Draws the order when `class_order` is None:
+                `numpy.random.RandomState(seed).permutation(classes)`. Source: PyCIL and LAMDA-PILOT, whose seed is
+                1993. None: the dataset's own order.
+            max_train_images_per_class, max_test_images_per_class: Keep so many of a class, drawn at random.
+            seed: Of that draw, which is each class's own: it does not change with the order or the increments.
+
+        Raises:
+            ValueError: If the dataset cannot be loaded; if a split or a column is missing, ambiguous or of the wrong
+                type; if a label is missing or has no name, or two classes have the same one; if a class of the stream
+                has no training or no test image; or if an argument does not fit the dataset.
+        """
+        is_hub_id = isinstance(dataset, str) and not os.path.exists(dataset)
+        dataset_id = dataset_id or (dataset if is_hub_id else None)
+        is_path = isinstance(dataset, str | os.PathLike)
+        name = name or dataset_id or (os.path.basename(os.path.abspath(dataset)) if is_path else "dataset")
+
+        splits = _load(dataset, config_name, revision)
+        train = _open_split(splits, train_split, "train_split", TRAIN_SPLITS)
+        test = _open_split(splits, test_split, "test_split", TEST_SPLITS)
+        image_column = _image_column(train, image_column)
+        label_column = _label_column(train, label_column)
+        train = train.with_columns(image_column, label_column)
+        test = test.with_columns(_image_column(test, image_column), _label_column(test, label_column))
+
+        train, test = _encode_strings(train, test)
+        names = _class_names(train, test, class_names)
+        order = _class_order(sorted(names), class_order, class_order_seed)
+        sizes = _task_sizes(len(order), initial_increment, increment)
+        train_rows = _rows_by_class(
+            train, order, names, max_train_images_per_class, "max_train_images_per_class", seed
+        )
+        test_rows = _rows_by_class(test, order, names, max_test_images_per_class, "max_test_images_per_class", seed)
+
+        tasks, first = [], 0
+        for index, size in enumerate(sizes, start=1):
+            ids = order[first : first + size]
+            images = (train.select(train_rows, ids), test.select(test_rows, ids))
+            tasks.append(Task(index, ids, tuple(names[label] for label in ids), first, *images))
+            first += size
+        return cls(tasks, name, dataset_id)
+
+
+def clean_class_name(name: str) -> str:
+    """Make a dataset's class name fit for a prompt.
+
+    WordNet ids go, of synonyms with commas between them the first stays, underscores and repeated blanks become one
+    blank, and a name all in capitals is lowered unless it is as short as an acronym (`CD`, `SUV`). Other names keep
+    their case.
+
+    >>> clean_class_name("n01440764 tench, Tinca tinca")
+    'tench'
+    >>> clean_class_name("golden__retriever")
+    'golden retriever'
+    """
+    name = re.sub(r"\bn\d{8}(?!\d)", " ", name)
+    first = next((part for part in name.split(",") if part.strip(" _")), "")
+    words = " ".join(first.replace("_", " ").split())
+    return words.lower() if words.isupper() and len(words) > 3 else words
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A split of the dataset: its name, its rows, and its labels once the columns are chosen."""
+
+    name: str
+    data: datasets.Dataset
+    labels: np.ndarray | None = None
+
+    def with_columns(self, image_column: str, label_column: str) -> _Split:
+        data = self.data.with_format(None).select_columns([image_column, label_column])
+        if (image_column, label_column) != ("image", "label"):
+            data = data.rename_columns({image_column: "image", label_column: "label"})
+        # Through Arrow: a million labels take a fraction of a second, and the images are left alone.
+        column = data.select_columns("label").with_format("arrow")[:]["label"]
+        if column.null_count:
+            row = int(np.argmax(column.is_null().to_numpy()))
+            raise ValueError(
+                f"split {self.name!r}: {column.null_count} of {len(column)} images have no label in column "
+                f"{label_column!r}; the first is row {row}."
+            )
+        return _Split(self.name, data, column.to_numpy())
+
+    def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> datasets.Dataset:
+        """The rows of some classes, in the dataset's order."""
+        return self.data.select(np.sort(np.concatenate([rows[label] for label in labels])))
+
+
+def _load(dataset, config_name: str | None, revision: str | None) -> Mapping[str, datasets.Dataset]:
+    splits = dataset
+    if isinstance(dataset, str | os.PathLike):
+        try:
+            splits = datasets.load_dataset(os.fspath(dataset), config_name, revision=revision)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"dataset={dataset!r}, a Hub id or a local folder, cannot be loaded: {error}") from error
+    if isinstance(splits, Mapping) and all(isinstance(split, datasets.Dataset) for split in splits.values()):
+        return splits
+    raise ValueError(
+        f"dataset: expected a Hub id, a local folder or a DatasetDict that is not streamed, got {type(splits).__name__}."
+    )
+
+
+def _open_split(
+    splits: Mapping[str, datasets.Dataset], given: str | None, argument: str, defaults: tuple[str, ...]
+) -> _Split:
+    wanted = defaults if given is None else (given,)
+    name = next((name for name in wanted if name in splits), None)
+    if name is None:
+        which = f"{argument}={given!r}" if given is not None else f"no {' or '.join(map(repr, wanted))}"
+        raise ValueError(f"{which}: the dataset's splits are {_listed(splits)}; choose one by {argument}.")
+    if len(splits[name]) == 0:
+        raise ValueError(f"split {name!r} is empty; choose another by {argument}.")
+    return _Split(str(name), splits[name])
+
+
+def _image_column(split: _Split, given: str | None) -> str:
+    features = split.data.features
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return _column(split, given, found, "image_column", "of type Image")
+
+
+def _label_column(split: _Split, given: str | None) -> str:
+    features = split.data.features
+    usable = [name for name, feature in features.items() if _holds_labels(feature)]
+    if given is not None:
+        return _column(split, given, usable, "label_column", "of class labels, integers or strings")
+    found = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
+    found = found or [name for name in usable if name in LABEL_COLUMNS]
+    what = f"of type ClassLabel, nor one of integers or strings named {' or '.join(map(repr, LABEL_COLUMNS))}"
+    return _column(split, given, found, "label_column", what)
+
+
+def _column(split: _Split, given: str | None, found: list[str], argument: str, what: str) -> str:
+    """The one column found, or the given one if it is among those."""
+    columns = ", ".join(f"{name!r} ({_type_name(feature)})" for name, feature in split.data.features.items())
+    if given is not None and given not in found:
+        raise ValueError(f"{argument}={given!r} is not a column {what} of split {split.name!r}; it has {columns}.")
+    if given is None and not found:
+        raise ValueError(f"split {split.name!r} has no column {what}; it has {columns}. {argument} chooses one.")
+    if given is None and len(found) > 1:
+        raise ValueError(f"split {split.name!r} has several such columns, {_listed(found)}: choose one by {argument}.")
+    return given or found[0]
+
+
+def _is_string(feature) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _holds_labels(feature) -> bool:
+    is_integer = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+    return isinstance(feature, datasets.ClassLabel) or is_integer or _is_string(feature)
+
+
+def _type_name(feature) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def _encode_strings(train: _Split, test: _Split) -> tuple[_Split, _Split]:
+    """Replace string labels by ids, in alphabetical order over both splits; other labels stay."""
+    for split, other in ((train, test), (test, train)):
+        feature, expected = split.data.features["label"], other.data.features["label"]
+        if _is_string(feature) != _is_string(expected):
+            raise ValueError(
+                f"the labels of split {split.name!r} are {_type_name(feature)}, "
+                f"those of split {other.name!r} {_type_name(expected)}; expected the same type."
+            )
+    if not _is_string(train.data.features["label"]):
+        return train, test
+    # `Dataset.class_encode_column` would write every image to a new cache file.
+    strings = sorted({*train.labels, *test.labels})
+    ids = {string: label for label, string in enumerate(strings)}
+    feature, encoded = datasets.ClassLabel(names=strings), []
+    for split in (train, test):
+        labels = np.array([ids[string] for string in split.labels], dtype=np.int64)
+        data = split.data.remove_columns("label").add_column("label", labels, feature=feature)
+        encoded.append(_Split(split.name, data, labels))
+    return encoded[0], encoded[1]
+
+
+def _class_names(train: _Split, test: _Split, given: Sequence[str] | None) -> dict[int, str]:
+    """The prompt names by label id; every label of both splits has one, and no two are the same."""
+    feature, test_feature = train.data.features["label"], test.data.features["label"]
+    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    test_own = test_feature.names if isinstance(test_feature, datasets.ClassLabel) else None
+    if own != test_own:
+        raise ValueError(
+            f"the label names of split {test.name!r} ({_listed(test_own or [])}) are not those of split "
+            f"{train.name!r} ({_listed(own or [])}): one label id would mean two classes."
+        )
+    if given is not None:
+        if own is not None and len(given) != len(own):
+            raise ValueError(f"class_names has {len(given)} names; the dataset has {len(own)} classes.")
+        names, source = dict(enumerate(given)), "class_names"
+    elif own is not None:
+        names, source = {label: clean_class_name(name) for label, name in enumerate(own)}, "the dataset's label names"
+    else:
+        names, source = {int(label): str(label) for label in np.unique(train.labels)}, f"split {train.name!r}"
+    for split in (train, test):
+        outside = np.flatnonzero(~np.isin(split.labels, list(names)) | (split.labels < 0))
+        if outside.size:
+            row = outside[0]
+            raise ValueError(
+                f"split {split.name!r}, row {row}: label {split.labels[row]} is outside the {len(names)} classes of "
+                f"{source} (ids {min(names)} to {max(names)}); {outside.size} of {len(split.labels)} rows are."
+            )
+    _check_names(names, own, source)
+    return names
+
+
+def _check_names(names: dict[int, str], own: Sequence[str] | None, source: str) -> None:
+    """Every class has a name of its own."""
+    labels_by_name: dict[str, list[int]] = {}
+    for label, name in names.items():
+        labels_by_name.setdefault(name, []).append(label)
+    for name, labels in labels_by_name.items():
+        shown = ", ".join(f"{label} ({own[label]!r})" if own else str(label) for label in labels)
+        if not name.strip():
+            raise ValueError(f"{source}: nothing is left for a prompt of the name of class {shown}; give class_names.")
+        if len(labels) > 1:
+            raise ValueError(f"{source}: classes {shown} are all called {name!r} in a prompt; give class_names.")
+
+
+def _class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | None) -> tuple[int, ...]:
+    """The label ids in order of arrival: as given, drawn by a seed, or the dataset's own."""
+    if given is None:
+        count = len(label_ids)
+        positions = range(count) if seed is None else np.random.RandomState(seed).permutation(count)
+        return tuple(label_ids[position] for position in positions)
+    order = tuple(int(label) for label in given)
+    known = set(label_ids)
+    unknown = [label for label in order if label not in known]
+    repeated = sorted({label for label in order if order.count(label) > 1})
+    if not order or unknown or repeated:
+        what = f"unknown label ids {_listed(unknown)}" if unknown else f"repeated label ids {_listed(repeated)}"
+        raise ValueError(
+            f"class_order: {what if order else 'it is empty'}; expected each id once, of the dataset's "
+            f"{len(label_ids)} classes (ids {label_ids[0]} to {label_ids[-1]})."
+        )
+    return order
+
+
+def _task_sizes(classes: int, initial_increment: int | None, increment: int) -> list[int]:
+    """The number of classes of every task."""
+    for argument, value in (("increment", increment), ("initial_increment", initial_increment or increment)):
+        if not isinstance(value, int | np.integer) or not 1 <= value <= classes:
+            raise ValueError(
+                f"{argument}={value!r}: expected a whole number from 1 to the stream's {classes} classes."
+            )
+    sizes = [initial_increment or increment]
+    while (left := classes - sum(sizes)) > 0:
+        sizes.append(min(increment, left))
+    if len(sizes) > 1 and sizes[-1] != increment:
+        logger.warning(
+            "increment=%d does not divide the classes (%d, the first task has %d): the last of %d tasks has %d.",
+            *(increment, classes, sizes[0], len(sizes), sizes[-1]),
+        )
+    return sizes
+
+
+def _rows_by_class(
+    split: _Split, order: tuple[int, ...], names: dict[int, str], cap: int | None, argument: str, seed: int
+) -> dict[int, np.ndarray]:
+    """The rows of every class of the stream, at most `cap` of each."""
+    if cap is not None and cap < 1:
+        raise ValueError(f"{argument}={cap}: expected at least 1 image per class, or None for all.")
+    by_label = np.argsort(split.labels, kind="stable")
+    ids = np.array(order)
+    ends = [np.searchsorted(split.labels, ids, side=side, sorter=by_label) for side in ("left", "right")]
+    rows = {label: by_label[start:stop] for label, start, stop in zip(order, *ends, strict=True)}
+    empty = [f"{names[label]!r} (id {label})" for label in order if not len(rows[label])]
+    if empty:
+        raise ValueError(
+            f"split {split.name!r} has no image of {len(empty)} classes: {_listed(empty, str)}. "
+            "Every class of the stream needs one; class_order can leave classes out."
+        )
+    if cap is None:
+        return rows
+    return {label: _draw(candidates, cap, (seed, label)) for label, candidates in rows.items()}
+
+
+def _draw(candidates: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    if len(candidates) <= count:
+        return candidates
+    return np.random.default_rng(seed).choice(candidates, count, replace=False)
+
+
+def _listed(values: Iterable, show=repr, limit: int = 10) -> str:
+    values = list(values)
+    rest = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(show, values[:limit])) + rest

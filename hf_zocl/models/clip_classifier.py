@@ -1,0 +1,145 @@
+"""A CLIP model and a list of class prompts, as an image classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class CLIPClassifierOutput(ModelOutput):
+    """
+    Attributes:
+        loss: Cross-entropy over the present classes, scalar; where labels are given.
+        logits: Scaled cosine similarities, float32, `(batch, classes)`.
+        image_embeds, text_embeds: Features of unit length, `(batch, dim)` and `(classes, dim)`; in training mode.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    text_embeds: torch.Tensor | None = None
+
+    def tower_features(self) -> dict[str, torch.Tensor]:
+        """The features by tower, as `CLIPClassifier.loss` takes them."""
+        return {"vision": self.image_embeds, "language": self.text_embeds}
+
+
+class CLIPClassifier(nn.Module):
+    """Classifies an image by the cosine similarity of its feature with the text features of the class prompts.
+
+    Args:
+        clip: A `CLIPModel`, or one wrapped by PEFT.
+        tokenizer: The model's tokenizer.
+        class_names: The classes, in the order of their labels; `set_classes` changes them.
+        prompt_template: A prompt with one `{}` for the class name.
+
+    Raises:
+        ValueError: If the template has no `{}`.
+    """
+
+    towers = ("vision", "language")
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        class_names: Sequence[str],
+        prompt_template: str = "a photo of a {}.",
+    ):
+        super().__init__()
+        if "{}" not in prompt_template:
+            raise ValueError(f"prompt_template={prompt_template!r}: expected a '{{}}' for the class name.")
+        self.clip = clip
+        self.tokenizer = tokenizer
+        self.prompt_template = prompt_template
+        self.set_classes(class_names)
+
+    @property
+    def config(self):
+        return self.clip.config
+
+    def set_classes(self, class_names: Sequence[str]) -> None:
+        """Set the classes; their prompts are padded to the longest of them, not to the context length."""
+        self.class_names = tuple(class_names)
+        prompts = [self.prompt_template.format(name) for name in self.class_names]
+        tokens = self.tokenizer(
+            prompts,
+            padding=True,
+            truncation=True,
+            max_length=self.clip.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        device = self.clip.logit_scale.device
+        self.register_buffer("input_ids", tokens["input_ids"].to(device), persistent=False)
+        self.register_buffer("attention_mask", tokens["attention_mask"].to(device), persistent=False)
+        self._clear_text_cache()
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> CLIPClassifierOutput:
+        """
+        Args:
+            pixel_values: `(batch, channels, height, width)`.
+            labels: Indices into the classes, `(batch,)`.
+        """
+        image_embeds = self.encode("vision", pixel_values)
+        text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
+        features = {"vision": image_embeds, "language": text_embeds}
+        output = CLIPClassifierOutput(logits=self.logits(features))
+        if labels is not None:
+            output.loss = F.cross_entropy(output.logits, labels)
+        if self.training:
+            output.image_embeds, output.text_embeds = image_embeds, text_embeds
+        return output
+
+    def encode(self, tower: str, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
+        """The features of one tower, of unit length: of the images (`vision`) or of the prompts (`language`)."""
+        if tower == "vision":
+            outputs = self.clip.get_image_features(pixel_values=pixel_values)
+        else:
+            outputs = self.clip.get_text_features(input_ids=self.input_ids, attention_mask=self.attention_mask)
+        return F.normalize(outputs.pooler_output, dim=-1)
+
+    def logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Scaled cosine similarities in float32, as a difference of two losses needs them; `(batch, classes)`."""
+        with torch.autocast(features["vision"].device.type, enabled=False):
+            similarity = features["vision"].float() @ features["language"].float().T
+            return similarity * self.clip.logit_scale.float().exp()
+
+    def loss(self, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy over the present classes, scalar."""
+        return F.cross_entropy(self.logits(features), labels)
+
+    @torch.no_grad()
+    def predict(self, pixel_values: torch.Tensor) -> tuple[list[str], torch.Tensor]:
+        """The class name of every image, and the probabilities of all classes, `(batch, classes)`."""
+        self.eval()
+        probabilities = self(pixel_values.to(self.clip.logit_scale.device)).logits.softmax(dim=-1)
+        return [self.class_names[i] for i in probabilities.argmax(dim=-1).tolist()], probabilities
+
+    def train(self, mode: bool = True) -> CLIPClassifier:
+        self._clear_text_cache()
+        return super().train(mode)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        self.clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.clip.gradient_checkpointing_disable()
+
+    def _cached_text_embeds(self) -> torch.Tensor:
+        """In evaluation the prompts are encoded once; a change of any weight or of the classes encodes them anew."""
+        version = sum(parameter._version for parameter in self.parameters())
+        if torch.is_grad_enabled():
+            return self.encode("language")
+        if self._text_cache is None or self._text_cache[0] != version:
+            self._text_cache = (version, self.encode("language"))
+        return self._text_cache[1]
+
+    def _clear_text_cache(self) -> None:
+        self._text_cache: tuple[int, torch.Tensor] | None = None

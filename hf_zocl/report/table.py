@@ -1,0 +1,39 @@
+"""The closing table of a run, from `results.json` alone."""
+
+from typing import Any
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """The accuracy matrix in percent, and the run's figures beside zero-shot, as text for a terminal."""
+    matrix, zero_shot = results["accuracy_matrix"], results["zero_shot"]
+    columns = [f"task {i + 1}" for i in range(len(matrix))]
+    rows = [["accuracy (%)", *columns, "all seen", "zero-shot"]]
+    for index, row in enumerate(matrix):
+        cells = [_percent(value) for value in row] + [""] * (len(matrix) - len(row))
+        seen, untrained = results["seen_accuracy"][index], zero_shot["seen_accuracy"][index]
+        rows.append([f"after task {index + 1}", *cells, _percent(seen), _percent(untrained)])
+    figures = [
+        ("Last", f"{_percent(results['last'])} %  (zero-shot {_percent(zero_shot['last'])} %)"),
+        ("Avg", f"{_percent(results['avg'])} %  (zero-shot {_percent(zero_shot['avg'])} %)"),
+        ("forgetting", f"{_percent(results['forgetting'])} points"),
+        ("backward transfer", f"{_percent(results['backward_transfer'])} points"),
+        ("time", f"{results['seconds']:.1f} s"),
+        ("peak memory", f"{results['peak_memory_bytes'] / 2**20:.0f} MiB"),
+    ]
+    return "\n".join([*_align(rows), "", *(f"{name:<18}{value}" for name, value in figures)])
+
+
+def _percent(fraction: float | None) -> str:
+    return "–" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def _align(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]

@@ -1,0 +1,98 @@
+"""The arguments of `ZOCLTrainer`: those of `transformers.TrainingArguments`, and the zeroth-order side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .zo import LayerAssignment
+from .zo.assignment import BRANCHES, LAYER_SCHEMES
+from .zo.estimator import ESTIMATORS
+from .zo.optimizer import ZO_OPTIMIZERS
+from .zo.perturbation import DIRECTIONS
+
+
+def _choices(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}.")
+
+
+@dataclass
+class ZOCLTrainingArguments(TrainingArguments):
+    """Arguments of a run that mixes zeroth-order (ZO) and first-order (FO) optimisation.
+
+    `learning_rate`, `optim`, `weight_decay`, `max_grad_norm` and their like rule the first-order parameters, the
+    arguments below the zeroth-order ones; `lr_scheduler_type` and `warmup_steps` drive both.
+
+    Args:
+        zo_branch: Where the zeroth-order layers are: `none`, `vision`, `language` or `dual` (every tower).
+        zo_layers: Which layers of the branch: `all`, `hop-odd`, `hop-even`, `prefix-N`, `suffix-N`, a list of layer
+            numbers counted from 1, or a list of regular expressions over parameter names.
+        zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative` or `fzoo`.
+        zo_queries: Directions per branch and step; their estimates are averaged.
+        zo_eps: ε, the size of the perturbation.
+        zo_eps_vision, zo_eps_language: ε of one tower (MoZO: the vision tower's is the smaller); default `zo_eps`.
+        zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO).
+        zo_direction: `gaussian` or `rademacher`.
+        zo_optim: `sgd`, `sign` or `adamw`.
+        zo_learning_rate: The peak learning rate of the zeroth-order parameters.
+        zo_momentum: Momentum of `sgd` and `sign`.
+        zo_weight_decay: Weight decay of the zeroth-order parameters.
+        zo_max_grad_norm: Clips the zeroth-order estimate, apart from the gradient; 0 does not clip.
+        zo_seed: Keys the directions; default `seed`.
+
+    Raises:
+        ValueError: On an unknown choice or a number out of its range, which it names.
+    """
+
+    zo_branch: str = field(default="dual", metadata={"help": f"Zeroth-order branch: {', '.join(BRANCHES)}."})
+    zo_layers: str | list[str] = field(
+        default_factory=lambda: "hop-even",  # HfArgumentParser reads the default of a list from its factory alone
+        metadata={"help": f"Zeroth-order layers: {', '.join(LAYER_SCHEMES)}, numbers from 1, or regular expressions."},
+    )
+    zo_estimator: str = field(default="one-sided", metadata={"help": f"Estimator: {', '.join(ESTIMATORS)}."})
+    zo_queries: int = field(default=1, metadata={"help": "Directions per branch and step."})
+    zo_eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
+    zo_eps_vision: float | None = field(default=None, metadata={"help": "zo_eps of the vision tower."})
+    zo_eps_language: float | None = field(default=None, metadata={"help": "zo_eps of the text tower."})
+    zo_sign: bool = field(default=False, metadata={"help": "Step by the sign of the estimate (MoZO)."})
+    zo_direction: str = field(default="gaussian", metadata={"help": f"Directions: {', '.join(DIRECTIONS)}."})
+    zo_optim: str = field(default="sgd", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
+    zo_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."})
+    zo_momentum: float = field(default=0.0, metadata={"help": "Momentum of zo_optim=sgd and sign."})
+    zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
+    zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
+    zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
+
+    def __post_init__(self):
+        self.zo_layers = parse_layers(self.zo_layers)
+        LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here
+        _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
+        _choices("zo_direction", self.zo_direction, DIRECTIONS)
+        _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
+        if self.zo_queries < 1:
+            raise ValueError(f"zo_queries={self.zo_queries}: expected at least 1.")
+        for name in ("zo_eps", "zo_eps_vision", "zo_eps_language"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value}: the size of the perturbation must be greater than 0.")
+        for name in ("zo_learning_rate", "zo_momentum", "zo_weight_decay", "zo_max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        super().__post_init__()
+
+    @property
+    def layer_assignment(self) -> LayerAssignment:
+        return LayerAssignment(self.zo_branch, self.zo_layers)
+
+
+def parse_layers(layers: str | int | list) -> str | list[int] | list[str]:
+    """Read `zo_layers` as a recipe or a command line gives it: `["hop-even"]`, `"2,4"`, `["2", "4"]`, `[2, 4]`."""
+    items = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if len(items) == 1 and isinstance(items[0], str) and all(part.strip().isdigit() for part in items[0].split(",")):
+        items = items[0].split(",")
+    if items and all(str(item).strip().isdigit() for item in items):
+        return [int(item) for item in items]
+    is_scheme = len(items) == 1 and isinstance(items[0], str) and isinstance(layers, str)
+    return items[0] if is_scheme else items

@@ -1,0 +1,123 @@
+"""One torch optimizer over the first-order and the zeroth-order groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .assignment import ZOGroup
+
+
+ZO_OPTIMIZERS = ("sgd", "sign", "adamw")
+
+
+class SignSGD(torch.optim.Optimizer):
+    """θ ← θ − η·sign(m) − η·λ·θ with m ← μ·m + g (Signum, Bernstein et al. 2018; ZO-SignSGD, Liu et al. 2019).
+
+    Args:
+        params: Parameters or groups.
+        lr: η.
+        momentum: μ.
+        weight_decay: λ, decoupled.
+    """
+
+    def __init__(self, params, lr: float = 1e-3, momentum: float = 0.0, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                update = parameter.grad
+                if group["momentum"]:
+                    state = self.state[parameter]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    update = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.sign(), alpha=-group["lr"])
+        return loss
+
+
+def build_zo_optimizer(
+    groups: Sequence[ZOGroup],
+    name: str = "sgd",
+    lr: float = 1e-3,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """The rule for the zeroth-order parameters: one parameter group per branch, marked by its key `zo_branch`.
+
+    Raises:
+        ValueError: If `name` is none of `sgd`, `sign`, `adamw`.
+    """
+    branches: dict[str | None, list[torch.nn.Parameter]] = {}
+    for group in groups:
+        branches.setdefault(group.branch, []).extend(group.parameters)
+    params = [{"params": parameters, "zo_branch": branch or "model"} for branch, parameters in branches.items()]
+    if name == "sgd":
+        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if name == "sign":
+        return SignSGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
+    raise ValueError(f"zo_optim={name!r} is unknown: expected one of {', '.join(ZO_OPTIMIZERS)}.")
+
+
+class HybridOptimizer(torch.optim.Optimizer):
+    """Several optimizers that look like one.
+
+    The parts keep their own rules, while the parameter groups and the state live here and the parts share them: a
+    scheduler, `state_dict`, `zero_grad` and accelerate meet an ordinary optimizer.
+
+    Args:
+        parts: The optimizers, first-order first; their groups keep their order.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer):
+        self.parts = parts
+        self._sizes = [len(part.param_groups) for part in parts]
+        super().__init__([group for part in parts for group in part.param_groups], defaults={})
+        self._share()
+
+    def _share(self) -> None:
+        """Let the parts see these groups and this state (state is keyed by parameter, so it needs no splitting)."""
+        first = 0
+        for part, size in zip(self.parts, self._sizes, strict=True):
+            part.param_groups = self.param_groups[first : first + size]
+            part.state = self.state
+            first += size
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    def train(self) -> None:
+        """Schedule-free optimizers switch between two sets of weights."""
+        self._call_parts("train")
+
+    def eval(self) -> None:
+        self._call_parts("eval")
+
+    def _call_parts(self, method: str) -> None:
+        for part in self.parts:
+            if callable(getattr(part, method, None)):
+                getattr(part, method)()

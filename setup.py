@@ -1,0 +1,43 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+# The adapters, the Hub layout and the Trainer hooks were written and tested against these releases.
+REQUIRED = [
+    "torch>=2.6",
+    "transformers>=5.17,<6",
+    "datasets>=4.0",
+    "accelerate>=1.10",
+    "peft>=0.18",
+    "evaluate>=0.4.6",
+    "huggingface_hub>=1.0,<3",
+    "safetensors>=0.5",
+    "numpy>=2.0",
+    "jinja2>=3.1",
+    "matplotlib>=3.9",
+    "pillow>=10",
+    "pyyaml>=6.0",
+]
+EXTRAS = {"dev": ["pytest>=8", "ruff>=0.9", "import-linter>=2.1", "tensorboard>=2.18"]}
+
+setup(
+    name="hf_zocl",
+    version="0.1.0",
+    description="Zeroth- and first-order optimisation mixed per layer, on Hugging Face's Trainer; CLIP learns continually",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # The card templates live at the top level, where people look for them, and travel inside the package.
+    packages=[*find_packages(include=["hf_zocl", "hf_zocl.*"]), "hf_zocl.model_cards"],
+    package_dir={"hf_zocl.model_cards": "model_cards"},
+    package_data={
+        "hf_zocl.sample": ["mini-clip/*", "cifar10-sample/*", "cifar10-sample/data/*"],
+        "hf_zocl.model_cards": ["*.md"],
+    },
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+)

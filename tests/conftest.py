@@ -1,0 +1,26 @@
+"""Shared fixtures: nothing here reaches the network."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _same_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real datasets beside the checkout; tests that need it skip where it is not there."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the shared datasets are not on this machine")
+    return SHARED_DATA

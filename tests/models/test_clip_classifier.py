@@ -1,0 +1,127 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_zocl.models import AdapterArguments, CLIPClassifier
+from tests.helpers import image_batch, mini_clip_classifier
+
+
+@pytest.fixture(scope="module")
+def classifier() -> CLIPClassifier:
+    return mini_clip_classifier()
+
+
+def test_logits_are_those_of_the_clip_model(classifier):
+    batch = image_batch()
+    tokens = classifier.tokenizer(
+        [f"a photo of a {c}." for c in classifier.class_names], padding=True, return_tensors="pt"
+    )
+    with torch.no_grad():
+        expected = classifier.clip(**tokens, pixel_values=batch["pixel_values"]).logits_per_image
+        output = classifier.eval()(**batch)
+    torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.loss, F.cross_entropy(expected, batch["labels"]))
+
+
+def test_prompts_are_padded_to_their_own_longest(classifier):
+    classifier.set_classes(["cat", "great white shark"])
+    longest = max(len(classifier.tokenizer(f"a photo of a {c}.").input_ids) for c in classifier.class_names)
+    assert classifier.input_ids.shape == (2, longest)
+    classifier.set_classes(["cat", "dog", "ship"])
+
+
+def test_padding_does_not_change_the_features(classifier):
+    classifier.eval()
+    with torch.no_grad():
+        classifier.set_classes(["cat"])
+        alone = classifier.encode("language")[0]
+        classifier.set_classes(["cat", "great white shark"])
+        padded = classifier.encode("language")[0]
+    classifier.set_classes(["cat", "dog", "ship"])
+    torch.testing.assert_close(alone, padded, rtol=1e-5, atol=1e-6)
+
+
+def test_set_classes_changes_the_number_of_logits(classifier):
+    classifier.set_classes(["a", "b", "c", "d", "e"])
+    assert classifier.eval()(image_batch()["pixel_values"]).logits.shape == (8, 5)
+    classifier.set_classes(["cat", "dog", "ship"])
+
+
+def count_text_passes(classifier, monkeypatch) -> list:
+    calls = []
+    original = classifier.clip.get_text_features
+    monkeypatch.setattr(classifier.clip, "get_text_features", lambda **kw: calls.append(1) or original(**kw))
+    return calls
+
+
+def test_text_features_are_cached_in_evaluation(classifier, monkeypatch):
+    calls = count_text_passes(classifier, monkeypatch)
+    classifier.eval()
+    with torch.no_grad():
+        for _ in range(3):
+            classifier(**image_batch())
+    assert len(calls) == 1
+
+
+def test_the_cache_notices_new_weights_new_classes_and_training(classifier, monkeypatch):
+    calls = count_text_passes(classifier, monkeypatch)
+    classifier.eval()
+    with torch.no_grad():
+        classifier(**image_batch())
+        next(p for n, p in classifier.named_parameters() if "lora_B" in n and "text" in n).add_(0.01)
+        changed = classifier(**image_batch()).logits
+        classifier.set_classes(["cat", "dog", "ship"])
+        classifier(**image_batch())
+        classifier.train()
+        classifier(**image_batch())
+        classifier.eval()
+        torch.testing.assert_close(classifier(**image_batch()).logits, changed)
+    assert len(calls) == 5
+
+
+def test_training_mode_returns_the_towers_features(classifier):
+    output = classifier.train()(**image_batch())
+    features = output.tower_features()
+    assert features["vision"].shape == (8, 128)
+    assert features["language"].shape == (3, 128)
+    torch.testing.assert_close(features["vision"].norm(dim=-1), torch.ones(8))
+    torch.testing.assert_close(classifier.loss(features, image_batch()["labels"]), output.loss)
+
+
+def test_evaluation_returns_loss_and_logits_alone(classifier):
+    with torch.no_grad():
+        assert set(classifier.eval()(**image_batch())) == {"loss", "logits"}
+
+
+def test_the_adapters_parameters_alone_are_trainable(classifier):
+    trainable = {name for name, p in classifier.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert {name.split(".")[3] for name in trainable} == {"vision_model", "text_model"}
+
+
+def test_rank_alpha_and_target_modules_are_arguments():
+    model = mini_clip_classifier(lora_rank=2, lora_alpha=6.0, target_modules=["fc1"])
+    config = model.clip.peft_config["default"]
+    assert (config.r, config.lora_alpha, set(config.target_modules)) == (2, 6.0, {"fc1"})
+    assert {n.split("lora_")[0].split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"fc1"}
+
+
+def test_predict_gives_names_and_probabilities(classifier):
+    names, probabilities = classifier.predict(image_batch()["pixel_values"])
+    assert probabilities.shape == (8, 3)
+    torch.testing.assert_close(probabilities.sum(dim=-1), torch.ones(8))
+    assert names == [classifier.class_names[i] for i in probabilities.argmax(dim=-1)]
+
+
+def test_a_template_without_a_place_for_the_name_is_refused(classifier):
+    with pytest.raises(ValueError, match="prompt_template='a photo'"):
+        CLIPClassifier(classifier.clip, classifier.tokenizer, ["cat"], "a photo")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"adapter": "ia3"}, "adapter='ia3'"), ({"lora_rank": 0}, "lora_rank=0")]
+)
+def test_bad_adapter_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        AdapterArguments(**options)

@@ -1,0 +1,463 @@
+"""The traps of a Trainer that mixes zeroth- and first-order layers, one test each."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
+from tests.helpers import image_examples, mini_clip_classifier
+
+
+def arguments(tmp_path, cls=ZOCLTrainingArguments, **options):
+    defaults = {
+        "output_dir": str(tmp_path / "trainer"),
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    }
+    return cls(**{**defaults, **options})
+
+
+def train(tmp_path, model=None, trainer_class=ZOCLTrainer, callbacks=(), data=None, **options):
+    trainer = trainer_class(
+        model=model or mini_clip_classifier(),
+        args=arguments(tmp_path, **options),
+        train_dataset=data or image_examples(),
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    return trainer
+
+
+def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def training_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Watch(TrainerCallback):
+    """Collects what `look(trainer)` returns just before every optimizer step."""
+
+    def __init__(self, look):
+        self.look, self.seen, self.trainer = look, [], None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.seen.append(self.look())
+
+
+class Mlp(nn.Module):
+    """A regression with dropout; `layers.0` can be zeroth-order and the rest first-order."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 16), nn.Linear(16, 1)])
+        self.dropout = nn.Dropout(dropout)
+        self.forwards: list[bool] = []
+        self.losses: list[float] = []
+
+    def forward(self, x, labels=None):
+        self.forwards.append(self.layers[0].weight.requires_grad)
+        output = self.layers[1](self.dropout(self.layers[0](x).tanh())).squeeze(-1)
+        loss = F.mse_loss(output, labels)
+        self.losses.append(loss.item())
+        return {"loss": loss, "logits": output}
+
+
+def rows(count: int = 32) -> list[dict]:
+    generator = torch.Generator().manual_seed(5)
+    return [{"x": x, "labels": x.sum()} for x in torch.randn(count, 4, generator=generator)]
+
+
+def test_branch_none_is_a_plain_trainer_to_the_last_bit(tmp_path):
+    options = {"max_steps": 6, "gradient_accumulation_steps": 2, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
+    ours = train(tmp_path, zo_branch="none", **options)
+    plain = train(tmp_path, trainer_class=Trainer, cls=TrainingArguments, **options)
+    assert all(
+        torch.equal(a, b) for a, b in zip(trainable(ours.model).values(), trainable(plain.model).values(), strict=True)
+    )
+    assert [e["loss"] for e in training_logs(ours)] == [e["loss"] for e in training_logs(plain)]
+    assert [e["grad_norm"] for e in training_logs(ours)] == [e["grad_norm"] for e in training_logs(plain)]
+
+
+def test_both_groups_learn_and_frozen_weights_stay(tmp_path):
+    model = mini_clip_classifier()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = train(tmp_path, model, zo_branch="dual", zo_layers="hop-even", zo_learning_rate=1e-2)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert all("lora_" in name for name in moved)
+    # LoRA's A has no gradient while B is zero, so of the first-order group the Bs have surely moved.
+    assert {name for name in trainer.split.fo if "lora_B" in name} <= moved
+    assert {name for group in trainer.split.zo for name in group.names} <= moved
+
+
+def test_zo_parameters_take_no_part_in_autograd_during_training_and_do_again_after(tmp_path):
+    model = Mlp()
+    trainer = train(tmp_path, model, data=rows(), zo_layers=[1])
+    assert not any(model.forwards)
+    assert all(p.requires_grad for p in trainer.split.zo_parameters)
+
+
+def test_zo_parameters_require_a_gradient_again_after_a_failure(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = Mlp()
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, model, data=rows(), zo_layers=[1], callbacks=[Fails()])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_the_optimizer_and_pefts_saving_see_the_zo_parameters(tmp_path):
+    model = mini_clip_classifier()
+    seen = {}
+
+    class Saves(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            seen["saved"] = set(get_peft_model_state_dict(model.clip))
+            seen["optimized"] = {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+    trainer = train(tmp_path, model, callbacks=[Saves()], zo_layers="hop-odd")
+    assert len(seen["saved"]) == len(trainable(model))
+    assert seen["optimized"] == {id(p) for n, p in model.named_parameters() if "lora_" in n}
+    assert trainer.split.zo
+
+
+def test_the_estimate_is_clipped_apart_from_the_gradient(tmp_path):
+    """The Trainer's clipping must see the first-order gradients alone, or the long estimate would crush them."""
+    model, watch = Mlp(), None
+
+    def look():
+        fo = torch.stack([p.grad.norm() for p in model.layers[1].parameters()]).norm()
+        zo = torch.stack([p.grad.norm() for p in model.layers[0].parameters()]).norm()
+        return fo.item(), zo.item()
+
+    watch = Watch(look)
+    options = {"data": rows(), "zo_layers": [1], "max_grad_norm": 0.01, "zo_max_grad_norm": 0.5, "max_steps": 3}
+    trainer = ZOCLTrainer(model=model, args=arguments(tmp_path, **{k: v for k, v in options.items() if k != "data"}),
+                          train_dataset=options["data"], callbacks=[])  # fmt: skip
+    trainer.add_callback(watch)
+    trainer.train()
+    for (fo, zo), log in zip(watch.seen, training_logs(trainer), strict=True):
+        assert fo == pytest.approx(0.01, rel=1e-3)
+        assert zo <= 0.5 * 1.001
+        assert log["grad_norm"] > 0.01
+        assert log["zo_grad_norm"] > 0.5
+
+
+def test_queries_do_not_change_the_data_order_or_the_dropout(tmp_path):
+    def losses(queries: int) -> list[float]:
+        model = Mlp(dropout=0.5)
+        trainer = train(
+            tmp_path, model, data=rows(), zo_layers=[1], zo_queries=queries, zo_learning_rate=0.0, max_steps=6
+        )
+        return [entry["loss"] for entry in training_logs(trainer)]
+
+    assert losses(1) == losses(5)
+
+
+@pytest.mark.parametrize("layers", [[1], "all"])
+def test_all_losses_of_one_estimate_are_taken_under_the_same_masks(tmp_path, layers):
+    """With ε as small as this the losses differ only if the dropout masks do."""
+    model = Mlp(dropout=0.5)
+    train(tmp_path, model, data=rows(), zo_layers=layers, zo_queries=4, zo_eps=1e-12, max_steps=1)
+    assert len(model.losses) >= 5
+    assert len(set(model.losses)) == 1
+
+
+def test_masks_change_from_step_to_step(tmp_path):
+    model = Mlp(dropout=0.5)
+    data = rows(8)
+    train(tmp_path, model, data=data, zo_layers="all", zo_eps=1e-12, zo_learning_rate=0.0, max_steps=4)
+    assert len(set(model.losses)) == 4
+
+
+def test_parameters_come_back_when_the_forward_pass_raises(tmp_path):
+    class Breaks(Mlp):
+        def forward(self, x, labels=None):
+            if not torch.is_grad_enabled() and len(self.losses) >= 2:
+                raise RuntimeError("a perturbed forward pass broke")
+            return super().forward(x, labels)
+
+    model = Breaks()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match="perturbed forward"):
+        train(tmp_path, model, data=rows(), zo_layers=[1], zo_queries=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("layers", [[1], "all"])
+def test_accumulation_scales_the_estimate_like_the_loss(tmp_path, layers):
+    """Two micro-batches of the same examples and a deterministic slope: the installed estimate is their mean."""
+
+    def estimates(accumulation: int) -> torch.Tensor:
+        model, seen = Mlp(), []
+        micro = []
+
+        trainer = ZOCLTrainer(
+            model=model,
+            args=arguments(tmp_path, zo_layers=layers, max_steps=1, gradient_accumulation_steps=accumulation),
+            train_dataset=rows(8) * accumulation,
+        )
+        original = trainer._accumulate_estimate
+
+        def spy(evaluation, base_loss, scale):
+            micro.append((scale, float(base_loss)))
+            original(evaluation, base_loss, scale)
+
+        trainer._accumulate_estimate = spy
+        trainer.add_callback(Watch(lambda: seen.append(model.layers[0].weight.grad.clone())))
+        trainer.train()
+        assert [scale for scale, _ in micro] == [1 / accumulation] * accumulation
+        return seen[0]
+
+    single, double = estimates(1), estimates(2)
+    assert single.shape == double.shape
+    # Other directions for the second micro-batch: the mean of two estimates, about 1/√2 as long.
+    assert not torch.allclose(single, double)
+    assert double.norm() < 1.5 * single.norm()
+
+
+def test_tower_reuse_gives_the_losses_of_the_plain_forward_pass(tmp_path):
+    class Plain(ZOCLTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    for branch, layers in [("dual", "hop-even"), ("language", "all"), ("vision", "prefix-2"), ("dual", "all")]:
+        grads = []
+        for cls in (ZOCLTrainer, Plain):
+            trainer = cls(
+                model=mini_clip_classifier(),
+                args=arguments(tmp_path, zo_branch=branch, zo_layers=layers, zo_queries=2, max_steps=1, zo_eps=0.05),
+                train_dataset=image_examples(8),
+            )
+            watch = Watch(lambda t=trainer: [p.grad.clone() for p in t.split.zo_parameters])
+            trainer.add_callback(watch)
+            trainer.train()
+            grads.append(watch.seen[0])
+        for fast, plain in zip(*grads, strict=True):
+            torch.testing.assert_close(fast, plain, rtol=2e-2, atol=1e-4)
+
+
+def test_language_queries_do_not_run_the_vision_tower(tmp_path, monkeypatch):
+    model, calls = mini_clip_classifier(), []
+    original = model.encode
+    monkeypatch.setattr(model, "encode", lambda tower, *a: calls.append(tower) or original(tower, *a))
+    train(tmp_path, model, zo_branch="language", zo_layers="all", zo_queries=8, max_steps=1)
+    assert calls.count("vision") == 1
+    assert calls.count("language") == 1 + 8
+
+
+def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
+    log = training_logs(train(tmp_path, zo_learning_rate=3e-3))[0]
+    names = {"loss", "grad_norm", "learning_rate", "zo_loss_difference", "zo_grad_norm", "zo_learning_rate"}
+    assert names | {"zo_variance_vision", "zo_variance_language"} <= set(log)
+    assert log["learning_rate"] == 1e-2
+    assert log["zo_learning_rate"] == 3e-3
+    assert log["zo_grad_norm"] > 0
+    assert log["zo_variance_vision"] > 0
+
+
+def test_tensorboard_receives_the_zeroth_order_figures(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tb"))
+    train(tmp_path, report_to="tensorboard")
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert "train/zo_loss_difference" in events.Tags()["scalars"]
+
+
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "conservative", "fzoo"])
+@pytest.mark.parametrize("optim", ["sgd", "sign", "adamw"])
+def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estimator, optim):
+    rates = {"sgd": 0.02, "sign": 0.01, "adamw": 0.02}
+    trainer = train(
+        tmp_path,
+        Mlp(),
+        data=rows(),
+        zo_layers="all",
+        zo_estimator=estimator,
+        zo_queries=4,
+        zo_optim=optim,
+        zo_learning_rate=rates[optim],
+        max_steps=60,
+        per_device_train_batch_size=32,
+    )
+    logs = training_logs(trainer)
+    assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
+def test_the_first_order_group_takes_any_optim(tmp_path, optim):
+    model = Mlp()
+    before = model.layers[1].weight.detach().clone()
+    trainer = train(tmp_path, model, data=rows(), zo_layers=[1], optim=optim)
+    assert not torch.equal(model.layers[1].weight, before)
+    kind = type(trainer.optimizer.optimizer.parts[0]).__name__.lower()
+    assert kind == optim.removesuffix("_torch")
+
+
+def test_one_scheduler_drives_both_groups(tmp_path):
+    logs = training_logs(train(tmp_path, Mlp(), data=rows(), zo_layers=[1], zo_learning_rate=1.0, max_steps=4,
+                               lr_scheduler_type="linear"))  # fmt: skip
+    assert [entry["zo_learning_rate"] for entry in logs] == [1.0, 0.75, 0.5, 0.25]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_a_second_call_of_train_works(tmp_path):
+    trainer = train(tmp_path, Mlp(), data=rows(), zo_layers=[1])
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_resuming_from_a_trainer_checkpoint_goes_on_to_the_same_weights(tmp_path):
+    options = {"zo_layers": [1], "zo_optim": "adamw", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path, Mlp(), data=rows(), **options)
+    resumed = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **options), train_dataset=rows())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+class _Fp16(TrainerCallback):
+    """accelerate refuses fp16 on a CPU; this makes it scale and unscale as on a GPU, without the autocast."""
+
+    def __init__(self, trainer):
+        self.accelerator = trainer.accelerator
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.accelerator.native_amp = True
+        self.accelerator.state._mixed_precision = "fp16"
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.accelerator.state._mixed_precision = "no"
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_a_gradient_scaler_never_divides_the_estimate(tmp_path, layers):
+    """fp16: the scaler unscales what it finds before clipping; the estimate, installed after, is never divided."""
+    seen = {}
+    for name, scaler in [("plain", None), ("scaled", torch.amp.GradScaler("cpu", init_scale=1024.0))]:
+        model = Mlp()
+        trainer = ZOCLTrainer(
+            model=model, args=arguments(tmp_path, zo_layers=layers, max_steps=1), train_dataset=rows(8)
+        )
+        trainer.accelerator.scaler = scaler
+        if scaler is not None:
+            trainer.add_callback(_Fp16(trainer))
+        trainer.add_callback(Watch(lambda m=model, n=name: seen.__setitem__(n, m.layers[0].weight.grad.clone())))
+        trainer.train()
+        seen[name + " weights"] = model.layers[0].weight.detach().clone()
+    assert torch.equal(seen["plain"], seen["scaled"])
+    assert torch.equal(seen["plain weights"], seen["scaled weights"])
+
+
+def test_a_given_optimizer_is_refused(tmp_path):
+    model = Mlp()
+    with pytest.raises(ValueError, match="pass optim and zo_optim"):
+        ZOCLTrainer(model, arguments(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+def test_a_bad_assignment_fails_when_the_trainer_is_made(tmp_path):
+    with pytest.raises(ValueError, match="language tower, which has 4 layers"):
+        ZOCLTrainer(mini_clip_classifier(), arguments(tmp_path, zo_layers="prefix-5"))
+
+
+def test_a_bert_sequence_classifier_learns_with_hop_even(tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, num_labels=2
+    )
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(2, 50, (64, 12), generator=generator)
+    labels = torch.arange(64) % 2
+    ids[:, 1] = labels  # the label can be read off one token
+    data = [{"input_ids": i, "attention_mask": torch.ones_like(i), "labels": int(i[1])} for i in ids]
+    trainer = train(
+        tmp_path,
+        BertForSequenceClassification(config),
+        data=data,
+        zo_layers="hop-even",
+        zo_queries=2,
+        learning_rate=2e-3,
+        max_steps=40,
+        per_device_train_batch_size=32,
+    )
+    logs = training_logs(trainer)
+    assert [group.layer for group in trainer.split.zo] == [2, 4]
+    assert all(name.startswith("classifier") or ".layer.1." not in name for name in trainer.split.fo)
+    assert logs[-1]["loss"] < 0.3 < logs[0]["loss"]
+
+
+def test_a_peft_wrapped_causal_lm_learns(tmp_path):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=30, n_embd=32, n_layer=4, n_head=2, n_positions=16, bos_token_id=0, eos_token_id=0)
+    model = get_peft_model(
+        GPT2LMHeadModel(config), LoraConfig(r=4, target_modules=["c_attn", "c_fc"], task_type="CAUSAL_LM")
+    )
+    sentence = torch.arange(1, 13)
+    data = [{"input_ids": sentence, "labels": sentence} for _ in range(32)]
+    trainer = train(tmp_path, model, data=data, zo_layers="hop-odd", learning_rate=5e-2, max_steps=40,
+                    gradient_accumulation_steps=2, zo_queries=2)  # fmt: skip
+    logs = training_logs(trainer)
+    assert [group.layer for group in trainer.split.zo] == [1, 3]
+    assert logs[-1]["loss"] < logs[0]["loss"] - 0.3
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"zo_branch": "both"}, "zo_branch='both'"),
+        ({"zo_layers": "every-other"}, "zo_layers='every-other'"),
+        ({"zo_eps": 0.0}, "zo_eps=0.0"),
+        ({"zo_eps_vision": -1.0}, "zo_eps_vision=-1.0"),
+        ({"zo_queries": 0}, "zo_queries=0"),
+        ({"zo_estimator": "forward"}, "zo_estimator='forward'"),
+        ({"zo_direction": "sparse"}, "zo_direction='sparse'"),
+        ({"zo_optim": "lion"}, "zo_optim='lion'"),
+        ({"zo_learning_rate": -1.0}, "zo_learning_rate=-1.0"),
+    ],
+)
+def test_bad_arguments_are_named_before_anything_else(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("hop-even", "hop-even"),
+        (["hop-even"], ["hop-even"]),
+        ("2,4", [2, 4]),
+        (["2", "4"], [2, 4]),
+        ([2, 4], [2, 4]),
+        (3, [3]),
+        ([r"encoder\.layer\.0"], [r"encoder\.layer\.0"]),
+    ],
+)
+def test_layers_are_read_as_recipes_and_command_lines_write_them(given, expected):
+    from hf_zocl.training_args import parse_layers
+
+    assert parse_layers(given) == expected

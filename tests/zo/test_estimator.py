@@ -1,0 +1,212 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hf_zocl.zo import LayerAssignment, ZOEstimator, build_zo_optimizer, direction_seed, draw_directions
+
+
+class Quadratic(nn.Module):
+    """L(θ) = ½ (θ−c)ᵀA(θ−c), in float64, so that the estimates can be checked against the formula."""
+
+    def __init__(self, size: int = 6):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        root = torch.randn(size, size, generator=generator, dtype=torch.float64)
+        self.matrix, self.centre = root @ root.T, torch.randn(size, generator=generator, dtype=torch.float64)
+        self.theta = nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float64))
+
+    def at(self, theta: torch.Tensor) -> torch.Tensor:
+        return (theta - self.centre) @ self.matrix @ (theta - self.centre) / 2
+
+    def forward(self, perturbed: str | None = None) -> torch.Tensor:
+        return self.at(self.theta)
+
+
+EPS = 0.1  # a quadratic has no higher terms, and a large step keeps float32 loss differences exact enough
+
+
+def estimator_of(model: nn.Module, eps: float = EPS, **options) -> ZOEstimator:
+    return ZOEstimator(LayerAssignment("dual", "all").split(model, eps=eps).zo, **options)
+
+
+def directions_of(model: Quadratic, queries: int, step: int = 0) -> list[torch.Tensor]:
+    groups = LayerAssignment("dual", "all").split(model).zo
+    return [draw_directions(groups, direction_seed(0, step, 0, i))[0] for i in range(queries)]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_one_sided_is_equation_two(queries):
+    model = Quadratic()
+    estimator_of(model, queries=queries).accumulate(model, step=0)
+    theta = model.theta.detach()
+    expected = sum((model.at(theta + EPS * d) - model.at(theta)) / EPS * d for d in directions_of(model, queries))
+    torch.testing.assert_close(model.theta.grad, expected / queries, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_two_sided_is_spsa(queries):
+    model = Quadratic()
+    estimator_of(model, estimator="two-sided", queries=queries).accumulate(model, step=0)
+    slopes = model.matrix @ (model.theta.detach() - model.centre)
+    # On a quadratic the central difference is the directional derivative itself.
+    expected = sum((slopes @ d) * d for d in directions_of(model, queries)) / queries
+    torch.testing.assert_close(model.theta.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fzoo_divides_by_the_deviation_of_the_losses():
+    model = Quadratic()
+    estimator_of(model, estimator="fzoo", queries=4).accumulate(model, step=0)
+    theta, directions = model.theta.detach(), directions_of(model, 4)
+    losses = torch.stack([model.at(theta + EPS * d) for d in directions])
+    expected = sum((loss - model.at(theta)) * d for loss, d in zip(losses, directions, strict=True)) / 4 / losses.std()
+    torch.testing.assert_close(model.theta.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_fzoo_needs_two_queries():
+    with pytest.raises(ValueError, match="zo_queries=1.*'fzoo' needs at least 2"):
+        estimator_of(Quadratic(), estimator="fzoo")
+
+
+def test_an_unknown_estimator_is_named():
+    with pytest.raises(ValueError, match="zo_estimator='three-sided'"):
+        estimator_of(Quadratic(), estimator="three-sided")
+
+
+def test_the_first_order_loss_is_reused():
+    model, calls = Quadratic(), []
+
+    def loss(perturbed):
+        calls.append(perturbed)
+        return model()
+
+    estimator_of(model, queries=2).accumulate(loss, step=0, base_loss=model().detach())
+    assert len(calls) == 2
+
+
+def test_estimates_accumulate_with_their_scale():
+    model = Quadratic()
+    estimator = estimator_of(model, estimator="two-sided")
+    estimator.accumulate(model, step=0, micro_step=0)
+    first, model.theta.grad = model.theta.grad, None
+    estimator.accumulate(model, step=0, micro_step=1)
+    second, model.theta.grad = model.theta.grad, None
+    for micro_step in (0, 1):
+        estimator.accumulate(model, step=0, micro_step=micro_step, scale=0.5)
+    torch.testing.assert_close(model.theta.grad, (first + second) / 2)
+
+
+def test_sign_normalisation_keeps_the_sign_alone():
+    model = Quadratic()
+    estimator = estimator_of(model, queries=2, sign=True)
+    estimator.accumulate(model, step=0)
+    raw = model.theta.grad.clone()
+    estimator.normalise()
+    assert torch.equal(model.theta.grad, raw.sign())
+
+
+def test_conservative_takes_the_candidate_with_the_lowest_loss():
+    model, rate = Quadratic(), 1e-3
+    estimator_of(model, estimator="conservative", queries=3).accumulate(model, step=0, learning_rate=rate)
+    theta, directions = model.theta.detach(), directions_of(model, 3)
+    estimates = [(model.at(theta + EPS * d) - model.at(theta)) / EPS * d for d in directions]
+    candidates = [torch.zeros_like(theta), *estimates, sum(estimates) / 3]
+    best = min(candidates, key=lambda g: model.at(theta - rate * g))
+    torch.testing.assert_close(model.theta.grad, best, rtol=1e-5, atol=1e-6)
+    assert best.any()
+
+
+def test_conservative_stands_still_when_every_step_would_climb():
+    model = Quadratic()
+    with torch.no_grad():
+        model.theta.copy_(model.centre)
+    estimator_of(model, estimator="conservative", queries=3).accumulate(model, step=0, learning_rate=0.1)
+    assert not model.theta.grad.any()
+
+
+class TwoTowers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.vision_model = nn.Linear(3, 1, bias=False)
+        self.text_model = nn.Linear(3, 1, bias=False)
+
+    def forward(self, perturbed=None):
+        return (self.vision_model.weight * self.text_model.weight).sum()
+
+
+def test_the_branches_take_turns_with_their_own_eps_and_directions():
+    model, seen = TwoTowers(), []
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def loss(perturbed):
+        moved = {
+            n.split("_")[0]: (p - start[n]).flatten() for n, p in model.named_parameters() if (p != start[n]).any()
+        }
+        seen.append((perturbed, moved))
+        return model()
+
+    groups = LayerAssignment("dual", "all").split(model, eps_vision=1e-3, eps_language=1e-1).zo
+    ZOEstimator(groups).accumulate(loss, step=0, base_loss=model().detach())
+    (first, vision), (second, text) = seen
+    assert (first, list(vision)) == ("vision", ["vision"])
+    assert (second, list(text)) == ("language", ["text"])
+    assert vision["vision"].norm() * 10 < text["text"].norm()
+    assert not torch.allclose(vision["vision"] / 1e-3, text["text"] / 1e-1, atol=0.1)
+
+
+def test_many_queries_align_with_the_true_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    inputs, labels = torch.randn(32, 6), torch.randint(0, 3, (32,))
+    F.cross_entropy(model(inputs), labels).backward()
+    true = torch.cat([p.grad.flatten() for p in model.parameters()])
+    for estimator, direction in [("one-sided", "gaussian"), ("two-sided", "rademacher")]:
+        model.zero_grad()
+        estimator_of(model, eps=1e-3, estimator=estimator, direction=direction, queries=1000).accumulate(
+            lambda _: F.cross_entropy(model(inputs), labels), step=0
+        )
+        estimate = torch.cat([p.grad.flatten() for p in model.parameters()])
+        assert F.cosine_similarity(estimate, true, dim=0) >= 0.9
+
+
+def test_a_zo_sgd_step_is_a_mezo_step():
+    """MeZO (Malladi et al., NeurIPS 2023, algorithm 1), written out: in place, Δ drawn anew each time."""
+    eps, rate, seed = 1e-3, 0.05, 11
+
+    def network():
+        torch.manual_seed(3)
+        return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)).double()
+
+    inputs, labels = torch.randn(16, 5).double(), torch.randint(0, 2, (16,))
+    mezo = network()
+    parameters = list(mezo.parameters())
+    count = sum(p.numel() for p in parameters)
+
+    def move(factor):
+        generator = torch.Generator().manual_seed(direction_seed(seed, 0, 0, 0))
+        z = torch.randn(count, generator=generator).split([p.numel() for p in parameters])
+        with torch.no_grad():
+            for p, piece in zip(parameters, z, strict=True):
+                p.add_(factor * piece.view_as(p))
+
+    move(eps)
+    plus = F.cross_entropy(mezo(inputs), labels).item()
+    move(-2 * eps)
+    minus = F.cross_entropy(mezo(inputs), labels).item()
+    move(eps)
+    move(-rate * (plus - minus) / (2 * eps))
+
+    ours = network()
+    groups = LayerAssignment("dual", "all").split(ours, eps=eps).zo
+    ZOEstimator(groups, estimator="two-sided", seed=seed).accumulate(
+        lambda _: F.cross_entropy(ours(inputs), labels), step=0
+    )
+    build_zo_optimizer(groups, "sgd", lr=rate).step()
+    for a, b in zip(ours.parameters(), parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_variance_is_that_of_the_estimates_coordinates():
+    model = Quadratic()
+    estimate = estimator_of(model).accumulate(model, step=0)
+    torch.testing.assert_close(estimate.variance[None].double(), model.theta.grad.var(correction=0), rtol=1e-4, atol=0)
