@@ -24,7 +24,7 @@ EXTRAS = {"dev": ["pytest>=8", "ruff>=0.9", "import-linter>=2.1", "tensorboard>=
 setup(
     name="hf_zocl",
     version="0.1.0",
-    description="Zeroth- and first-order optimisation mixed per layer, on Hugging Face's Trainer; CLIP learns continually",
+    description="Zeroth- and first-order optimisation mixed per layer, for continual learning on Hugging Face",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -163,6 +163,7 @@ class TaskStream(Sequence[Task]):
         train, test = _encode_strings(train, test)
         names = _class_names(train, test, class_names)
         order = _class_order(sorted(names), class_order, class_order_seed)
+        _check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
         sizes = _task_sizes(len(order), initial_increment, increment)
         train_rows = _rows_by_class(
             train, order, names, max_train_images_per_class, "max_train_images_per_class", seed
@@ -216,7 +217,8 @@ class _Split:
                 f"split {self.name!r}: {column.null_count} of {len(column)} images have no label in column "
                 f"{label_column!r}; the first is row {row}."
             )
-        return _Split(self.name, data, column.to_numpy())
+        labels = column.to_numpy()
+        return _Split(self.name, data, labels if labels.dtype == object else labels.astype(np.int64))
 
     def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> datasets.Dataset:
         """The rows of some classes, in the dataset's order."""
@@ -315,7 +317,7 @@ def _encode_strings(train: _Split, test: _Split) -> tuple[_Split, _Split]:
 
 
 def _class_names(train: _Split, test: _Split, given: Sequence[str] | None) -> dict[int, str]:
-    """The prompt names by label id; every label of both splits has one, and no two are the same."""
+    """The prompt names by label id; every label of both splits has one."""
     feature, test_feature = train.data.features["label"], test.data.features["label"]
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
     test_own = test_feature.names if isinstance(test_feature, datasets.ClassLabel) else None
@@ -325,8 +327,9 @@ def _class_names(train: _Split, test: _Split, given: Sequence[str] | None) -> di
             f"{train.name!r} ({_listed(own or [])}): one label id would mean two classes."
         )
     if given is not None:
-        if own is not None and len(given) != len(own):
-            raise ValueError(f"class_names has {len(given)} names; the dataset has {len(own)} classes.")
+        if not given or (own is not None and len(given) != len(own)):
+            expected = len(own) if own is not None else "at least one"
+            raise ValueError(f"class_names has {len(given)} names; expected {expected}, one for each class.")
         names, source = dict(enumerate(given)), "class_names"
     elif own is not None:
         names, source = {label: clean_class_name(name) for label, name in enumerate(own)}, "the dataset's label names"
@@ -340,12 +343,13 @@ def _class_names(train: _Split, test: _Split, given: Sequence[str] | None) -> di
                 f"split {split.name!r}, row {row}: label {split.labels[row]} is outside the {len(names)} classes of "
                 f"{source} (ids {min(names)} to {max(names)}); {outside.size} of {len(split.labels)} rows are."
             )
-    _check_names(names, own, source)
     return names
 
 
-def _check_names(names: dict[int, str], own: Sequence[str] | None, source: str) -> None:
-    """Every class has a name of its own."""
+def _check_names(names: dict[int, str], feature, are_given: bool) -> None:
+    """Every class of the stream has a name of its own."""
+    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    source = "class_names" if are_given else "the dataset's label names"
     labels_by_name: dict[str, list[int]] = {}
     for label, name in names.items():
         labels_by_name.setdefault(name, []).append(label)

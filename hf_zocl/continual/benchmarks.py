@@ -1,0 +1,163 @@
+"""The named benchmarks: where each dataset lies, and how the field cuts it into tasks."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from .tasks import CLASS_ORDER_SEED, TaskStream
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A dataset and the protocol by which it becomes a stream of tasks.
+
+    Args:
+        name: What recipes call it.
+        dataset_id: Hub id; or the name of a dataset in `hf_zocl.sample`, which has none.
+        train_split, test_split, image_column, label_column: As the dataset calls them.
+        initial_increment, increment: Classes of the first task, and of every other.
+        class_order_seed: Draws the class order where `class_order` is None.
+        prompt_template: The class prompt, with a `{}` for the name.
+        source: Where each of these choices comes from.
+        class_order: Label ids in order of arrival.
+        class_names: By label id, as prompts need them; None: the dataset's, cleaned.
+        config_name, revision: For `datasets.load_dataset`.
+    """
+
+    name: str
+    dataset_id: str
+    train_split: str
+    test_split: str
+    image_column: str
+    label_column: str
+    initial_increment: int
+    increment: int
+    prompt_template: str
+    source: str
+    class_order_seed: int | None = CLASS_ORDER_SEED
+    class_order: tuple[int, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+    config_name: str | None = None
+    revision: str | None = None
+
+    def stream(self, dataset_path: str | os.PathLike[str] | None = None, **overrides: Any) -> TaskStream:
+        """Build the benchmark's stream.
+
+        Args:
+            dataset_path: A local copy of the dataset; default: the Hub's, or the package's own.
+            overrides: Any argument of `TaskStream.from_dataset`, instead of the benchmark's; None changes nothing.
+                An `increment` without `initial_increment` holds for the first task too, and a `class_order_seed`
+                without `class_order` replaces an order that the benchmark states.
+
+        Raises:
+            ValueError: If the dataset does not fit (see `TaskStream.from_dataset`).
+        """
+        from ..sample import NAMES, resolve
+
+        given = {argument: value for argument, value in overrides.items() if value is not None}
+        options = self._options()
+        if "increment" in given:
+            options["initial_increment"] = None
+        if "class_order_seed" in given:
+            options["class_order"] = None
+        options["dataset_id"] = None if self.dataset_id in NAMES else self.dataset_id
+        dataset = resolve(self.dataset_id)
+        if dataset_path is not None:
+            dataset = os.fspath(dataset_path)
+            options["config_name"] = options["revision"] = None  # the Hub's, not the local copy's
+            if not os.path.exists(dataset):
+                raise ValueError(f"dataset_path={dataset!r}: there is no such folder for benchmark {self.name!r}.")
+        return TaskStream.from_dataset(dataset, **{**options, **given})
+
+    def _options(self) -> dict[str, Any]:
+        shared = (
+            "name",
+            "train_split",
+            "test_split",
+            "image_column",
+            "label_column",
+            "initial_increment",
+            "increment",
+        )
+        shared += ("class_order_seed", "class_order", "class_names", "config_name", "revision")
+        return {argument: getattr(self, argument) for argument in shared}
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """The registered benchmark of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists those there are.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    close = difflib.get_close_matches(str(name), BENCHMARKS, n=2)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(f"benchmark={name!r} is not registered.{hint} There are {', '.join(map(repr, BENCHMARKS))}.")
+
+
+# The Hub's copy calls class 26 "cra".
+_CIFAR100_NAMES = tuple(
+    """apple,aquarium fish,baby,bear,beaver,bed,bee,beetle,bicycle,bottle,bowl,boy,bridge,bus,butterfly,camel,can,castle,
+caterpillar,cattle,chair,chimpanzee,clock,cloud,cockroach,couch,crab,crocodile,cup,dinosaur,dolphin,elephant,flatfish,
+forest,fox,girl,hamster,house,kangaroo,keyboard,lamp,lawn mower,leopard,lion,lizard,lobster,man,maple tree,motorcycle,
+mountain,mouse,mushroom,oak tree,orange,orchid,otter,palm tree,pear,pickup truck,pine tree,plain,plate,poppy,porcupine,
+possum,rabbit,raccoon,ray,road,rocket,rose,sea,seal,shark,shrew,skunk,skyscraper,snail,snake,spider,squirrel,streetcar,
+sunflower,sweet pepper,table,tank,telephone,television,tiger,tractor,train,trout,tulip,turtle,wardrobe,whale,
+willow tree,wolf,woman,worm""".replace("\n", "").split(",")
+)
+
+_CIFAR10_SOURCE = (
+    "Krizhevsky 2009; five tasks of two classes as in split CIFAR-10 (Zenke et al. 2017, arXiv:1703.04200); "
+    "class order: PyCIL's seed; prompt: CLIP (Radford et al. 2021)"
+)
+
+BENCHMARKS: dict[str, Benchmark] = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            name="cifar10",
+            dataset_id="uoft-cs/cifar10",
+            train_split="train",
+            test_split="test",
+            image_column="img",
+            label_column="label",
+            initial_increment=2,
+            increment=2,
+            prompt_template="a photo of a {}.",
+            source=_CIFAR10_SOURCE,
+        ),
+        Benchmark(
+            name="cifar10-sample",
+            dataset_id="cifar10-sample",
+            train_split="train",
+            test_split="test",
+            image_column="img",
+            label_column="label",
+            initial_increment=2,
+            increment=2,
+            prompt_template="a photo of a {}.",
+            source=f"2,000 training and 500 test images of CIFAR-10, inside the package; else as cifar10: {_CIFAR10_SOURCE}",
+        ),
+        Benchmark(
+            name="cifar100",
+            dataset_id="uoft-cs/cifar100",
+            train_split="train",
+            test_split="test",
+            image_column="img",
+            label_column="fine_label",
+            initial_increment=10,
+            increment=10,
+            prompt_template="a bad photo of a {}.",
+            source=(
+                "Krizhevsky 2009; ten steps of ten and prompt: MoE-Adapters4CL "
+                "(cil/configs/class/cifar100_10-10-MoE-Adapters.yaml), whose own class order is another; "
+                "class order: PyCIL's seed; names: the Hub's, with crab spelt right"
+            ),
+            class_names=_CIFAR100_NAMES,
+        ),
+    )
+}
