@@ -93,7 +93,7 @@ class ZOCLTrainer(Trainer):
         self._estimator = ZOEstimator(
             self.split.zo,
             estimator=args.zo_estimator,
-            queries=args.zo_queries,
+            queries=args.queries_by_branch,
             sign=args.zo_sign,
             direction=args.zo_direction,
             seed=args.seed if args.zo_seed is None else args.zo_seed,

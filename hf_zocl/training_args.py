@@ -31,6 +31,7 @@ class ZOCLTrainingArguments(TrainingArguments):
             numbers counted from 1, or a list of regular expressions over parameter names.
         zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative` or `fzoo`.
         zo_queries: Directions per branch and step; their estimates are averaged.
+        zo_queries_vision, zo_queries_language: `zo_queries` of one tower: many where a forward pass is cheap.
         zo_eps: ε, the size of the perturbation.
         zo_eps_vision, zo_eps_language: ε of one tower (MoZO: the vision tower's is the smaller); default `zo_eps`.
         zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO).
@@ -53,6 +54,8 @@ class ZOCLTrainingArguments(TrainingArguments):
     )
     zo_estimator: str = field(default="one-sided", metadata={"help": f"Estimator: {', '.join(ESTIMATORS)}."})
     zo_queries: int = field(default=1, metadata={"help": "Directions per branch and step."})
+    zo_queries_vision: int | None = field(default=None, metadata={"help": "zo_queries of the vision tower."})
+    zo_queries_language: int | None = field(default=None, metadata={"help": "zo_queries of the text tower."})
     zo_eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
     zo_eps_vision: float | None = field(default=None, metadata={"help": "zo_eps of the vision tower."})
     zo_eps_language: float | None = field(default=None, metadata={"help": "zo_eps of the text tower."})
@@ -71,8 +74,10 @@ class ZOCLTrainingArguments(TrainingArguments):
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
         _choices("zo_direction", self.zo_direction, DIRECTIONS)
         _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
-        if self.zo_queries < 1:
-            raise ValueError(f"zo_queries={self.zo_queries}: expected at least 1.")
+        for name in ("zo_queries", "zo_queries_vision", "zo_queries_language"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1.")
         for name in ("zo_eps", "zo_eps_vision", "zo_eps_language"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -81,6 +86,12 @@ class ZOCLTrainingArguments(TrainingArguments):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
         super().__post_init__()
+
+    @property
+    def queries_by_branch(self) -> dict[str | None, int]:
+        """The number of queries of each tower; None stands for a model with a single one."""
+        own = {"vision": self.zo_queries_vision, "language": self.zo_queries_language, None: None}
+        return {branch: self.zo_queries if count is None else count for branch, count in own.items()}
 
     @property
     def layer_assignment(self) -> LayerAssignment:
@@ -94,5 +105,6 @@ def parse_layers(layers: str | int | list) -> str | list[int] | list[str]:
         items = items[0].split(",")
     if items and all(str(item).strip().isdigit() for item in items):
         return [int(item) for item in items]
-    is_scheme = len(items) == 1 and isinstance(items[0], str) and isinstance(layers, str)
+    # A command line gives a list even for one scheme. No parameter's name has a hyphen, so this is no expression.
+    is_scheme = len(items) == 1 and (isinstance(layers, str) or items[0] == "all" or "-" in str(items[0]))
     return items[0] if is_scheme else items

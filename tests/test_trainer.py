@@ -449,7 +449,9 @@ def test_bad_arguments_are_named_before_anything_else(tmp_path, options, message
     ("given", "expected"),
     [
         ("hop-even", "hop-even"),
-        (["hop-even"], ["hop-even"]),
+        (["hop-even"], "hop-even"),
+        (["all"], "all"),
+        (["hop-evn"], "hop-evn"),
         ("2,4", [2, 4]),
         (["2", "4"], [2, 4]),
         ([2, 4], [2, 4]),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -45,7 +45,7 @@ class ZOEstimator:
     Args:
         groups: The zeroth-order parameters; all groups of a branch are perturbed together.
         estimator: One of `one-sided`, `two-sided`, `conservative`, `fzoo`.
-        queries: q, the number of directions per branch.
+        queries: q, the number of directions; one number, or one per branch.
         sign: Use the sign of the estimate, not its magnitude (gradient sign normalisation of MoZO).
         direction: `gaussian` or `rademacher`.
         seed: Keys the directions, with the step, the micro-step and the query.
@@ -59,7 +59,7 @@ class ZOEstimator:
         self,
         groups: Sequence[ZOGroup],
         estimator: str = "one-sided",
-        queries: int = 1,
+        queries: int | Mapping[str | None, int] = 1,
         sign: bool = False,
         direction: str = "gaussian",
         seed: int = 0,
@@ -67,14 +67,17 @@ class ZOEstimator:
     ):
         if estimator not in ESTIMATORS:
             raise ValueError(f"zo_estimator={estimator!r} is unknown: expected one of {', '.join(ESTIMATORS)}.")
-        least = 2 if estimator == "fzoo" else 1
-        if queries < least:
-            raise ValueError(f"zo_queries={queries}: zo_estimator={estimator!r} needs at least {least}.")
-        self.estimator, self.queries, self.sign, self.direction = estimator, queries, sign, direction
+        self.estimator, self.sign, self.direction = estimator, sign, direction
         self.seed, self.reduce = seed, reduce
         self.branches: dict[str | None, list[ZOGroup]] = {}
         for group in groups:
             self.branches.setdefault(group.branch, []).append(group)
+        self.queries = {branch: queries if isinstance(queries, int) else queries[branch] for branch in self.branches}
+        least = 2 if estimator == "fzoo" else 1
+        for branch, count in self.queries.items():
+            if count < least:
+                name = "zo_queries" + (f" ({branch})" if branch else "")
+                raise ValueError(f"{name}={count}: zo_estimator={estimator!r} needs at least {least}.")
 
     @property
     def needs_base_loss(self) -> bool:
@@ -103,9 +106,11 @@ class ZOEstimator:
         if base_loss is None and self.needs_base_loss:
             base_loss = loss(None)
         estimate = Estimate()
-        for number, (branch, groups) in enumerate(self.branches.items()):
-            first = number * self.queries
-            seeds = [direction_seed(self.seed, step, micro_step, first + i) for i in range(self.queries)]
+        first = 0
+        for branch, groups in self.branches.items():
+            last = first + self.queries[branch]
+            seeds = [direction_seed(self.seed, step, micro_step, number) for number in range(first, last)]
+            first = last
             query = _BranchQueries(groups, seeds, self.direction, loss, branch, self.reduce)
             with query.perturbation.saved():
                 gradient, estimate.differences[branch] = self._gradient(query, base_loss, learning_rate)
@@ -125,22 +130,22 @@ class ZOEstimator:
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         if self.estimator == "two-sided":
             differences = query.two_sided_differences()
-            return query.combine(differences / self.queries), differences
+            return query.combine(differences / len(differences)), differences
         losses, base_loss = query.losses(base_loss)
         differences = losses - base_loss
         if self.estimator == "one-sided":
-            return query.combine(differences / self.queries), differences
+            return query.combine(differences / len(differences)), differences
         if self.estimator == "fzoo":
             deviation = losses.std().clamp_min(torch.finfo(losses.dtype).tiny)
-            return query.combine(differences / self.queries / deviation, per_eps=False), differences
+            return query.combine(differences / len(differences) / deviation, per_eps=False), differences
         return self._conservative(query, differences, base_loss, learning_rate), differences
 
     def _conservative(
         self, query: _BranchQueries, differences: torch.Tensor, base_loss: torch.Tensor, learning_rate: float
     ) -> list[torch.Tensor]:
         candidates = list(torch.diag(differences))
-        if self.queries > 1:
-            candidates.append(differences / self.queries)
+        if len(differences) > 1:
+            candidates.append(differences / len(differences))
         losses = [base_loss]
         for candidate in candidates:
             update = query.combine(candidate)

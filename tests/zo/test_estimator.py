@@ -154,6 +154,16 @@ def test_the_branches_take_turns_with_their_own_eps_and_directions():
     assert not torch.allclose(vision["vision"] / 1e-3, text["text"] / 1e-1, atol=0.1)
 
 
+def test_every_branch_has_its_own_number_of_queries():
+    model, seen = TwoTowers(), []
+    groups = LayerAssignment("dual", "all").split(model).zo
+    estimate = ZOEstimator(groups, queries={"vision": 1, "language": 5}).accumulate(
+        lambda perturbed: seen.append(perturbed) or model(), step=0, base_loss=model().detach()
+    )
+    assert seen == ["vision"] + ["language"] * 5
+    assert {branch: len(d) for branch, d in estimate.differences.items()} == {"vision": 1, "language": 5}
+
+
 def test_many_queries_align_with_the_true_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
