@@ -41,7 +41,9 @@ def main() -> None:
     cells = [(setting, seed) for seed in options.seeds for setting in options.settings]
     for setting, seed in tqdm(cells, desc="cells"):
         run_cell(options, setting, seed, further)
-    table = markdown_table({s: [read(folder_of(options, s, seed)) for seed in options.seeds] for s in options.settings})
+    table = markdown_table(
+        {s: [read(folder_of(options, s, seed)) for seed in options.seeds] for s in options.settings}
+    )
     (options.output_dir / "table.md").write_text(table + "\n", encoding="utf-8")
     print(table)
 

@@ -101,13 +101,17 @@ def get_benchmark(name: str) -> Benchmark:
 
 # The Hub's copy calls class 26 "cra".
 _CIFAR100_NAMES = tuple(
-    """apple,aquarium fish,baby,bear,beaver,bed,bee,beetle,bicycle,bottle,bowl,boy,bridge,bus,butterfly,camel,can,castle,
-caterpillar,cattle,chair,chimpanzee,clock,cloud,cockroach,couch,crab,crocodile,cup,dinosaur,dolphin,elephant,flatfish,
-forest,fox,girl,hamster,house,kangaroo,keyboard,lamp,lawn mower,leopard,lion,lizard,lobster,man,maple tree,motorcycle,
-mountain,mouse,mushroom,oak tree,orange,orchid,otter,palm tree,pear,pickup truck,pine tree,plain,plate,poppy,porcupine,
-possum,rabbit,raccoon,ray,road,rocket,rose,sea,seal,shark,shrew,skunk,skyscraper,snail,snake,spider,squirrel,streetcar,
-sunflower,sweet pepper,table,tank,telephone,television,tiger,tractor,train,trout,tulip,turtle,wardrobe,whale,
-willow tree,wolf,woman,worm""".replace("\n", "").split(",")
+    name.strip()
+    for name in """
+apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus, butterfly,
+camel, can, castle, caterpillar, cattle, chair, chimpanzee, clock, cloud, cockroach, couch, crab, crocodile, cup,
+dinosaur, dolphin, elephant, flatfish, forest, fox, girl, hamster, house, kangaroo, keyboard, lamp, lawn mower,
+leopard, lion, lizard, lobster, man, maple tree, motorcycle, mountain, mouse, mushroom, oak tree, orange, orchid,
+otter, palm tree, pear, pickup truck, pine tree, plain, plate, poppy, porcupine, possum, rabbit, raccoon, ray,
+road, rocket, rose, sea, seal, shark, shrew, skunk, skyscraper, snail, snake, spider, squirrel, streetcar,
+sunflower, sweet pepper, table, tank, telephone, television, tiger, tractor, train, trout, tulip, turtle, wardrobe,
+whale, willow tree, wolf, woman, worm
+""".split(",")
 )
 
 _CIFAR10_SOURCE = (
@@ -140,7 +144,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             initial_increment=2,
             increment=2,
             prompt_template="a photo of a {}.",
-            source=f"2,000 training and 500 test images of CIFAR-10, inside the package; else as cifar10: {_CIFAR10_SOURCE}",
+            source=f"2,000 training and 500 test images of CIFAR-10, in the package; else as cifar10: {_CIFAR10_SOURCE}",
         ),
         Benchmark(
             name="cifar100",

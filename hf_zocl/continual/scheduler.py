@@ -214,6 +214,7 @@ class ContinualTaskScheduler:
             "adapter": self.recipe.get("adapter") or self.model.clip.peft_config["default"].peft_type.lower(),
             "classes": list(self.stream.seen_class_names(task.index)),
             "task_classes": list(task.class_names),
+            "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],
             "class_order": [int(label) for label in seen],
             "prompt_template": self.model.prompt_template,
             "assignment": {"branch": self.args.zo_branch, "layers": layers, "towers": self._towers},

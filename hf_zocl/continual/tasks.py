@@ -235,7 +235,8 @@ def _load(dataset, config_name: str | None, revision: str | None) -> Mapping[str
     if isinstance(splits, Mapping) and all(isinstance(split, datasets.Dataset) for split in splits.values()):
         return splits
     raise ValueError(
-        f"dataset: expected a Hub id, a local folder or a DatasetDict that is not streamed, got {type(splits).__name__}."
+        "dataset: expected a Hub id, a local folder or a DatasetDict that is not streamed, "
+        f"got {type(splits).__name__}."
     )
 
 

@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from pprint import pformat
 from typing import Any
@@ -20,7 +21,7 @@ SHOWN_ARGUMENTS = re.compile(
 )
 LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-MARKS = {"zo": "ZO", "fo": "fo", "frozen": "--"}
+MARKS = {"zo": "ZO", "fo": "fo", "fo+zo": "mix", "frozen": "--"}
 
 
 def render_task_card(task: dict[str, Any]) -> ModelCard:
@@ -38,7 +39,10 @@ def render_task_card(task: dict[str, Any]) -> ModelCard:
     base_model = _last_component(task["base_model"]) if task["base_model_is_local"] else task["base_model"]
     titles = (_without_local_paths(task["benchmark"]), dataset, recipe.get("dataset_name"), recipe.get("dataset_path"))
     title = next((name for name in titles if name and name != "none"), "a local dataset")
-    towers = task["assignment"]["towers"]
+    towers = {
+        tower: {layer: mode for layer, mode in layers.items() if layer.isdigit()}
+        for tower, layers in task["assignment"]["towers"].items()
+    }
     modes = [mode for layers in towers.values() for mode in layers.values()]
     context = {
         **task,
@@ -100,18 +104,8 @@ def _metadata(task: dict[str, Any], base_model: str, dataset: str | None, title:
 
 
 def _classes_by_task(task: dict[str, Any]) -> dict[str, list[str]]:
-    """Class names by task number; earlier tasks share one entry where their sizes cannot be known."""
-    number, classes, own = task["task"], task["classes"], task["task_classes"]
-    increment = task["recipe"].get("increment")
-    step = increment or len(own)
-    first = len(classes) - len(own) - step * (number - 2)
-    if number == 1:
-        return {"1": own}
-    # Without an increment, a last task may be smaller than those before it.
-    if first < 1 or (not increment and number == task["num_tasks"] and first != step):
-        return {f"1 to {number - 1}": classes[: -len(own)], str(number): own}
-    cuts = [0, *(first + step * i for i in range(number - 1)), len(classes)]
-    return {str(i + 1): classes[cuts[i] : cuts[i + 1]] for i in range(number)}
+    names = iter(task["classes"])
+    return {str(number): list(islice(names, size)) for number, size in enumerate(task["task_sizes"], start=1)}
 
 
 def _layer_picture(towers: dict[str, dict[str, str]]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from hf_zocl.continual.benchmarks import BENCHMARKS, get_benchmark
@@ -13,6 +13,12 @@ from hf_zocl.continual.benchmarks import BENCHMARKS, get_benchmark
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """What a test loads from a folder does not stay in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 def save(folder: Path, **labels: ClassLabel) -> Path:

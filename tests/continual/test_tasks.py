@@ -19,6 +19,12 @@ SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 NAMES = ["zebra", "ant_eater", "owl", "fox", "cow"]
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """What a test loads from a folder does not stay in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
 def picture(value: int) -> PILImage.Image:
     return PILImage.new("RGB", (4, 4), (value % 256, value // 256, 0))
 

@@ -19,6 +19,7 @@ def task() -> dict:
         "adapter": "lora",
         "classes": ["airplane", "dog", "frog", "ship", "cat", "truck"],
         "task_classes": ["cat", "truck"],
+        "task_sizes": [2, 2, 2],
         "class_order": [0, 5, 6, 8, 3, 9],
         "prompt_template": "a photo of a {}.",
         "assignment": {
@@ -139,7 +140,7 @@ def test_forgetting_time_and_memory_are_shown(task):
 
 
 def test_first_task_has_no_forgetting_yet(task):
-    task |= {"task": 1, "classes": ["airplane", "dog"], "task_classes": ["airplane", "dog"]}
+    task |= {"task": 1, "classes": ["airplane", "dog"], "task_classes": ["airplane", "dog"], "task_sizes": [2]}
     task["metrics"] |= {
         "accuracy_matrix": [[0.9]],
         "seen_accuracy": [0.9],
@@ -176,25 +177,11 @@ def test_layers_are_drawn_in_order_for_each_tower(task):
     assert drawn["language"] == ["fo", "ZO", "--"]
 
 
-@pytest.mark.parametrize(
-    ("number", "num_tasks", "increment", "sizes", "expected"),
-    [
-        (3, 5, 2, [2, 2, 2], [("1", 2), ("2", 2), ("3", 2)]),
-        (3, 5, None, [4, 2, 2], [("1", 4), ("2", 2), ("3", 2)]),
-        (3, 3, 3, [3, 3, 1], [("1", 3), ("2", 3), ("3", 1)]),
-        (4, 4, None, [10, 10, 10, 5], [("1 to 3", 30), ("4", 5)]),
-    ],
-)
-def test_classes_are_listed_by_task(task, number, num_tasks, increment, sizes, expected):
-    names = [f"class{i}" for i in range(sum(sizes))]
-    matrix = [[0.5] * (row + 1) for row in range(number)]
-    task |= {"task": number, "num_tasks": num_tasks, "classes": names, "task_classes": names[-sizes[-1] :]}
-    task["recipe"]["increment"] = increment
-    task["metrics"] |= {"accuracy_matrix": matrix, "seen_accuracy": [0.5] * number}
-    rows = table_rows(render_task_card(task))
-    listed = [row for row in rows if len(row) == 2 and re.match(r"class\d", row[1])]
-    assert [(label, len(cell.split(", "))) for label, cell in listed] == expected
-    assert ", ".join(cell for _, cell in listed).split(", ") == names
+def test_classes_are_listed_by_task(task):
+    names, sizes = [f"class{i}" for i in range(7)], [4, 2, 1]
+    task |= {"classes": names, "task_classes": names[-1:], "task_sizes": sizes}
+    rows = [row for row in table_rows(render_task_card(task)) if len(row) == 2 and re.match(r"class\d", row[1])]
+    assert rows == [["1", "class0, class1, class2, class3"], ["2", "class4, class5"], ["3", "class6"]]
 
 
 def test_local_paths_keep_their_last_component_only(task):
@@ -220,6 +207,7 @@ def test_class_names_cannot_break_a_table(task):
 @pytest.mark.parametrize("name", ["dog", 'child\'s "toy"', "back\\slash"])
 def test_loading_code_compiles_and_lists_the_classes(task, name):
     task["classes"] = [name, *(f"class number {i}" for i in range(40)), *task["task_classes"]]
+    task["task_sizes"] = [41, 0, 2]
     source = code_block(render_task_card(task))
     compile(source, "card", "exec")
     classes = re.search(r"^classes = (\[.*?\])\nprompts", source, re.DOTALL | re.MULTILINE).group(1)

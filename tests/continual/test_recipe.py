@@ -1,0 +1,113 @@
+"""Recipes and the command line: what they are read as, and how they fail before any work."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+from PIL import Image as PILImage
+
+from hf_zocl.continual.recipe import build_scheduler, build_stream, parse_recipe
+
+
+RECIPES = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
+
+
+def recipe_file(tmp_path: Path, text: str) -> Path:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def parse(tmp_path: Path, text: str = "", *arguments: str):
+    recipe = recipe_file(tmp_path, f"output_dir: {tmp_path / 'run'}\nreport_to: none\n{text}")
+    return parse_recipe(["--recipe", str(recipe), *arguments])
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_parses_and_says_how_to_launch_it(file):
+    assert parse_recipe(["--recipe", str(file)]).training.output_dir.startswith("runs/")
+    assert f"--recipe scripts/recipes/{file.name}" in file.read_text(encoding="utf-8")
+
+
+def test_the_command_line_overrides_the_recipe(tmp_path):
+    recipe = parse(tmp_path, "zo_branch: vision\nlora_rank: 4\n", "--zo_branch", "language", "--seed", "7")
+    assert (recipe.training.zo_branch, recipe.adapter.lora_rank, recipe.training.seed) == ("language", 4, 7)
+
+
+def test_lists_and_numbers_are_read_from_yaml_and_from_the_command_line(tmp_path):
+    assert parse(tmp_path, "zo_layers: [2, 4]\nclass_order: [3, 1, 0, 2]\n").training.zo_layers == [2, 4]
+    assert parse(tmp_path, "", "--zo_layers", "2", "4").training.zo_layers == [2, 4]
+    assert parse(tmp_path, "", "--zo_layers", "suffix-2").training.zo_layers == "suffix-2"
+    assert parse(tmp_path, "zo_learning_rate: 1e-3\n").training.zo_learning_rate == 1e-3
+
+
+def test_a_misspelt_key_is_named_with_the_likely_one(tmp_path):
+    with pytest.raises(ValueError, match=r"recipe.yaml: unknown argument 'zo_brunch'. Did you mean 'zo_branch'"):
+        parse(tmp_path, "zo_brunch: dual\n")
+
+
+def test_a_missing_recipe_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere.yaml: there is no such file"):
+        parse_recipe(["--recipe", str(tmp_path / "nowhere.yaml")])
+
+
+def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected a mapping"):
+        parse_recipe(["--recipe", str(recipe_file(tmp_path, "- zo_branch"))])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zo_branch: both", "zo_branch='both' is unknown"),
+        ("zo_layers: hop-evn", "zo_layers='hop-evn' is unknown"),
+        ("zo_eps: 0", "zo_eps=0"),
+        ("adapter: ia3", "adapter='ia3' is unknown"),
+        ("benchmark: none", "exactly one of dataset_name .* and dataset_path"),
+        ("dataset_name: someone/something", "dataset_name='someone/something' goes with benchmark=none"),
+    ],
+)
+def test_bad_values_are_named_when_the_recipe_is_read(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("zo_layers: prefix-5", "language tower, which has 4 layers"),
+        ("benchmark: cifar-10", "benchmark='cifar-10' is not registered. Did you mean 'cifar10'"),
+        ("increment: 11", "increment=11"),
+        ("prompt_template: a photo", "prompt_template='a photo'"),
+        ("push_to_hub: true", "push_to_hub"),
+    ],
+)
+def test_what_does_not_fit_fails_before_training(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        build_scheduler(parse(tmp_path, text))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_increment_that_does_not_divide_makes_a_smaller_last_task(tmp_path, caplog):
+    stream, _ = build_stream(parse(tmp_path, "increment: 4\ninitial_increment: 4\n").run)
+    assert [len(task.class_ids) for task in stream] == [4, 4, 2]
+    assert "2" in caplog.text
+
+
+def test_any_image_classification_dataset_is_a_stream(tmp_path):
+    features = datasets.Features(
+        {"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["tea_pot", "mug", "jug"])}
+    )
+    rows = {"photo": [PILImage.new("RGB", (8, 8))] * 6, "kind": [0, 1, 2] * 2}
+    folder = tmp_path / "pots"
+    for split in ("train", "test"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    text = f"benchmark: none\ndataset_path: {folder}\nincrement: 1\nclass_order: [2, 0, 1]\n"
+    stream, template = build_stream(parse(tmp_path, text).run)
+    assert stream.class_names == ("jug", "tea pot", "mug")
+    assert template == "a photo of a {}."
+
+
+def test_a_dataset_of_ones_own_needs_an_increment(tmp_path):
+    with pytest.raises(ValueError, match="needs increment"):
+        build_stream(parse(tmp_path, f"benchmark: none\ndataset_path: {tmp_path}\n").run)
