@@ -39,5 +39,5 @@ setup(
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    classifiers=["License :: OSI Approved :: Apache Software License", "Programming Language :: Python :: 3"],
+    classifiers=["Programming Language :: Python :: 3"],
 )

@@ -144,7 +144,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             initial_increment=2,
             increment=2,
             prompt_template="a photo of a {}.",
-            source=f"2,000 training and 500 test images of CIFAR-10, in the package; else as cifar10: {_CIFAR10_SOURCE}",
+            source=f"2,000 training and 500 test images of CIFAR-10, in the package; as cifar10: {_CIFAR10_SOURCE}",
         ),
         Benchmark(
             name="cifar100",

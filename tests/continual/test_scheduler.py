@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import Trainer, TrainingArguments
+from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
@@ -121,9 +122,8 @@ def test_a_run_folder_and_a_task_name_a_checkpoint_too(run):
     assert model.class_names == ("cat", "ship")
 
 
-def test_a_checkpoint_loads_without_hf_zocl(run, tmp_path):
+def test_a_checkpoint_loads_without_hf_zocl(tmp_path):
     """In a process of its own, which must not import hf_zocl; the accuracy is the one in results.json."""
-    output_dir, results = run
     script = tmp_path / "load.py"
     script.write_text(
         """
@@ -238,24 +238,11 @@ def test_every_task_draws_directions_of_its_own(tmp_path, monkeypatch):
 
 def test_the_collator_counts_labels_from_the_tasks_first_class():
     arrival = np.array([2, -1, -1, 0, -1, -1, -1, -1, 1, -1])
-    scheduler_processor = load_processor()
-    image = scheduler_processor_image()
-    batch = ImageCollator(scheduler_processor, arrival, first_label=0)([{"image": image, "label": 8}])
+    processor, image = AutoProcessor.from_pretrained(sample_path("mini-clip")), Image.new("RGB", (32, 32))
+    batch = ImageCollator(processor, arrival, first_label=0)([{"image": image, "label": 8}])
     assert batch["labels"].tolist() == [1]
     assert batch["pixel_values"].shape == (1, 3, 32, 32)
-    assert ImageCollator(scheduler_processor, arrival, first_label=2)([{"image": image, "label": 0}])["labels"] == 0
-
-
-def load_processor():
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(sample_path("mini-clip"))
-
-
-def scheduler_processor_image():
-    from PIL import Image
-
-    return Image.new("RGB", (32, 32))
+    assert ImageCollator(processor, arrival, first_label=2)([{"image": image, "label": 0}])["labels"] == 0
 
 
 @pytest.mark.parametrize(("name", "text"), [("task.json", None), ("task.json", '{"format_version": 99}')])
