@@ -12,12 +12,12 @@ REQUIRED = [
     "peft>=0.18",
     "evaluate>=0.4.6",
     "huggingface_hub>=1.0,<3",
-    "safetensors>=0.5",
     "numpy>=2.0",
     "jinja2>=3.1",
     "matplotlib>=3.9",
     "pillow>=10",
     "pyyaml>=6.0",
+    "psutil>=5.9; platform_system == 'Windows'",
 ]
 EXTRAS = {"dev": ["pytest>=8", "ruff>=0.9", "import-linter>=2.1", "tensorboard>=2.18"]}
 

@@ -1,5 +1,6 @@
 """Learn a stream of tasks: `accelerate launch scripts/train.py --recipe scripts/recipes/quickstart.yaml`."""
 
+import logging
 import sys
 
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
@@ -7,15 +8,18 @@ from hf_zocl.report import format_results
 
 
 def main() -> None:
+    logging.basicConfig(format="%(message)s")
     try:
         recipe = parse_recipe()
         scheduler = build_scheduler(recipe)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if recipe.training.should_save:
+        logging.getLogger("hf_zocl").setLevel(logging.INFO)
     results = scheduler.run(resume=recipe.run.resume)
     if recipe.training.should_save:
-        print(format_results(results))
-        print(f"\nWritten to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")
+        print(f"\n{format_results(results)}\n")
+        print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ class ContinualTaskScheduler:
             results["seconds"] = time.perf_counter() - started
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], _peak_memory_bytes())
             self._save(task, results)
+        self._remove_empty_folders()
         return results
 
     def _start(self) -> dict[str, Any]:
@@ -197,6 +198,13 @@ class ContinualTaskScheduler:
         save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results))
         write_json(self.output_dir / RESULTS_FILE, results)
         plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
+
+    def _remove_empty_folders(self) -> None:
+        """A Trainer makes its folder whether or not it saves anything there."""
+        folders = [*(self.output_dir / "trainer").glob("*"), self.output_dir / "trainer"]
+        for folder in folders:
+            if self.args.should_save and folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
         """The content of `task.json`."""

@@ -1,0 +1,70 @@
+"""The commands, run as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess:
+    flags = [
+        "--num_processes",
+        "1",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--cpu",
+    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, "scripts/train.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+
+
+def test_the_quickstart_recipe_runs_through_accelerate_and_ends_with_a_table(tmp_path):
+    recipe = ["--recipe", "scripts/recipes/quickstart.yaml", "--output_dir", str(tmp_path), "--increment", "5"]
+    done = launch(*recipe, "--initial_increment", "5", "--max_steps", "2", "--max_test_images_per_class", "5")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [len(row) for row in results["accuracy_matrix"]] == [1, 2]
+    assert results["recipe"]["zo_layers"] == "hop-even"
+    assert f"after task 2  {100 * results['accuracy_matrix'][1][0]:>6.1f}" in done.stdout
+    assert "zero-shot" in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy_matrix.png", "results.json", "task-01", "task-02"]
+
+
+def test_a_misspelt_key_ends_the_command_with_one_clear_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"output_dir: {tmp_path / 'run'}\nzo_leyers: all\n")
+    done = launch("--recipe", str(recipe))
+    assert done.returncode != 0
+    assert "error: " in done.stderr
+    assert "unknown argument 'zo_leyers'. Did you mean 'zo_layers'?" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):
+    command = [
+        sys.executable,
+        "scripts/reproduce.py",
+        "--recipe",
+        "scripts/recipes/quickstart.yaml",
+        "--seeds",
+        "0",
+        "1",
+    ]
+    command += ["--settings", "FO", "language/hop-odd", "--output_dir", str(tmp_path)]
+    command += ["--increment", "5", "--initial_increment", "5", "--max_steps", "1", "--max_test_images_per_class", "2"]
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [line for line in first.stdout.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows] == ["setting", "---", "zero-shot", "FO", "language/hop-odd"]
+    results = tmp_path / "FO" / "seed-1" / "results.json"
+    written = results.stat().st_mtime_ns
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert [line for line in second.stdout.splitlines() if line.startswith("|")] == rows
+    assert results.stat().st_mtime_ns == written
