@@ -112,7 +112,7 @@ whale, willow tree, wolf, woman, worm
 """
 
 _CIFAR10_SOURCE = (
-    "Krizhevsky 2009; five tasks of two classes as in split CIFAR-10 (Zenke et al. 2017, arXiv:1703.04200); "
+    "Krizhevsky 2009; five tasks of two classes, the usual split CIFAR-10; "
     "class order: PyCIL's seed; prompt: CLIP (Radford et al. 2021)"
 )
 
