@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .training_args import ZOCLTrainingArguments
 from .zo import (
+    ForwardState,
     HybridOptimizer,
     ParameterSplit,
     PlainEvaluation,
-    RandomState,
     TowerEvaluation,
     ZOEstimator,
     build_zo_optimizer,
@@ -38,13 +39,15 @@ class ZOCLTrainer(Trainer):
 
     def __init__(self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, **kwargs):
         args = args if args is not None else ZOCLTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, ZOCLTrainingArguments):
+            raise TypeError(f"args: expected ZOCLTrainingArguments, got {type(args).__name__}.")
         super().__init__(model=model, args=args, **kwargs)
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         # The estimate waits here until the Trainer has clipped the first-order gradients.
         self._waiting: dict[nn.Parameter, torch.Tensor] = {}
         self._micro_step = 0
-        self._draws_random_numbers: bool | None = None
+        self._changes_state: bool | None = None
         # The features of a two-tower model, left by the first-order pass for the zeroth-order one.
         self._features: dict[str, torch.Tensor] | None = None
         self._zo_logs: dict[str, torch.Tensor | float] = {}
@@ -52,6 +55,15 @@ class ZOCLTrainer(Trainer):
             return
         if self.optimizer is not None:
             raise ValueError("ZOCLTrainer builds its optimizer over both groups: pass optim and zo_optim, not one.")
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(
+                "FSDP and DeepSpeed move parameters about and cannot be used with zeroth-order layers yet."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot have zeroth-order layers: start one "
+                "process per GPU with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
         if model is not None:
             self._assign_layers()  # fail before any work
         self.add_callback(_InstallEstimate(self))
@@ -59,6 +71,11 @@ class ZOCLTrainer(Trainer):
     @property
     def has_zo_parameters(self) -> bool:
         return self.split is not None and bool(self.split.zo)
+
+    def _split_is_current(self) -> bool:
+        """Whether the split is of this model: `model_init` makes a new one."""
+        mine = {id(parameter) for parameter in self.model.parameters()}
+        return self.split is not None and all(id(parameter) in mine for parameter in self.split.zo_parameters)
 
     def _assign_layers(self) -> None:
         args: ZOCLTrainingArguments = self.args
@@ -80,8 +97,12 @@ class ZOCLTrainer(Trainer):
         """
         if self.args.zo_branch == "none":
             return super().create_optimizer(model)
-        if self.model_init is not None or self.split is None:
+        if not self._split_is_current():
             self._assign_layers()
+        if not self.split.fo and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            raise ValueError(
+                "zo_layers='all' leaves nothing first-order, which several CPU processes cannot train yet."
+            )
         args, zo_parameters = self.args, self.split.zo_parameters
         _require_grad(zo_parameters, False)
         if self.optimizer is None:
@@ -94,7 +115,8 @@ class ZOCLTrainer(Trainer):
             self.split.zo,
             estimator=args.zo_estimator,
             queries=args.queries_by_branch,
-            sign=args.zo_sign,
+            # What is judged must be what will be applied.
+            sign=args.zo_sign or (args.zo_estimator == "conservative" and args.zo_optim == "sign"),
             direction=args.zo_direction,
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
@@ -117,11 +139,11 @@ class ZOCLTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         scale = self._loss_scale(num_items_in_batch)
         self._features = None
-        before, after, base_loss = RandomState(self.args.device), None, None
+        before, after, base_loss = ForwardState(self.args.device, model.buffers()), None, None
         if self.split.fo:
             base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
-            after = RandomState(self.args.device)
-            self._draws_random_numbers = before != after
+            after = ForwardState(self.args.device, model.buffers())
+            self._changes_state = before != after
         else:
             model.train()
         evaluation = self._evaluation(model, inputs, num_items_in_batch, before, after)
@@ -162,7 +184,8 @@ class ZOCLTrainer(Trainer):
             step=self.state.global_step,
             micro_step=self._micro_step,
             base_loss=base_loss,
-            scale=scale,
+            # FZOO's quotient of losses has no scale of its own.
+            scale=1.0 / self.current_gradient_accumulation_steps if self.args.zo_estimator == "fzoo" else scale,
             learning_rate=self._zo_learning_rate,
         )
         # A gradient scaler wants a loss to scale and gradients to look at, even where there is no first-order pass.
@@ -182,10 +205,10 @@ class ZOCLTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None,
-        before: RandomState,
-        after: RandomState | None,
+        before: ForwardState,
+        after: ForwardState | None,
     ) -> PlainEvaluation | TowerEvaluation:
-        """The way to L(θ + εΔ): by the towers where the model has them and draws no random numbers, else in full."""
+        """The way to L(θ + εΔ): by the towers where the model has them and a pass changes no state, else in full."""
 
         def forward() -> torch.Tensor:
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -197,10 +220,10 @@ class ZOCLTrainer(Trainer):
         own_loss = type(self).compute_loss is not ZOCLTrainer.compute_loss
         if own_loss or self.compute_loss_func or self.label_smoother or not hasattr(classifier, "towers"):
             return plain
-        if self._draws_random_numbers is None:
+        if self._changes_state is None:
             plain(None)
-            self._draws_random_numbers = plain.after != before
-        if self._draws_random_numbers:
+            self._changes_state = plain.after != before
+        if self._changes_state:
             logger.warning_once("The forward pass draws random numbers (dropout): every loss is a full forward pass.")
             return plain
 
@@ -213,6 +236,10 @@ class ZOCLTrainer(Trainer):
 
         return TowerEvaluation(encode, combine, classifier.towers, self._features)
 
+    def _forget_estimate(self) -> None:
+        self._waiting.clear()
+        self._micro_step = 0
+
     def _install_estimate(self) -> None:
         """Hand the estimate to the optimizer: normalised and clipped apart from the first-order gradients."""
         parameters = self.split.zo_parameters
@@ -223,7 +250,6 @@ class ZOCLTrainer(Trainer):
         self._estimator.normalise()
         if self.args.zo_max_grad_norm > 0:
             nn.utils.clip_grad_norm_(parameters, self.args.zo_max_grad_norm)
-        self._micro_step = 0
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """What the Trainer multiplies the loss of a micro-batch by (see `Trainer.loss_is_scaled_for_ga`)."""
@@ -242,10 +268,13 @@ class ZOCLTrainer(Trainer):
 
 
 class _InstallEstimate(TrainerCallback):
-    """Fires between the Trainer's clipping and `optimizer.step`, so the clipping never sees the estimate."""
+    """Installs the estimate between the Trainer's clipping, which must not see it, and `optimizer.step`."""
 
     def __init__(self, trainer: ZOCLTrainer):
         self.trainer = trainer
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer._forget_estimate()  # what an interrupted step may have left
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._install_estimate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -74,10 +75,15 @@ class ZOCLTrainingArguments(TrainingArguments):
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
         _choices("zo_direction", self.zo_direction, DIRECTIONS)
         _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
+        own = (self.zo_queries_vision, self.zo_queries_language)
         for name in ("zo_queries", "zo_queries_vision", "zo_queries_language"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1.")
+            is_default = name == "zo_queries" and None not in own  # every tower has its own number
+            least = 2 if self.zo_estimator == "fzoo" and not is_default else 1
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(
+                    f"{name}={value!r}: zo_estimator={self.zo_estimator!r} takes an integer from {least}."
+                )
         for name in ("zo_eps", "zo_eps_vision", "zo_eps_language"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -105,6 +111,8 @@ def parse_layers(layers: str | int | list) -> str | list[int] | list[str]:
         items = items[0].split(",")
     if items and all(str(item).strip().isdigit() for item in items):
         return [int(item) for item in items]
-    # A command line gives a list even for one scheme. No parameter's name has a hyphen, so this is no expression.
-    is_scheme = len(items) == 1 and (isinstance(layers, str) or items[0] == "all" or "-" in str(items[0]))
+    # A command line gives a list even for one scheme; no parameter's name has a hyphen, so that is no expression.
+    is_scheme = len(items) == 1 and (
+        isinstance(layers, str) or items[0] == "all" or re.fullmatch(r"[a-z]+-\w*", str(items[0]))
+    )
     return items[0] if is_scheme else items

@@ -12,7 +12,7 @@ def main() -> None:
     try:
         recipe = parse_recipe()
         scheduler = build_scheduler(recipe)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     if recipe.training.should_save:
         logging.getLogger("hf_zocl").setLevel(logging.INFO)

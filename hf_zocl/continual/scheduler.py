@@ -67,6 +67,11 @@ class ContinualTaskScheduler:
     ):
         if args.push_to_hub:
             raise ValueError("push_to_hub=True: in this release task checkpoints stay in output_dir.")
+        if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
+            raise ValueError(
+                "The scheduler evaluates after every task: leave eval_strategy, eval_on_start and "
+                "load_best_model_at_end as they are."
+            )
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
@@ -105,14 +110,9 @@ class ContinualTaskScheduler:
         return results
 
     def _start(self) -> dict[str, Any]:
-        """Clear what an earlier run left behind, and measure zero-shot."""
-        if self.args.should_save:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / RESULTS_FILE).unlink(missing_ok=True)
-            for folder in self.output_dir.glob("task-[0-9][0-9]"):
-                shutil.rmtree(folder)
+        """Measure zero-shot, then clear what an earlier run left behind."""
         started = time.perf_counter()
-        return {
+        results = {
             "benchmark": self.stream.name,
             "recipe": self.recipe,
             "classes": list(self.stream.class_names),
@@ -124,6 +124,12 @@ class ContinualTaskScheduler:
             "seed": self.args.seed,
             "versions": _versions(),
         }
+        if self.args.should_save:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            (self.output_dir / RESULTS_FILE).unlink(missing_ok=True)
+            for folder in self.output_dir.glob("task-[0-9][0-9]*"):
+                shutil.rmtree(folder)
+        return results
 
     def _train(self, task: Task) -> ZOCLTrainer:
         self.model.set_classes(task.class_names)
@@ -248,6 +254,8 @@ class ContinualTaskScheduler:
                 f"{key}: {results['recipe'].get(key)!r} there, {mine.get(key)!r} here" for key in different
             )
             raise ValueError(f"resume: {file} is the run of another recipe ({details}).")
+        if results["classes"] != list(self.stream.class_names):
+            raise ValueError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
         return results
 
     def _load_adapter(self, task: int) -> None:

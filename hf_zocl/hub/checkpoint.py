@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, CLIPModel, ProcessorMixin
 
@@ -75,12 +77,13 @@ def load_task_checkpoint(
         The classifier with the classes of all tasks seen so far, in evaluation mode, and the processor.
 
     Raises:
-        ValueError: If the folder holds no task checkpoint, or `task` and `revision` are both given.
+        ValueError: If there is no such folder, it holds no task checkpoint, or `task` and `revision` are both given.
     """
     if task is not None and revision is not None:
         raise ValueError(f"task={task} and revision={revision!r} were both given: they name the same thing, pass one.")
     folder = Path(path)
     if not folder.is_dir():
+        _check_repository(str(path))
         patterns = ["*.json", "*.safetensors"]
         revision = task_folder(task) if task is not None else revision
         folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
@@ -93,6 +96,13 @@ def load_task_checkpoint(
         PeftModel.from_pretrained(clip, folder), processor.tokenizer, info["classes"], info["prompt_template"]
     )
     return model.eval(), processor
+
+
+def _check_repository(name: str) -> None:
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"{name} is neither a folder nor the name of a repository on the Hub.") from error
 
 
 def read_task(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class AdapterArguments:
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
             raise ValueError(f"adapter={self.adapter!r} is unknown: expected one of {', '.join(ADAPTERS)}.")
+        if isinstance(self.target_modules, str):
+            self.target_modules = [self.target_modules]
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank}: expected at least 1.")
 

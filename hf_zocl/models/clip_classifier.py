@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
@@ -41,7 +42,7 @@ class CLIPClassifier(nn.Module):
         prompt_template: A prompt with one `{}` for the class name.
 
     Raises:
-        ValueError: If the template has no `{}`.
+        ValueError: If the template has not exactly one `{}`.
     """
 
     towers = ("vision", "language")
@@ -54,8 +55,8 @@ class CLIPClassifier(nn.Module):
         prompt_template: str = "a photo of a {}.",
     ):
         super().__init__()
-        if "{}" not in prompt_template:
-            raise ValueError(f"prompt_template={prompt_template!r}: expected a '{{}}' for the class name.")
+        if prompt_template.count("{}") != 1:
+            raise ValueError(f"prompt_template={prompt_template!r}: expected one '{{}}' for the class name.")
         self.clip = clip
         self.tokenizer = tokenizer
         self.prompt_template = prompt_template
@@ -90,12 +91,13 @@ class CLIPClassifier(nn.Module):
         image_embeds = self.encode("vision", pixel_values)
         text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
         features = {"vision": image_embeds, "language": text_embeds}
-        output = CLIPClassifierOutput(logits=self.logits(features))
-        if labels is not None:
-            output.loss = F.cross_entropy(output.logits, labels)
-        if self.training:
-            output.image_embeds, output.text_embeds = image_embeds, text_embeds
-        return output
+        logits = self.logits(features)
+        return CLIPClassifierOutput(
+            loss=F.cross_entropy(logits, labels) if labels is not None else None,
+            logits=logits,
+            image_embeds=image_embeds if self.training else None,
+            text_embeds=text_embeds if self.training else None,
+        )
 
     def encode(self, tower: str, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """The features of one tower, of unit length: of the images (`vision`) or of the prompts (`language`)."""
@@ -126,15 +128,28 @@ class CLIPClassifier(nn.Module):
         self._clear_text_cache()
         return super().train(mode)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        self.clip.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, *args, **kwargs) -> None:
+        self.clip.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         self.clip.gradient_checkpointing_disable()
 
+    def activation_checkpointing_enable(self, *args, **kwargs) -> None:
+        self.clip.activation_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        self.clip.activation_checkpointing_disable()
+
     def _cached_text_embeds(self) -> torch.Tensor:
-        """In evaluation the prompts are encoded once; a change of any weight or of the classes encodes them anew."""
-        version = sum(parameter._version for parameter in self.parameters())
+        """In evaluation the prompts are encoded once; anew after new classes, `eval()`, another adapter or weights.
+
+        Weights changed behind torch's back (through `.data`, by a fused optimizer) are seen at the next `eval()`.
+        """
+        adapters = [m for m in self.clip.modules() if isinstance(m, BaseTunerLayer)]
+        version = (
+            sum(parameter._version for parameter in self.parameters()),
+            tuple((layer.disable_adapters, *layer.active_adapters) for layer in adapters),
+        )
         if torch.is_grad_enabled():
             return self.encode("language")
         if self._text_cache is None or self._text_cache[0] != version:
@@ -142,4 +157,4 @@ class CLIPClassifier(nn.Module):
         return self._text_cache[1]
 
     def _clear_text_cache(self) -> None:
-        self._text_cache: tuple[int, torch.Tensor] | None = None
+        self._text_cache: tuple[tuple, torch.Tensor] | None = None

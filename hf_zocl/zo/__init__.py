@@ -2,19 +2,19 @@
 
 from .assignment import LayerAssignment, ParameterSplit, ZOGroup
 from .estimator import Estimate, ZOEstimator
-from .evaluation import PlainEvaluation, RandomState, TowerEvaluation
+from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
 from .perturbation import Perturbation, direction_seed, draw_directions
 
 
 __all__ = [
     "Estimate",
+    "ForwardState",
     "HybridOptimizer",
     "LayerAssignment",
     "ParameterSplit",
     "Perturbation",
     "PlainEvaluation",
-    "RandomState",
     "SignSGD",
     "TowerEvaluation",
     "ZOEstimator",

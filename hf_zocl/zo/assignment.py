@@ -92,6 +92,10 @@ class LayerAssignment:
     def __post_init__(self):
         if self.branch not in BRANCHES:
             raise ValueError(f"zo_branch={self.branch!r} is unknown: expected one of {', '.join(BRANCHES)}.")
+        if not isinstance(self.layers, Sequence):
+            raise ValueError(
+                f"zo_layers={self.layers!r}: expected a scheme or a list, not {type(self.layers).__name__}."
+            )
         if isinstance(self.layers, str):
             self._check_scheme()
         else:

@@ -42,6 +42,8 @@ class ZOEstimator:
     - `conservative`: the one-sided estimate of every query, and their mean, are tried as an SGD step; the one with the
       lowest loss is g, or zero when no step beats standing still (ZO-SGD-Cons; ZO-LLM, ICML 2024)
 
+    A query whose loss is not finite counts for nothing, so one overflow does not spoil the weights.
+
     Args:
         groups: The zeroth-order parameters; all groups of a branch are perturbed together.
         estimator: One of `one-sided`, `two-sided`, `conservative`, `fzoo`.
@@ -152,7 +154,7 @@ class ZOEstimator:
             if self.sign:
                 torch._foreach_sign_(update)
             losses.append(query.loss_at(update, -learning_rate))
-        losses = torch.cat([losses[0].view(1), self.reduce(torch.stack(losses[1:]))])
+        losses = torch.cat([losses[0].view(1), self.reduce(torch.stack(losses[1:]))]).nan_to_num(nan=torch.inf)
         # Indexing with the winner stays on the device; "no update" is a row of zeros.
         rows = torch.stack([torch.zeros_like(differences), *candidates])
         return query.combine(rows[losses.argmin()])
@@ -209,6 +211,7 @@ class _BranchQueries:
     def combine(self, weights: torch.Tensor, per_eps: bool = True) -> list[torch.Tensor]:
         """Σᵢ wᵢ·Δᵢ, divided by the ε of each parameter unless `per_eps` is off; in float32, one tensor a parameter."""
         total: list[torch.Tensor] | None = None
+        weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
         for weight, seed in zip(weights, self.seeds, strict=True):
             term = torch._foreach_mul([direction.float() for direction in self._draw(seed)], weight)
             total = term if total is None else torch._foreach_add(total, term)

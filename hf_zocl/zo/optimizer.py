@@ -56,13 +56,18 @@ def build_zo_optimizer(
 ) -> torch.optim.Optimizer:
     """The rule for the zeroth-order parameters: one parameter group per branch, marked by its key `zo_branch`.
 
+    The names of its parameters go with a group, so that a state is not loaded into other layers.
+
     Raises:
         ValueError: If `name` is none of `sgd`, `sign`, `adamw`.
     """
-    branches: dict[str | None, list[torch.nn.Parameter]] = {}
+    branches: dict[str | None, dict] = {}
     for group in groups:
-        branches.setdefault(group.branch, []).extend(group.parameters)
-    params = [{"params": parameters, "zo_branch": branch or "model"} for branch, parameters in branches.items()]
+        branch = {"params": [], "zo_branch": group.branch or "model", "zo_names": []}
+        branch = branches.setdefault(group.branch, branch)
+        branch["params"].extend(group.parameters)
+        branch["zo_names"].extend(group.names)
+    params = list(branches.values())
     if name == "sgd":
         return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name == "sign":
@@ -86,6 +91,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         self.parts = parts
         self._sizes = [len(part.param_groups) for part in parts]
         super().__init__([group for part in parts for group in part.param_groups], defaults={})
+        self.defaults = dict(parts[0].defaults)  # some schedulers read the learning rate here
         self._share()
 
     def _share(self) -> None:
@@ -107,6 +113,16 @@ class HybridOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
+        """As `torch.optim.Optimizer.load_state_dict`.
+
+        Raises:
+            ValueError: If the state is that of another layer assignment.
+        """
+        for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            if mine.get("zo_names") != theirs.get("zo_names"):
+                raise ValueError(
+                    "The optimizer state was saved under another zo_branch or zo_layers than the present."
+                )
         super().load_state_dict(state_dict)
         self._share()
 

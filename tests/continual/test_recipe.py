@@ -62,6 +62,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
         ("zo_branch: both", "zo_branch='both' is unknown"),
         ("zo_layers: hop-evn", "zo_layers='hop-evn' is unknown"),
         ("zo_eps: 0", "zo_eps=0"),
+        ("zo_estimator: fzoo", "zo_queries=1"),
         ("adapter: ia3", "adapter='ia3' is unknown"),
         ("benchmark: none", "exactly one of dataset_name .* and dataset_path"),
         ("dataset_name: someone/something", "dataset_name='someone/something' goes with benchmark=none"),
@@ -80,6 +81,7 @@ def test_bad_values_are_named_when_the_recipe_is_read(tmp_path, text, message):
         ("increment: 11", "increment=11"),
         ("prompt_template: a photo", "prompt_template='a photo'"),
         ("push_to_hub: true", "push_to_hub"),
+        ("eval_strategy: epoch", "eval_strategy"),
     ],
 )
 def test_what_does_not_fit_fails_before_training(tmp_path, text, message):

@@ -253,6 +253,12 @@ def test_a_folder_that_is_no_checkpoint_is_named(tmp_path, name, text):
         load_task_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["task-77", "no/such/folder"])
+def test_a_missing_folder_is_named(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} is neither a folder nor the name of a repository"):
+        load_task_checkpoint(tmp_path / name)
+
+
 def test_task_and_revision_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"task=1 and revision='main'"):
         load_task_checkpoint(tmp_path, task=1, revision="main")

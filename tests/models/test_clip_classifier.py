@@ -79,6 +79,24 @@ def test_the_cache_notices_new_weights_new_classes_and_training(classifier, monk
     assert len(calls) == 5
 
 
+def test_the_cache_notices_a_disabled_adapter(classifier):
+    classifier.eval()
+    with torch.no_grad():
+        adapted = classifier(**image_batch()).logits
+        with classifier.clip.disable_adapter():
+            base = classifier(**image_batch()).logits
+        torch.testing.assert_close(classifier(**image_batch()).logits, adapted)
+        classifier._clear_text_cache()
+        with classifier.clip.disable_adapter():
+            torch.testing.assert_close(classifier(**image_batch()).logits, base)
+    assert not torch.equal(adapted, base)
+
+
+def test_the_loss_comes_first(classifier):
+    output = classifier.eval()(**image_batch())
+    assert output[0] is output.loss
+
+
 def test_training_mode_returns_the_towers_features(classifier):
     output = classifier.train()(**image_batch())
     features = output.tower_features()
@@ -114,9 +132,10 @@ def test_predict_gives_names_and_probabilities(classifier):
     assert names == [classifier.class_names[i] for i in probabilities.argmax(dim=-1)]
 
 
-def test_a_template_without_a_place_for_the_name_is_refused(classifier):
-    with pytest.raises(ValueError, match="prompt_template='a photo'"):
-        CLIPClassifier(classifier.clip, classifier.tokenizer, ["cat"], "a photo")
+@pytest.mark.parametrize("template", ["a photo", "a {} and {}"])
+def test_a_template_without_one_place_for_the_name_is_refused(classifier, template):
+    with pytest.raises(ValueError, match=f"prompt_template='{template}'"):
+        CLIPClassifier(classifier.clip, classifier.tokenizer, ["cat"], template)
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_layers_beyond_the_model_name_its_depth(layers):
         LayerAssignment("dual", layers).split(TwoTowers())
 
 
-@pytest.mark.parametrize("layers", [[], [0], [1, "a"], ["("]])
+@pytest.mark.parametrize("layers", [[], [0], [1, "a"], ["("], 3])
 def test_a_bad_list_is_refused(layers):
     with pytest.raises(ValueError, match="zo_layers"):
         LayerAssignment("dual", layers)

@@ -124,6 +124,30 @@ def test_conservative_stands_still_when_every_step_would_climb():
     assert not model.theta.grad.any()
 
 
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "conservative", "fzoo"])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_query_without_a_finite_loss_leaves_the_estimate_finite(estimator, bad):
+    model, calls = Quadratic(), []
+
+    def loss(perturbed):
+        calls.append(1)
+        return torch.tensor(bad) if len(calls) == 3 else model()
+
+    estimator_of(model, estimator=estimator, queries=3).accumulate(loss, step=0, learning_rate=1e-3)
+    assert model.theta.grad.isfinite().all()
+
+
+def test_conservative_never_takes_a_candidate_without_a_finite_loss():
+    model, calls = Quadratic(), []
+
+    def loss(perturbed):
+        calls.append(1)
+        return model() if len(calls) <= 2 else torch.tensor(float("nan"))
+
+    estimator_of(model, estimator="conservative").accumulate(loss, step=0, learning_rate=1e-3)
+    assert not model.theta.grad.any()
+
+
 class TwoTowers(nn.Module):
     def __init__(self):
         super().__init__()

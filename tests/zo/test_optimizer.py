@@ -71,6 +71,15 @@ def test_the_state_dict_has_the_usual_form():
     assert [group["params"] for group in optimizer.state_dict()["param_groups"]] == [[0, 1], [2, 3]]
 
 
+def test_a_state_of_other_layers_is_refused():
+    model = network()
+    saved = HybridOptimizer(*parts(model)).state_dict()
+    split = LayerAssignment("dual", [r"^0\."]).split(model)
+    other = HybridOptimizer(torch.optim.AdamW(split.fo.values(), lr=0.01), build_zo_optimizer(split.zo))
+    with pytest.raises(ValueError, match="another zo_branch or zo_layers"):
+        other.load_state_dict(saved)
+
+
 def test_zero_grad_clears_both_parts():
     model = network()
     optimizer = HybridOptimizer(*parts(model))
