@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The CPU build is enough for the sample; on a machine with a GPU: make train TORCH=torch
 TORCH  ?= torch==2.13.0
+CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
 RECIPE ?= scripts/recipes/quickstart.yaml
 
 .DEFAULT_GOAL := help
@@ -23,6 +24,7 @@ setup: $(VENV)/installed  ## make .venv and install the package with its tools
 
 train: $(VENV)/installed  ## learn the embedded sample's five tasks (RECIPE=… for another run)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(CORES) \
 		scripts/train.py --recipe $(RECIPE) $(ARGS)
 
 test: $(VENV)/installed  ## the tests, without the slow ones
