@@ -3,15 +3,16 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
-# The adapters, the Hub layout and the Trainer hooks were written and tested against these releases.
+# Of the Hugging Face packages, the releases that the tests ran with (transformers: 5.20 and 5.23); of torch, the first
+# with the functions used.
 REQUIRED = [
     "torch>=2.6",
-    "transformers>=5.17,<6",
-    "datasets>=4.0",
-    "accelerate>=1.10",
-    "peft>=0.18",
+    "transformers>=5.20,<6",
+    "datasets>=5.0",
+    "accelerate>=1.15",
+    "peft>=0.21",
     "evaluate>=0.4.6",
-    "huggingface_hub>=1.0,<3",
+    "huggingface_hub>=2.0,<3",
     "numpy>=2.0",
     "jinja2>=3.1",
     "matplotlib>=3.9",
