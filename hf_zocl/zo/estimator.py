@@ -185,10 +185,10 @@ class _BranchQueries:
 
     def losses(self, base_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """L(θ+εΔᵢ), shape `(q,)`, and L(θ), both averaged over the ranks."""
-        losses = [base_loss.float()]
+        losses = [_wide(base_loss)]
         for seed in self.seeds:
             self.perturbation.perturb(self._draw(seed))
-            losses.append(self.loss(self.branch).float())
+            losses.append(_wide(self.loss(self.branch)))
         losses = self.reduce(torch.stack(losses))
         return losses[1:], losses[0]
 
@@ -198,22 +198,22 @@ class _BranchQueries:
         for seed in self.seeds:
             direction = self._draw(seed)
             self.perturbation.perturb(direction, sign=1)
-            forward = self.loss(self.branch).float()
+            forward = _wide(self.loss(self.branch))
             self.perturbation.perturb(direction, sign=-1)
-            differences.append((forward - self.loss(self.branch).float()) / 2)
+            differences.append((forward - _wide(self.loss(self.branch))) / 2)
         return self.reduce(torch.stack(differences))
 
     def loss_at(self, update: Sequence[torch.Tensor], factor: float) -> torch.Tensor:
         """L(θ + factor·update)."""
         self.perturbation.move(update, factor)
-        return self.loss(self.branch).float()
+        return _wide(self.loss(self.branch))
 
     def combine(self, weights: torch.Tensor, per_eps: bool = True) -> list[torch.Tensor]:
-        """Σᵢ wᵢ·Δᵢ, divided by the ε of each parameter unless `per_eps` is off; in float32, one tensor a parameter."""
+        """Σᵢ wᵢ·Δᵢ, divided by the ε of each parameter unless `per_eps` is off; one tensor a parameter."""
         total: list[torch.Tensor] | None = None
         weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
         for weight, seed in zip(weights, self.seeds, strict=True):
-            term = torch._foreach_mul([direction.float() for direction in self._draw(seed)], weight)
+            term = torch._foreach_mul([_wide(direction) for direction in self._draw(seed)], weight)
             total = term if total is None else torch._foreach_add(total, term)
         if per_eps:
             torch._foreach_div_(total, self.perturbation.eps)
@@ -221,6 +221,11 @@ class _BranchQueries:
 
     def _draw(self, seed: int) -> list[torch.Tensor]:
         return draw_directions(self.groups, seed, self.direction)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least: a difference of two losses needs it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _variance(gradient: Sequence[torch.Tensor]) -> torch.Tensor:
