@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .tasks import CLASS_ORDER_SEED, TaskStream
@@ -116,31 +116,27 @@ _CIFAR10_SOURCE = (
     "class order: PyCIL's seed; prompt: CLIP (Radford et al. 2021)"
 )
 
+_CIFAR10 = Benchmark(
+    name="cifar10",
+    dataset_id="uoft-cs/cifar10",
+    train_split="train",
+    test_split="test",
+    image_column="img",
+    label_column="label",
+    initial_increment=2,
+    increment=2,
+    prompt_template="a photo of a {}.",
+    source=_CIFAR10_SOURCE,
+)
+
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
-        Benchmark(
-            name="cifar10",
-            dataset_id="uoft-cs/cifar10",
-            train_split="train",
-            test_split="test",
-            image_column="img",
-            label_column="label",
-            initial_increment=2,
-            increment=2,
-            prompt_template="a photo of a {}.",
-            source=_CIFAR10_SOURCE,
-        ),
-        Benchmark(
+        _CIFAR10,
+        replace(
+            _CIFAR10,
             name="cifar10-sample",
             dataset_id="cifar10-sample",
-            train_split="train",
-            test_split="test",
-            image_column="img",
-            label_column="label",
-            initial_increment=2,
-            increment=2,
-            prompt_template="a photo of a {}.",
             source=f"2,000 training and 500 test images of CIFAR-10, in the package; as cifar10: {_CIFAR10_SOURCE}",
         ),
         Benchmark(

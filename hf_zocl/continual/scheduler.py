@@ -207,9 +207,11 @@ class ContinualTaskScheduler:
 
     def _remove_empty_folders(self) -> None:
         """A Trainer makes its folder whether or not it saves anything there."""
-        folders = [*(self.output_dir / "trainer").glob("*"), self.output_dir / "trainer"]
-        for folder in folders:
-            if self.args.should_save and folder.is_dir() and not any(folder.iterdir()):
+        if not self.args.should_save:
+            return
+        parent = self.output_dir / "trainer"
+        for folder in [*parent.glob("*"), parent]:
+            if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
@@ -217,7 +219,6 @@ class ContinualTaskScheduler:
         base_model = self.recipe.get("model_name_or_path") or self.model.config.name_or_path
         seen = self.stream.class_order[: task.first_label + len(task.class_ids)]
         measures = ("accuracy_matrix", "seen_accuracy", "last", "avg", "forgetting", "backward_transfer")
-        layers = self.args.zo_layers
         return {
             "task": task.index,
             "num_tasks": len(self.stream),
@@ -231,7 +232,7 @@ class ContinualTaskScheduler:
             "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],
             "class_order": [int(label) for label in seen],
             "prompt_template": self.model.prompt_template,
-            "assignment": {"branch": self.args.zo_branch, "layers": layers, "towers": self._towers},
+            "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
             "metrics": {name: results[name] for name in measures},
             **{
                 name: results[name]
@@ -273,11 +274,8 @@ class ImageCollator:
     """
 
     def __init__(self, processor: ProcessorMixin, arrival_labels: np.ndarray, first_label: int = 0):
-        self.image_processor, self.arrival_labels, self.first_label = (
-            processor.image_processor,
-            arrival_labels,
-            first_label,
-        )
+        self.image_processor = processor.image_processor
+        self.arrival_labels, self.first_label = arrival_labels, first_label
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         images = [example["image"] for example in examples]

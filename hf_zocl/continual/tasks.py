@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
+from ..hub.checkpoint import task_folder
+
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +45,7 @@ class Task:
     @property
     def name(self) -> str:
         """The task's name, and its folder's: `task-01`."""
-        return f"task-{self.index:02d}"
+        return task_folder(self.index)
 
 
 class TaskStream(Sequence[Task]):
