@@ -35,7 +35,8 @@ from hf_zocl.models import CLIPClassifier
 def main() -> None:
     options, further = parse_arguments()
     grid = [
-        dict(zip(options.grid, values, strict=True)) for values in itertools.product(*map(options.grid.get, options.grid))
+        dict(zip(options.grid, values, strict=True))
+        for values in itertools.product(*map(options.grid.get, options.grid))
     ]
     retention = retention_stream(options)
     rows = [measure_zero_shot(options, further, retention)]
