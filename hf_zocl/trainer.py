@@ -47,7 +47,7 @@ class ZOCLTrainer(Trainer):
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         self._plan: TowerPlan | None = None
-        # The estimates of the micro-batches, and what each counts: a few numbers, until the optimizer wants a gradient.
+        # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
         self._zo_logs: dict[str, torch.Tensor | float] = {}
         if args.zo_branch == "none":
@@ -184,7 +184,7 @@ class ZOCLTrainer(Trainer):
         return TowerEvaluation(self._plan, forward, before, context=self.accelerator.autocast)
 
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
-        """A gradient scaler wants a loss to scale and gradients to look at, even where there is no first-order pass."""
+        """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
         self.accelerator.scaler.scale(loss)
         for parameter in self.split.zo_parameters:
             parameter.grad = torch.zeros_like(parameter)

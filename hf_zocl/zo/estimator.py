@@ -43,12 +43,12 @@ class Estimate:
 class ZOEstimator:
     """Estimates the gradient of a loss in the zeroth-order groups from forward passes alone.
 
-    Equation 2 of arXiv 2506.12409 perturbs one modality and holds the other, so every branch has directions of its own.
+    Equation 2 of arXiv 2506.12409 perturbs one modality and holds the other, so every branch has its own directions.
     With Δᵢ the direction of query i and g the mean over the q queries:
 
     - `one-sided`: g = [L(θ+εΔᵢ) − L(θ)] / ε · Δᵢ (equation 2)
-    - `two-sided`: g = [L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2ε · Δᵢ (SPSA; MeZO, NeurIPS 2023). With two branches, L is the mean over
-      both signs of the other branch's first query: up to O(ε²) the same number, and no pass at θ is needed.
+    - `two-sided`: g = [L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2ε · Δᵢ (SPSA; MeZO, NeurIPS 2023). With two branches, L is the mean
+      over both signs of the other branch's first query: up to O(ε²) the same number, and no pass at θ is needed.
     - `fzoo`: g = [L(θ+εΔᵢ) − L(θ)] / σ · Δᵢ, σ the standard deviation of the q losses (FZOO, ICLR 2026)
     - `conservative`: the one-sided estimate of every query, and their mean, are tried as an SGD step; the one with the
       lowest loss is g, or zero when no step beats standing still (ZO-SGD-Cons; ZO-LLM, ICML 2024)

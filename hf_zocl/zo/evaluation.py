@@ -1,12 +1,12 @@
 """The cheapest way to a loss under a perturbation.
 
-A dual encoder's towers meet only in the last product, and a perturbation that starts in layer k leaves the layers below
-as they are. So one step runs each tower once at θ (the first-order pass does, where there is one) and once for every
-perturbation of its own parameters, from layer k on; a loss is then the model's own forward pass with both towers
+A dual encoder's towers meet only in the last product, and a perturbation that starts in layer k leaves the layers
+below as they are. So one step runs each tower once at θ (the first-order pass does, where there is one) and once for
+every perturbation of its own parameters, from layer k on; a loss is then the model's own forward pass with both towers
 replayed. Several small candidates of one tower go through it as one batch.
 
-Nothing of the model is rewritten: for the length of a call, an attribute of a module (`forward`, `layers`, `weight`) is
-shadowed by another. Every loss equals that of the plain forward pass, to rounding.
+Nothing of the model is rewritten: for the length of a call, an attribute of a module (`forward`, `layers`, `weight`)
+is shadowed by another. Every loss equals that of the plain forward pass, to rounding.
 """
 
 from __future__ import annotations
@@ -168,8 +168,8 @@ class TowerPlan:
 
     def __init__(self, model: nn.Module, perturbations: Iterable[Perturbation]):
         self.towers = find_towers(model)
-        self.perturbations = {name: None for name in self.towers}
-        self.first_layer = {name: 0 for name in self.towers}
+        self.perturbations = dict.fromkeys(self.towers)
+        self.first_layer = dict.fromkeys(self.towers, 0)
         self.linears: dict[str, list[tuple[nn.Linear, str, int]] | None] = {}
         self.within_towers: set[Perturbation] = set()
         owners = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None}
@@ -399,7 +399,7 @@ class TowerEvaluation:
 
 @contextmanager
 def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Let attributes of a module be others for a while: an instance's own come before its class's and its submodules'."""
+    """Let attributes of a module be others for a while: an instance's own come before its submodules and its class's."""
     own = vars(module)
     saved = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
@@ -417,7 +417,7 @@ def _forward_of(module: nn.Module, forward: Callable) -> AbstractContextManager:
 
 
 class _StackedForward:
-    """`linear` with a weight `(c, out, in)` and a bias `(c, out)` or `(out,)`, for rows that are c candidates' in turn."""
+    """A linear layer's forward pass while its weights are stacked."""
 
     def __init__(self, module: nn.Linear):
         self.module = module
