@@ -399,7 +399,7 @@ class TowerEvaluation:
 
 @contextmanager
 def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Let attributes of a module be others for a while: an instance's own come before its submodules and its class's."""
+    """Let attributes of a module be others for a while: an instance's own come before its class's."""
     own = vars(module)
     saved = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
