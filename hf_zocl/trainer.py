@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .zo import (
     Estimate,
     ForwardState,
     HybridOptimizer,
+    Moments,
     ParameterSplit,
     PlainEvaluation,
     TowerEvaluation,
@@ -25,6 +27,10 @@ from .zo import (
 
 
 logger = logging.get_logger(__name__)
+
+# More zeroth-order parameters than this, in number and as a part of the model, are moved in place, layer by layer.
+STREAMED_PARAMETERS = 1 << 24
+STREAMED_FRACTION = 0.1
 
 
 class ZOCLTrainer(Trainer):
@@ -47,6 +53,7 @@ class ZOCLTrainer(Trainer):
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         self._plan: TowerPlan | None = None
+        self._hybrid: HybridOptimizer | None = None
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
         self._zo_logs: dict[str, torch.Tensor | float] = {}
@@ -66,6 +73,13 @@ class ZOCLTrainer(Trainer):
         if model is not None:
             self._assign_layers()  # fail before any work
         self.add_callback(_InstallEstimate(self))
+
+    @property
+    def _has_many_zo_parameters(self) -> bool:
+        """Whether the zeroth-order parameters are too many to be copied: then they are streamed."""
+        count = sum(parameter.numel() for parameter in self.split.zo_parameters)
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
+        return count > STREAMED_PARAMETERS and count > STREAMED_FRACTION * whole
 
     @property
     def has_zo_parameters(self) -> bool:
@@ -109,7 +123,7 @@ class ZOCLTrainer(Trainer):
                 self.split.zo, args.zo_optim, args.zo_learning_rate, args.zo_momentum, args.zo_weight_decay
             )
             parts = [super().create_optimizer(model), zo] if self.split.fo else [zo]
-            self.optimizer = HybridOptimizer(*parts)
+            self._hybrid = self.optimizer = HybridOptimizer(*parts)
         self._estimator = ZOEstimator(
             self.split.zo,
             estimator=args.zo_estimator,
@@ -119,6 +133,7 @@ class ZOCLTrainer(Trainer):
             direction=args.zo_direction,
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
+            model=self.model if self._has_many_zo_parameters else None,
         )
         self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
         return self.optimizer
@@ -186,23 +201,42 @@ class ZOCLTrainer(Trainer):
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
         """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
         self.accelerator.scaler.scale(loss)
-        for parameter in self.split.zo_parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        parameter = self.split.zo_parameters[0]
+        parameter.grad = torch.zeros_like(parameter)
 
     def _forget_estimates(self) -> None:
         self._estimates.clear()
 
     def _install_estimates(self) -> None:
         """Hand the estimate to the optimizer: normalised and clipped apart from the first-order gradients."""
-        parameters = self.split.zo_parameters
-        variance = self._estimator.write(self._estimates)
+        estimates, limit = list(self._estimates), self.args.zo_max_grad_norm
         self._forget_estimates()
-        for branch, value in variance.items():
-            self._zo_logs["zo_variance" + (f"_{branch}" if branch else "")] = value
+        if self._estimator.is_streamed:
+            self._hybrid.stream = self._stream_estimates(estimates, limit)
+            return
+        self._log_moments(self._estimator.write(estimates))
+        if limit > 0:
+            nn.utils.clip_grad_norm_(self.split.zo_parameters, limit)
+
+    def _stream_estimates(self, estimates: list[tuple[Estimate, float]], limit: float) -> Iterator[None]:
+        """The gradients of one layer after another, for an optimizer that steps once for each."""
+        factor = 1.0
+        if limit > 0:
+            squares = sum(moments.squares for _, moments in self._estimator.stream(estimates))
+            count = sum(len(perturbation) for perturbation in self._estimator.perturbations.values())
+            norm = count**0.5 if self._estimator.sign else squares.sqrt()
+            factor = torch.as_tensor(limit / (norm + 1e-6)).clamp(max=1.0)
+        total: dict[str | None, Moments] = {}
+        for branch, moments in self._estimator.stream(estimates, factor):
+            total[branch] = total[branch] + moments if branch in total else moments
+            yield
+        self._log_moments(total)
+
+    def _log_moments(self, moments: dict[str | None, Moments]) -> None:
+        for branch, own in moments.items():
+            self._zo_logs["zo_variance" + (f"_{branch}" if branch else "")] = own.variance
+        self._zo_logs["zo_grad_norm"] = sum(own.squares for own in moments.values()).sqrt()
         self._zo_logs["zo_learning_rate"] = self._zo_learning_rate
-        self._zo_logs["zo_grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if self.args.zo_max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(parameters, self.args.zo_max_grad_norm)
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """What the Trainer multiplies the loss of a micro-batch by (see `Trainer.loss_is_scaled_for_ga`)."""

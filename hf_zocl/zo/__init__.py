@@ -4,7 +4,8 @@ from .assignment import LayerAssignment, ParameterSplit, ZOGroup
 from .estimator import Estimate, Evaluation, ZOEstimator
 from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
-from .perturbation import Combination, Perturbation, direction_seed, draw_direction
+from .perturbation import Combination, Moments, Perturbation, direction_seed, draw_direction
+from .streaming import StreamedPerturbation
 
 
 __all__ = [
@@ -14,10 +15,12 @@ __all__ = [
     "ForwardState",
     "HybridOptimizer",
     "LayerAssignment",
+    "Moments",
     "ParameterSplit",
     "Perturbation",
     "PlainEvaluation",
     "SignSGD",
+    "StreamedPerturbation",
     "TowerEvaluation",
     "TowerPlan",
     "ZOEstimator",

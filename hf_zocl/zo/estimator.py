@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import nn
 
 from .assignment import ZOGroup
-from .perturbation import Combination, Perturbation, direction_seed
+from .perturbation import Combination, Moments, Perturbation, direction_seed
+from .streaming import StreamedPerturbation
 
 
 ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo")
@@ -63,6 +65,7 @@ class ZOEstimator:
         direction: `gaussian` or `rademacher`.
         seed: Keys the directions, with the step, the micro-step and the query.
         reduce: Averages a tensor of losses over data-parallel ranks.
+        model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied.
 
     Raises:
         ValueError: If the estimator is unknown, or has fewer queries than it needs.
@@ -77,6 +80,7 @@ class ZOEstimator:
         direction: str = "gaussian",
         seed: int = 0,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
+        model: nn.Module | None = None,
     ):
         if estimator not in ESTIMATORS:
             raise ValueError(f"zo_estimator={estimator!r} is unknown: expected one of {', '.join(ESTIMATORS)}.")
@@ -84,7 +88,11 @@ class ZOEstimator:
         branches: dict[str | None, list[ZOGroup]] = {}
         for group in groups:
             branches.setdefault(group.branch, []).append(group)
-        self.perturbations = {branch: Perturbation(members, direction) for branch, members in branches.items()}
+        self.is_streamed = model is not None
+        self.perturbations = {
+            branch: StreamedPerturbation(members, model, direction) if model else Perturbation(members, direction)
+            for branch, members in branches.items()
+        }
         self.queries = {branch: queries if isinstance(queries, int) else queries[branch] for branch in branches}
         least = 2 if estimator == "fzoo" else 1
         for branch, count in self.queries.items():
@@ -125,28 +133,29 @@ class ZOEstimator:
         return estimate
 
     @torch.no_grad()
-    def write(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[str | None, torch.Tensor]:
+    def write(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[str | None, Moments]:
         """Set `.grad` of every zeroth-order parameter to Σ scale·g, or to its sign if `sign` is on.
 
         Args:
             estimates: The estimates of one optimizer step's micro-batches, and what each counts.
 
         Returns:
-            The variance of the sum's coordinates by branch, before any sign normalisation, scalars.
+            The moments of the sum by branch, before any sign normalisation.
         """
-        variance = {}
+        moments = {}
         for branch, perturbation in self.perturbations.items():
-            total = None
-            for estimate, scale in estimates:
-                term = perturbation.vector(estimate.gradient[branch].scaled(scale))
-                total = term if total is None else total.add_(term)
+            moments[branch] = perturbation.write(_gradient(estimates, branch), self.sign)
             perturbation.forget()
-            variance[branch] = total.var(correction=0)
-            if self.sign:
-                total.sign_()
-            for parameter, piece in zip(perturbation.parameters, perturbation.pieces(total), strict=True):
-                parameter.grad = piece
-        return variance
+        return moments
+
+    @torch.no_grad()
+    def stream(
+        self, estimates: Sequence[tuple[Estimate, float]], factor: float | torch.Tensor = 1.0
+    ) -> Iterator[tuple[str | None, Moments]]:
+        """What `write` does, times a factor, for one layer after another (see `StreamedPerturbation`)."""
+        for branch, perturbation in self.perturbations.items():
+            for moments in perturbation.stream(_gradient(estimates, branch), self.sign, factor):
+                yield branch, moments
 
     def _one_sided(
         self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]], base_loss: torch.Tensor | None
@@ -206,6 +215,10 @@ class ZOEstimator:
             losses = torch.cat([estimate.loss.view(1), self.reduce(torch.stack(losses))]).nan_to_num(nan=torch.inf)
             # Indexing with the winner stays on the device; "no update" is a row of zeros.
             estimate.gradient[branch] = Combination(mean.seeds, torch.stack(rows)[losses.argmin()])
+
+
+def _gradient(estimates: Sequence[tuple[Estimate, float]], branch: str | None) -> list[Combination]:
+    return [estimate.gradient[branch].scaled(scale) for estimate, scale in estimates]
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

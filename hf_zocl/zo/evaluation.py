@@ -21,6 +21,7 @@ from torch import nn
 
 from .estimator import Point
 from .perturbation import Combination, Perturbation
+from .streaming import StreamedPerturbation
 
 
 # Elements of hidden state that a batch of candidates may always have; beyond it, as many as the largest tower has.
@@ -197,6 +198,8 @@ def _linears(
     perturbation: Perturbation, owners: dict[int, tuple[nn.Module, str]]
 ) -> list[tuple[nn.Linear, str, int]] | None:
     """The linear layer and the name of every parameter; None if another module holds one."""
+    if isinstance(perturbation, StreamedPerturbation):
+        return None
     found = []
     for index, parameter in enumerate(perturbation.parameters):
         module, name = owners[id(parameter)]

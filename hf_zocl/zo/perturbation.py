@@ -64,6 +64,22 @@ class Combination:
         return replace(self, scale=self.scale * factor)
 
 
+@dataclass(frozen=True)
+class Moments:
+    """What is logged of a gradient estimate: the number of its coordinates, their sum and their sum of squares."""
+
+    count: int
+    total: torch.Tensor
+    squares: torch.Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return self.squares / self.count - (self.total / self.count).square()
+
+
 class Perturbation:
     """The zeroth-order parameters of one branch as one vector θ of n coordinates: moved to θ + d and back.
 
@@ -105,6 +121,23 @@ class Perturbation:
             term = self._draw(seed) * weight
             total = term if total is None else total.add_(term)
         return (total.sign_() if combination.sign else total).mul_(combination.scale)
+
+    def write(
+        self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
+    ) -> Moments:
+        """Set `.grad` of every parameter to the sum of the combinations, or to its sign, times a factor.
+
+        Returns:
+            The moments of the sum as it is, without sign and factor.
+        """
+        total = self.vector(gradient[0])
+        for term in gradient[1:]:
+            total.add_(self.vector(term))
+        moments = Moments(len(self), total.sum(), total.square().sum())
+        total = (total.sign_() if sign else total).mul_(factor)
+        for parameter, piece in zip(self.parameters, self.pieces(total), strict=True):
+            parameter.grad = piece
+        return moments
 
     def pieces(self, vector: torch.Tensor) -> list[torch.Tensor]:
         """A vector as one tensor per parameter, of its shape, dtype and device."""

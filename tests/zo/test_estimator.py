@@ -276,5 +276,5 @@ def test_a_zo_sgd_step_is_a_mezo_step():
 
 def test_the_variance_is_that_of_the_estimates_coordinates():
     model = Quadratic()
-    _, variance = accumulate(estimator_of(model), model)
-    torch.testing.assert_close(variance[None].double(), model.theta.grad.var(correction=0), rtol=1e-4, atol=0)
+    _, moments = accumulate(estimator_of(model), model)
+    torch.testing.assert_close(moments[None].variance, model.theta.grad.var(correction=0), rtol=1e-4, atol=0)
