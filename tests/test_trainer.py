@@ -535,3 +535,46 @@ def test_layers_are_read_as_recipes_and_command_lines_write_them(given, expected
     from hf_zocl.training_args import parse_layers
 
     assert parse_layers(given) == expected
+
+
+class CountGraphs(TrainerCallback):
+    """How many graphs torch.compile has made by the end of every step."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        self.graphs: list[int] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("layers", ["hop-even", "all"])
+@pytest.mark.parametrize("how", ["torch_compile", "layers"])
+def test_a_compiled_model_is_not_compiled_again_when_weights_are_perturbed(tmp_path, how, layers):
+    options = {"zo_layers": layers, "zo_queries": 2, "max_steps": 4}
+    eager = training_logs(train(tmp_path, **options))
+    count, model = CountGraphs(), mini_clip_classifier()
+    if how == "layers":
+        clip = model.clip.base_model.model
+        for layer in [*clip.vision_model.encoder.layers, *clip.text_model.encoder.layers]:
+            layer.compile(backend="eager")
+    else:
+        options |= {"torch_compile": True, "torch_compile_backend": "eager"}
+    compiled = training_logs(train(tmp_path, model, callbacks=[count], **options))
+    assert len(set(count.graphs[1:])) == 1
+    assert count.graphs[0] > 0 or layers == "all"
+    assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in eager], rel=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["hop-even", "all"])
+def test_bf16_autocast_holds_for_every_pass_of_a_step(tmp_path, layers):
+    seen, model = set(), mini_clip_classifier()
+    for tower in (model.clip.base_model.model.vision_model, model.clip.base_model.model.text_model):
+        tower.encoder.layers[1].mlp.fc1.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
+    options = {"zo_layers": layers, "zo_queries": 3, "bf16": True, "use_cpu": True}
+    log = training_logs(train(tmp_path, model, **options))[0]
+    assert seen == {torch.bfloat16}
+    full = training_logs(train(tmp_path, **{**options, "bf16": False}))[0]
+    assert log["loss"] == pytest.approx(full["loss"], rel=0.02)
+    assert {p.dtype for p in trainable(model).values()} == {torch.float32}
