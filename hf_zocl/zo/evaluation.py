@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .estimator import Point
+from .packing import PackedPrompts
 from .perturbation import Combination, Perturbation
 from .streaming import StreamedPerturbation
 
@@ -128,14 +129,14 @@ class Tower:
     module: nn.Module
     layers: nn.ModuleList | None
 
-    def first_layer_of(self, perturbation: Perturbation) -> int:
-        """The index of the first layer with a parameter of `perturbation`; 0 if one lies outside the layers."""
+    def first_layer_of(self, perturbation: Perturbation) -> int | None:
+        """The index of the first layer with a parameter of `perturbation`; None if one lies outside the layers."""
         mine = {id(parameter) for parameter in perturbation.parameters} & {id(p) for p in self.module.parameters()}
         if self.layers is None:
-            return 0
+            return None
         of_layer = [{id(p) for p in layer.parameters()} & mine for layer in self.layers]
         if len(set().union(*of_layer)) < len(mine):
-            return 0
+            return None
         return next(index for index, parameters in enumerate(of_layer) if parameters)
 
 
@@ -169,8 +170,9 @@ class TowerPlan:
 
     def __init__(self, model: nn.Module, perturbations: Iterable[Perturbation]):
         self.towers = find_towers(model)
-        self.perturbations = dict.fromkeys(self.towers)
-        self.first_layer = dict.fromkeys(self.towers, 0)
+        self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
+        self.packing = Packing()
+        self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
         self.linears: dict[str, list[tuple[nn.Linear, str, int]] | None] = {}
         self.within_towers: set[Perturbation] = set()
         owners = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None}
@@ -192,6 +194,43 @@ class TowerPlan:
     def offset(self, name: str, point: Point) -> Combination | None:
         """Where the tower's parameters are at `point`: an offset, or None at θ."""
         return point.get(self.perturbations[name])
+
+
+class Packing:
+    """The packed prompts of the language tower, once they have stayed the same for two steps and were seen to work."""
+
+    def __init__(self):
+        self._ids: torch.Tensor | None = None
+        self._prompts: PackedPrompts | None = None
+        self._works: bool | None = None
+
+    def prompts(self, record: _TowerRecord, run: Callable[[PackedPrompts], Any]) -> PackedPrompts | None:
+        """The packed prompts of a step, or None where the tower runs them as they are.
+
+        Args:
+            record: Of the language tower, with the hidden states before its first perturbed layer.
+            run: The tower's output by way of packed prompts, where the recorded one was taken.
+        """
+        ids, mask = record.kwargs.get("input_ids"), record.kwargs.get("attention_mask")
+        if self._works is False or record.draws or record.hidden is None or mask is None or mask.dim() != 2:
+            return None
+        if ids is not self._ids:
+            self._ids, self._prompts = ids, None
+            return None
+        if self._prompts is None:
+            self._prompts = PackedPrompts(ids, mask)
+        if not self._prompts.is_worthwhile:
+            return None
+        if self._works is None:
+            self._works = _is_close(run(self._prompts), next(iter(record.outputs.values())))
+        return self._prompts if self._works else None
+
+
+def _is_close(output: Any, expected: Any) -> bool:
+    """Equal up to rounding in the precision of the features; a tower that is not causal is far from it."""
+    mine, theirs = output["pooler_output"], expected["pooler_output"]
+    error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+    return error.item() < 10 * torch.finfo(theirs.dtype).eps ** 0.75
 
 
 def _linears(
@@ -222,6 +261,7 @@ class _TowerRecord:
     resume: ForwardState | None = None
     exit: ForwardState | None = None
     outputs: dict[Combination | None, Any] = field(default_factory=dict)  # by offset; None: at θ
+    packed: PackedPrompts | None = None
 
     @property
     def draws(self) -> bool:
@@ -239,6 +279,7 @@ class TowerEvaluation:
         before: The state in which the step's first forward pass started.
         batch_candidates: Whether candidates may go through a tower as one batch.
         reuse_layers: Whether the layers below the first perturbed one may be skipped.
+        pack_prompts: Whether prompts that begin alike may share their beginning.
     """
 
     def __init__(
@@ -249,9 +290,10 @@ class TowerEvaluation:
         context: Callable[[], AbstractContextManager] = nullcontext,
         batch_candidates: bool = True,
         reuse_layers: bool = True,
+        pack_prompts: bool = True,
     ):
         self.plan, self.forward, self.before, self.context = plan, forward, before, context
-        self.batch_candidates, self.reuse_layers = batch_candidates, reuse_layers
+        self.batch_candidates, self.reuse_layers, self.pack_prompts = batch_candidates, reuse_layers, pack_prompts
         self.records = {name: _TowerRecord() for name in plan.towers}
         self.after: ForwardState | None = None
         self.plain: PlainEvaluation | None = None
@@ -312,12 +354,21 @@ class TowerEvaluation:
         def watch(hidden, *args, **kwargs):
             if record.elements == 0:  # gradient checkpointing comes by again
                 record.elements = hidden.numel()
-                if self.plan.first_layer[name] > 0 and self.reuse_layers:
+                if self._keeps_hidden(name):
                     record.hidden, record.resume = hidden.detach(), ForwardState(device)
             return hidden
 
         with _forward_of(tower.module, watched):
             yield
+
+    def _keeps_hidden(self, name: str) -> bool:
+        """Whether the states before the first perturbed layer are worth their memory."""
+        first = self.plan.first_layer[name]
+        if first is None or not self.reuse_layers:
+            return False
+        config = getattr(self.plan.towers[name].module, "config", None)
+        is_packable = name == "language" and getattr(config, "_attn_implementation", None) == "sdpa"
+        return first > 0 or (is_packable and self.pack_prompts)
 
     @contextmanager
     def _layers(self, tower: Tower, inserted: Callable, skip: int) -> Iterator[None]:
@@ -325,7 +376,7 @@ class TowerEvaluation:
         if tower.layers is None:
             yield
             return
-        layers, first = list(tower.layers), self.plan.first_layer[tower.name]
+        layers, first = list(tower.layers), self.plan.first_layer[tower.name] or 0
         with shadowed(tower.module._modules["encoder"], layers=[*layers[skip:first], inserted, *layers[first:]]):
             yield
 
@@ -336,6 +387,10 @@ class TowerEvaluation:
         if None in missing:
             missing.remove(None)
             record.outputs[None] = self._tower_output(name)
+        if not missing:
+            return
+        if name == "language" and self.pack_prompts:
+            record.packed = self.plan.packing.prompts(record, lambda packed: self._recorded_again(name, packed))
         size = self._batch_size(name, len(missing))
         for first in range(0, len(missing), size):
             chunk = missing[first : first + size]
@@ -346,6 +401,12 @@ class TowerEvaluation:
             with self._stacked(name, perturbation.stack(chunk)):
                 output = self._tower_output(name, copies=len(chunk))
             record.outputs.update(zip(chunk, _split(output, len(chunk)), strict=True))
+
+    def _recorded_again(self, name: str, packed: PackedPrompts) -> Any:
+        """The output where the record was taken, by way of packed prompts."""
+        offset = next(iter(self.records[name].outputs))
+        with nullcontext() if offset is None else self.plan.perturbations[name].at(offset):
+            return self._tower_output(name, packed=packed)
 
     def _batch_size(self, name: str, count: int) -> int:
         """How many candidates go through the tower at once: so many that no more memory is used than elsewhere.
@@ -359,12 +420,20 @@ class TowerEvaluation:
         if record.draws:
             return 1
         budget = max(MIN_BATCH_ELEMENTS, *(other.elements for other in self.records.values()))
-        return max(1, budget // (record.elements + len(self.plan.perturbations[name])))
+        elements = record.elements
+        if record.packed is not None:
+            elements = record.packed.index.numel() * record.hidden.shape[-1]
+        return max(1, budget // (elements + len(self.plan.perturbations[name])))
 
-    def _tower_output(self, name: str, copies: int = 1) -> Any:
+    def _tower_output(self, name: str, copies: int = 1, packed: PackedPrompts | None = None) -> Any:
         """Run a tower on its recorded inputs, from the first perturbed layer on where that is possible."""
         tower, record = self.plan.towers[name], self.records[name]
-        hidden = _repeat(record.hidden, copies)
+        kwargs, hidden = record.kwargs, record.hidden
+        packed = packed or record.packed
+        if packed is not None:
+            kwargs = {**kwargs, "input_ids": packed.pack(kwargs["input_ids"]), "attention_mask": packed.mask}
+            hidden = packed.pack(hidden)
+        hidden = _repeat(hidden, copies)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.context())
@@ -374,7 +443,10 @@ class TowerEvaluation:
                 stack.enter_context(shadowed(tower.module, embeddings=lambda *_, **__: hidden))
             if record.draws:
                 (record.entry if hidden is None else record.resume).restore()
-            return _pooled(tower.module(*_repeat(record.args, copies), **_repeat(record.kwargs, copies)))
+            output = tower.module(*_repeat(record.args, copies), **_repeat(kwargs, copies))
+            if packed is not None:
+                output.pooler_output = packed.last_states(output.last_hidden_state, copies)
+            return _pooled(output)
 
     @contextmanager
     def _stacked(self, name: str, stacks: Sequence[torch.Tensor]) -> Iterator[None]:

@@ -94,6 +94,16 @@ def towers(**options):
     return make
 
 
+def packed(model, estimator, forward, before):
+    """As `towers`, after two steps: by then the prompts are known to stay the same."""
+    plan = TowerPlan(model, estimator.perturbations.values())
+    state = torch.get_rng_state()
+    for step in (1, 2):
+        estimator.estimate(TowerEvaluation(plan, forward, before), step=step, learning_rate=1e-2)
+    torch.set_rng_state(state)
+    return TowerEvaluation(plan, forward, before)
+
+
 def assert_same(model, inputs, branch, layers, make_evaluation=None, **options):
     expected = gradients(model, inputs, plain, branch, layers, **options)
     found = gradients(model, inputs, make_evaluation or towers(), branch, layers, **options)
@@ -130,7 +140,47 @@ def test_dual_encoders_of_transformers_work_by_structure(kind, branch, layers):
     assert_same(model, inputs, branch, layers, queries=3)
 
 
-@pytest.mark.parametrize("options", [{"batch_candidates": False}, {"reuse_layers": False}])
+MANY_CLASSES = [f"{size}{animal}" for animal in ("cat", "great white shark", "dog") for size in ("", "large ", "old ")]
+
+
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])
+@pytest.mark.parametrize("layers", ["all", "hop-even", "suffix-2"])
+def test_packed_prompts_give_the_plain_losses_and_gradients(estimator, layers, monkeypatch):
+    monkeypatch.setattr("hf_zocl.zo.packing.MAX_ROW_TOKENS", 24)
+    model, inputs = classifier()
+    model.set_classes(MANY_CLASSES)
+    rows = count_calls(model.clip.base_model.model.text_model.encoder.layers[-1])
+    assert_same(model, inputs, "language", layers, packed, estimator=estimator, queries=3)
+    assert 1 < min(rows) < len(MANY_CLASSES)
+
+
+def test_prompts_are_not_packed_where_a_token_sees_those_after_it():
+    model, inputs = dual_encoder("siglip")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["input_ids"][:, :6] = 7
+    assert_same(model, inputs, "language", "all", packed, queries=2)
+
+
+def test_prompts_that_change_from_step_to_step_are_not_packed():
+    model, inputs = classifier()
+    plans = []
+
+    def make(model, estimator, forward, before):
+        plans.append(TowerPlan(model, estimator.perturbations.values()))
+        for step in (1, 2):
+            model.set_classes(MANY_CLASSES)
+            estimator.estimate(TowerEvaluation(plans[0], forward, before), step=step)
+        model.set_classes(MANY_CLASSES)
+        return TowerEvaluation(plans[0], forward, before)
+
+    model.set_classes(MANY_CLASSES)
+    assert_same(model, inputs, "language", "all", make, queries=2)
+    assert plans[0].packing._prompts is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_candidates": False}, {"reuse_layers": False}, {"pack_prompts": False}], ids=str
+)
 def test_every_shortcut_can_be_left_out(options):
     model, inputs = classifier()
     assert_same(model, inputs, "dual", "suffix-2", towers(**options), queries=3)
