@@ -73,7 +73,7 @@ class Row:
     layers: str = "all"
     estimator: str = "one-sided"
     queries: int = 1
-    without: str | None = None  # a shortcut: towers, layers or batches
+    without: str | None = None  # a shortcut: towers, layers, batches (and packing), or packing
     figures: dict[str, float] = field(default_factory=dict, compare=False)
 
 
@@ -95,6 +95,7 @@ ROWS = [
     Row("  without layer reuse", branch="vision", layers="suffix-6", queries=4, without="layers"),
     Row("language, q=8", branch="language", queries=8),
     Row("  one by one", branch="language", queries=8, without="batches"),
+    Row("  batched, not packed", branch="language", queries=8, without="packing"),
     Row("  without tower reuse", branch="language", queries=8, without="towers"),
     Row("MeZO, 100 classes", "mezo", classes=100),
     Row("dual, two-sided, 100 classes", estimator="two-sided", classes=100),
@@ -276,6 +277,7 @@ class TimedTrainer(ZOCLTrainer):
             return PlainEvaluation(evaluation.forward, evaluation.before)
         evaluation.reuse_layers = self.without != "layers"
         evaluation.batch_candidates = self.without != "batches"
+        evaluation.pack_prompts = self.without not in ("batches", "packing")
         return evaluation
 
 

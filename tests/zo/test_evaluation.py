@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from hf_zocl.zo import (
@@ -221,6 +222,46 @@ def test_two_sided_dual_needs_two_passes_a_tower():
     text, vision = (count_calls(tower.encoder.layers[0]) for tower in (clip.text_model, clip.vision_model))
     gradients(model, inputs, towers(), "dual", "all", estimator="two-sided")
     assert (sum(text) // 3, sum(vision) // 6) == (2, 2)
+
+
+class CountSyncs(TorchDispatchMode):
+    """How often a value is read back, for which an accelerator's queue would have to run dry."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # The random state lies on the CPU always: comparing it waits for nothing.
+        is_state = func == torch.ops.aten.equal.default and args[0].dtype == torch.uint8
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default) and not is_state:
+            self.reads += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "conservative", "fzoo"])
+def test_no_query_waits_for_the_accelerator(estimator):
+    """transformers reads the mask of a plain text pass; a step has one such pass, however many queries."""
+    model, inputs = classifier()
+    model.set_classes(MANY_CLASSES)
+
+    def reads(queries: int) -> int:
+        def make(model, estimator, forward, before):
+            evaluation = packed(model, estimator, forward, before)
+            original = evaluation.losses
+
+            def losses(points):
+                with count:
+                    return original(points)
+
+            evaluation.losses = losses
+            return evaluation
+
+        count = CountSyncs()
+        gradients(model, inputs, make, "dual", "hop-even", estimator=estimator, queries=queries)
+        return count.reads
+
+    assert reads(8) == reads(2)
 
 
 def test_the_model_is_as_it_was_afterwards():
