@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,15 @@ from torch import nn
 from transformers import CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .moe_adapter import collect_balance_losses
+
 
 @dataclass
 class CLIPClassifierOutput(ModelOutput):
     """
     Attributes:
-        loss: Cross-entropy over the present classes, scalar; where labels are given.
+        loss: Cross-entropy over the present classes, scalar; where labels are given. In training mode with the
+            adapters' load-balancing loss, where they have one.
         logits: Scaled cosine similarities, float32, `(batch, classes)`.
         image_embeds, text_embeds: Features of unit length, `(batch, dim)` and `(classes, dim)`; in training mode.
     """
@@ -45,8 +49,6 @@ class CLIPClassifier(nn.Module):
         ValueError: If the template has not exactly one `{}`.
     """
 
-    towers = ("vision", "language")
-
     def __init__(
         self,
         clip: CLIPModel,
@@ -65,6 +67,19 @@ class CLIPClassifier(nn.Module):
     @property
     def config(self):
         return self.clip.config
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The towers whose features make the loss; there are none to speak of where the loss has another part."""
+        if self.has_balance_loss:
+            raise AttributeError("The load-balancing loss is not made of the towers' features.")
+        return ("vision", "language")
+
+    @property
+    def has_balance_loss(self) -> bool:
+        """Whether the active adapter adds a load-balancing loss in training."""
+        configs = [self.clip.peft_config[name] for name in getattr(self.clip, "active_adapters", [])]
+        return any(getattr(config, "balance_loss", 0) > 0 for config in configs)
 
     def set_classes(self, class_names: Sequence[str]) -> None:
         """Set the classes; their prompts are padded to the longest of them, not to the context length."""
@@ -88,12 +103,14 @@ class CLIPClassifier(nn.Module):
             pixel_values: `(batch, channels, height, width)`.
             labels: Indices into the classes, `(batch,)`.
         """
-        image_embeds = self.encode("vision", pixel_values)
-        text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
-        features = {"vision": image_embeds, "language": text_embeds}
-        logits = self.logits(features)
+        balance = collect_balance_losses(self.clip) if self.training and self.has_balance_loss else nullcontext([])
+        with balance as balance_losses:
+            image_embeds = self.encode("vision", pixel_values)
+            text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
+        logits = self.logits({"vision": image_embeds, "language": text_embeds})
+        loss = F.cross_entropy(logits, labels) if labels is not None else None
         return CLIPClassifierOutput(
-            loss=F.cross_entropy(logits, labels) if labels is not None else None,
+            loss=loss + sum(balance_losses) if balance_losses and labels is not None else loss,
             logits=logits,
             image_embeds=image_embeds if self.training else None,
             text_embeds=text_embeds if self.training else None,
@@ -123,6 +140,21 @@ class CLIPClassifier(nn.Module):
         self.eval()
         probabilities = self(pixel_values.to(self.clip.logit_scale.device)).logits.softmax(dim=-1)
         return [self.class_names[i] for i in probabilities.argmax(dim=-1).tolist()], probabilities
+
+    def begin_task(self, task: int) -> None:
+        """Tell the adapter that a task begins, counted from 1, if it has anything of its own for each."""
+        if hasattr(self.clip, "begin_task"):
+            self.clip.begin_task(task)
+        self._clear_text_cache()
+
+    def end_task(self, task: int) -> None:
+        """Tell the adapter that a task has been trained, if it cares."""
+        if hasattr(self.clip, "end_task"):
+            self.clip.end_task(task)
+
+    def extra_logs(self) -> dict[str, float]:
+        """What the adapter has to say in a training log, by name."""
+        return self.clip.extra_logs() if hasattr(self.clip, "extra_logs") else {}
 
     def train(self, mode: bool = True) -> CLIPClassifier:
         self._clear_text_cache()
