@@ -43,8 +43,9 @@ def save_like_the_hub(name: str, folder: Path) -> Path:
     columns[benchmark.label_column] = (wnids, labels)
     features = datasets.Features({column: feature for column, (_, feature) in columns.items()})
     data = datasets.Dataset.from_dict({column: rows for column, (rows, _) in columns.items()}, features=features)
+    (folder / "data").mkdir()
     for split in {benchmark.train_split, benchmark.test_split}:
-        data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
 
 
