@@ -77,8 +77,8 @@ class CLIPClassifier(nn.Module):
 
     @property
     def has_balance_loss(self) -> bool:
-        """Whether the active adapter adds a load-balancing loss in training."""
-        configs = [self.clip.peft_config[name] for name in getattr(self.clip, "active_adapters", [])]
+        """Whether an adapter adds a load-balancing loss in training."""
+        configs = getattr(self.clip, "peft_config", {}).values()
         return any(getattr(config, "balance_loss", 0) > 0 for config in configs)
 
     def set_classes(self, class_names: Sequence[str]) -> None:

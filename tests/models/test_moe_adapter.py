@@ -151,6 +151,13 @@ def test_the_default_is_the_baseline():
         assert len(adapter.routers) == 1
 
 
+def test_transformers_own_way_to_add_an_adapter_works():
+    base, expected = clip().eval(), logits(clip().eval())
+    base.add_adapter(MoEAdapterConfig())
+    assert torch.equal(logits(base.eval()), expected)
+    assert {n for n, p in base.named_parameters() if p.requires_grad} == set(moe_parameters(base))
+
+
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("config", [{}, MTIL, {"router_token": "pooled"}])
 def test_at_initialisation_the_outputs_are_the_base_models_to_the_last_bit(config, mode):
@@ -407,6 +414,17 @@ def test_pooled_works_with_some_blocks_only_and_needs_a_clip_tower():
     logits(model).sum().backward()
     with pytest.raises(ValueError, match="router_token='pooled': .*belongs to no CLIP tower"):
         get_peft_model(tiny("vit"), MoEAdapterConfig(router_token="pooled"))
+    with pytest.raises(RuntimeError, match="router_token='pooled': .*called without"):
+        model.base_model.model.text_model.encoder.layers[1](torch.randn(1, 3, 128), None)
+
+
+def test_two_adapters_may_read_different_tokens():
+    model = moe_clip(router_token="pooled").eval()
+    expected = logits(model)
+    model.add_adapter("first", MoEAdapterConfig())
+    model.add_adapter("another", MoEAdapterConfig(router_token="pooled"))
+    model.base_model.set_adapter(["default", "first", "another"])
+    assert torch.equal(logits(model), expected)
 
 
 # What PyTorch and the Trainer do around it.
@@ -459,16 +477,25 @@ def test_a_base_model_in_bfloat16_keeps_its_precision():
     assert output.logits_per_image.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("config", [{}, {"num_experts": 4, "router_token": "pooled"}])
-def test_torch_compile_gives_the_same(config):
-    model = moe_clip(dropout=0.0, noise=False, **config).train()
-    expected = gradients(model)
-    model.zero_grad()
-    compiled = torch.compile(model, backend="aot_eager")
-    logits(compiled).pow(2).mean().backward()
-    for name, parameter in model.named_parameters():
-        if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+@pytest.mark.parametrize("config", [{}, {"num_experts": 4}])
+def test_torch_compile_sees_a_block_as_one_graph_and_gives_the_same(config):
+    block = moe_clip(**config).train().base_model.model.vision_model.encoder.layers[0]
+    h = torch.randn(4, 9, 128)
+    outputs, gradients = [], []
+    for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        block.zero_grad()
+        torch.manual_seed(5)
+        outputs.append(run(h, None))
+        outputs[-1].pow(2).mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in block.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+
+
+def test_torch_compile_takes_the_whole_model():
+    model = moe_clip(num_experts=4, router_token="pooled").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits(torch.compile(model, backend="eager")), logits(model))
 
 
 def arguments(tmp_path, **options) -> ZOCLTrainingArguments:

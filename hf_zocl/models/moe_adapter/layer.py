@@ -374,9 +374,14 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
     def _keep_state(self, norm: nn.Module, args: tuple, kwargs: dict) -> None:
         self._state = args[0] if args else next(iter(kwargs.values()))
 
-    def _keep_positions(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        self._positions = kwargs.pop(POSITIONS)
-        return args, kwargs
+    def _keep_positions(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        # As an argument of the block they are there when gradient checkpointing runs it again.
+        if POSITIONS not in kwargs:
+            raise RuntimeError(
+                f"router_token='pooled': the text tower hands its blocks {POSITIONS!r}, the positions of the tokens "
+                "that it pools; this block was called without."
+            )
+        self._positions = kwargs[POSITIONS]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode)
