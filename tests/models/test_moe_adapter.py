@@ -15,13 +15,11 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaModel,
-    TrainerCallback,
     ViTConfig,
     ViTModel,
 )
 
-from hf_zocl import LayerAssignment, MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments, load_task_checkpoint
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl import LayerAssignment, MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.models.moe_adapter import layer as moe_layer
 from hf_zocl.models.moe_adapter import model as moe_model
@@ -105,7 +103,7 @@ def reference_block(block, h, k, noise=None, mask=None, **kwargs):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize(("experts", "k"), [(2, 2), (5, 2), (3, 1)])
+@pytest.mark.parametrize(("experts", "k"), [(2, 2), (22, 2), (3, 1)])
 @pytest.mark.parametrize("tower", ["vision_model", "text_model"])
 def test_a_block_equals_the_reference_in_forward_and_gradients(tower, experts, k, mode):
     model = moe_clip(num_experts=experts, top_k=k).train(mode == "train")
@@ -444,7 +442,7 @@ def test_gradient_checkpointing_changes_no_gradient(config, reentrant):
     model = moe_clip(**config).train()
     expected = gradients(model)
     model.enable_input_require_grads = lambda: None
-    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:  # such a block needs an input that requires a gradient
         for tower in (model.base_model.model.vision_model, model.base_model.model.text_model):
             tower.embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
@@ -613,10 +611,10 @@ def test_with_a_balance_loss_every_loss_is_a_full_forward_pass(tmp_path):
 
 def test_reentrant_checkpointing_with_a_balance_loss_is_refused():
     model = mini_clip_classifier(adapter="moe", moe_balance_loss=0.1).train()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.activation_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(RuntimeError, match="use_reentrant"):
         model(**image_batch())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     model(**image_batch()).loss.backward()
     assert all(adapter.routers[0].gate.grad.any() for adapter in adapters(model))
 
@@ -645,99 +643,6 @@ def test_every_task_has_its_router_and_the_most_used_experts_are_frozen():
     ]
     with pytest.raises(ValueError, match="task=4: there are num_routers=3"):
         model.begin_task(4)
-
-
-def mtil_recipe(output_dir, *more):
-    options = {
-        "output_dir": output_dir,
-        "adapter": "moe",
-        "moe_num_experts": 5,
-        "moe_router_per_task": "true",
-        "moe_freeze_experts": 2,
-        "class_order": "3 8 0 1 2 4",
-        "increment": 2,
-        "max_train_images_per_class": 24,
-        "max_test_images_per_class": 10,
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 1,
-        "learning_rate": 1e-2,
-        "zo_branch": "language",
-        "zo_layers": "all",
-        "zo_learning_rate": 1e-2,
-        "zo_sign": "true",
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": "true",
-    }
-    flat = [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
-    return parse_recipe([*flat, *more])
-
-
-def test_frozen_experts_and_old_routers_stay_as_they_are_over_a_stream(tmp_path):
-    scheduler = build_scheduler(mtil_recipe(tmp_path))
-    model, kept = scheduler.model, {}
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            frozen = tuple(
-                f"{name}.experts.{number}."
-                for name, adapter in model.named_modules()
-                if isinstance(adapter, MoEAdapter)
-                for number in torch.nonzero(adapter.frozen)[:, 0].tolist()
-            )
-            parameters = moe_parameters(model).items()
-            kept[len(kept)] = {n: p for n, p in parameters if n.startswith(frozen) or ".routers." in n}
-
-    scheduler.callbacks.append(Watch())
-    scheduler.run()
-    final = moe_parameters(model)
-    for number, adapter in enumerate(adapters(model)):
-        assert 2 <= adapter.frozen.sum() <= 5, number
-    # After task 1 two experts of a block are frozen, and stay: in the first-order tower and in the zeroth-order one.
-    for task in (1, 2):
-        frozen = [n for n in kept[task] if ".experts." in n]
-        assert {locate(n)[0] for n in frozen} == {"vision", "language"}
-        assert all(torch.equal(kept[task][n], final[n]) for n in frozen)
-    old = [n for n in kept[1] if ".routers.0." in n]
-    assert old
-    assert all(torch.equal(kept[1][n], final[n]) for n in old)
-    assert any(not torch.equal(kept[0][n], final[n]) for n in old)
-
-    expected = scheduler.model.eval()(image_batch()["pixel_values"]).logits
-    loaded, _ = load_task_checkpoint(tmp_path / "task-03")
-    assert torch.equal(loaded(image_batch()["pixel_values"]).logits, expected)
-    for mine, theirs in zip(adapters(model), adapters(loaded), strict=True):
-        assert torch.equal(mine.frozen, theirs.frozen)
-        assert int(theirs.task) == theirs._router + 1 == 3
-
-
-def test_a_stream_resumes_with_its_routers_and_frozen_experts(tmp_path):
-    build_scheduler(mtil_recipe(tmp_path / "whole")).run()
-    stopped = build_scheduler(mtil_recipe(tmp_path / "parts"))
-    train, stopped._train = stopped._train, None
-
-    def first_task_only(task):
-        if task.index == 2:
-            raise KeyboardInterrupt
-        return train(task)
-
-    stopped._train = first_task_only
-    with pytest.raises(KeyboardInterrupt):
-        stopped.run()
-    build_scheduler(mtil_recipe(tmp_path / "parts")).run(resume=True)
-    whole, parts = (load_task_checkpoint(tmp_path / run / "task-03")[0] for run in ("whole", "parts"))
-    for (name, mine), (_, theirs) in zip(whole.state_dict().items(), parts.state_dict().items(), strict=True):
-        assert torch.equal(mine, theirs), name
-
-
-def test_the_card_and_the_logs_know_the_adapter(tmp_path):
-    recipe = mtil_recipe(tmp_path, "--max_steps", "1")
-    build_scheduler(recipe).run()
-    card = (tmp_path / "task-01" / "README.md").read_text()
-    assert "with MoE adapters after" in card
-    assert "import hf_zocl" in card
-    assert "moe_freeze_experts" in card
-    assert "lora_rank" not in card
 
 
 def test_the_text_cache_notices_another_tasks_router():
