@@ -411,7 +411,8 @@ def test_pooled_works_with_some_blocks_only_and_needs_a_clip_tower():
     model = moe_clip(router_token="pooled", layers_to_transform=[1])
     logits(model).sum().backward()
     with pytest.raises(ValueError, match="router_token='pooled': .*belongs to no CLIP tower"):
-        get_peft_model(tiny("vit"), MoEAdapterConfig(router_token="pooled"))
+        get_peft_model(other := tiny("vit"), MoEAdapterConfig(router_token="pooled"))
+    assert not any(module._forward_pre_hooks for module in other.modules())
     with pytest.raises(RuntimeError, match="router_token='pooled': .*called without"):
         model.base_model.model.text_model.encoder.layers[1](torch.randn(1, 3, 128), None)
 

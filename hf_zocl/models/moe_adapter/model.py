@@ -102,10 +102,14 @@ class MoEAdapterModel(BaseTuner):
     ) -> None:
         names = [name for name in peft_config.state_norms if name in dict(parent.named_children())]
         norm = parent.get_submodule(names[0]) if names else None
+        # What may fail comes before the layer hooks itself into the model.
+        widths = _widths(getattr(target, "base_layer", target), norm, current_key)
+        tower = self._pooling_tower(current_key) if peft_config.router_token == "pooled" else None
         layer = target if isinstance(target, MoEAdapterLayer) else MoEAdapterLayer(target, norm)
-        layer.update_layer(adapter_name, peft_config, *_widths(layer.get_base_layer(), norm, current_key))
-        if peft_config.router_token == "pooled":
-            self._route_by_pooled_token(layer, parent, current_key)
+        layer.update_layer(adapter_name, peft_config, *widths)
+        # A CLIP vision tower pools its first token.
+        if isinstance(tower, CLIPTextModel):
+            layer.route_by_position(parent, tower)
         if adapter_name not in self.active_adapters:
             layer.moe_adapter_mixtures[adapter_name].requires_grad_(False)
         if layer is not target:
@@ -115,7 +119,7 @@ class MoEAdapterModel(BaseTuner):
         # PEFT's own copies the weight of a linear layer; an MLP has none, and its adapters are in place already.
         setattr(parent, child_name, new_module)
 
-    def _route_by_pooled_token(self, layer: MoEAdapterLayer, block: nn.Module, key: str) -> None:
+    def _pooling_tower(self, key: str) -> CLIPTextModel | CLIPVisionModel:
         above = [self.model, *(self.model.get_submodule(key[:i]) for i, c in enumerate(key) if c == ".")]
         tower = next((m for m in above if isinstance(m, (CLIPTextModel, CLIPVisionModel))), None)
         if tower is None:
@@ -123,9 +127,7 @@ class MoEAdapterModel(BaseTuner):
                 f"router_token='pooled': {key} belongs to no CLIP tower, and which token another model pools is not "
                 "known. Use router_token='first'."
             )
-        # A CLIP vision tower pools its first token.
-        if isinstance(tower, CLIPTextModel):
-            layer.route_by_position(block, tower)
+        return tower
 
     def _check_merge_allowed(self) -> None:
         raise ValueError("MoE adapters are not linear in their input and cannot be merged into the weights.")
