@@ -12,6 +12,7 @@ REQUIRED = [
     "accelerate>=1.15",
     "peft>=0.21",
     "evaluate>=0.4.6",
+    "aenum>=3.1.16",
     "huggingface_hub>=2.0,<3",
     "numpy>=2.0",
     "jinja2>=3.1",

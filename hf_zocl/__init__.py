@@ -2,7 +2,7 @@
 
 from .continual import ContinualTaskScheduler, Task, TaskStream
 from .hub import load_task_checkpoint
-from .models import CLIPClassifier
+from .models import CLIPClassifier, MoEAdapterConfig, MoEAdapterModel
 from .trainer import ZOCLTrainer
 from .training_args import ZOCLTrainingArguments
 from .zo import LayerAssignment
@@ -14,6 +14,8 @@ __all__ = [
     "CLIPClassifier",
     "ContinualTaskScheduler",
     "LayerAssignment",
+    "MoEAdapterConfig",
+    "MoEAdapterModel",
     "Task",
     "TaskStream",
     "ZOCLTrainer",

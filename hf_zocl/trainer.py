@@ -177,9 +177,12 @@ class ZOCLTrainer(Trainer):
         return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the zeroth-order figures beside the training loss."""
+        """`Trainer.log`, with the zeroth-order figures and the model's own `extra_logs` beside the training loss."""
         if "loss" in logs and self._zo_logs:
             logs.update({name: float(value) for name, value in self._zo_logs.items()})
+        model = self.accelerator.unwrap_model(self.model)
+        if "loss" in logs and hasattr(model, "extra_logs"):
+            logs.update(model.extra_logs())
         super().log(logs, start_time)
 
     def _evaluation(

@@ -3,16 +3,18 @@
     python scripts/tune.py --recipe scripts/recipes/cifar10.yaml --dataset_path path/to/cifar10 --zo_branch none \\
         --grid learning_rate=5e-4,1e-3,2e-3,5e-3,1e-2 --retention path/to/another/dataset
 
-A candidate is trained on the first task and judged by two figures: A, the accuracy on *training* images of that task
-that were held out, and R, the accuracy on the test images of another dataset that the model knew before (zero-shot
-retention). A alone would choose a rate that forgets all that CLIP knows of the tasks to come, which no image of the
-first task can show. The candidate with the greatest geometric mean √(A·R) wins: a relative gain in one weighs as much
-as the same relative loss in the other. No test image of the stream, and no later task, is looked at.
+A candidate is judged by two figures. A is the accuracy on *training* images of the first task that were held out,
+after training it. R is zero-shot retention, the accuracy on the test images of another dataset that the model knew
+before, after the first task was trained as often as the stream has tasks: what a whole stream's steps make it forget.
+A alone would choose a rate that forgets all that CLIP knows of the tasks to come, which no image of the first task can
+show. The candidate with the greatest geometric mean √(A·R) wins: a relative gain in one weighs as much as the same
+relative loss in the other. No test image of the stream, and no later task, is looked at.
 
 Further arguments go to every candidate, as on the command line of scripts/train.py.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import statistics
@@ -27,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_zocl.continual import ContinualTaskScheduler, TaskStream
-from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
+from hf_zocl.continual.recipe import Recipe, build_scheduler, build_stream, parse_recipe
 from hf_zocl.continual.scheduler import ImageCollator
 from hf_zocl.models import CLIPClassifier
 
@@ -62,6 +64,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--retention", required=True, help="Dataset that the model knew: Hub id or folder.")
     parser.add_argument("--retention_classes", help="JSON file and key of its label ids, FILE:KEY; default: all.")
     parser.add_argument("--retention_images", type=int, default=20, help="Its test images per class.")
+    parser.add_argument("--repetitions", type=int, help="Of the first task, before R; default: the stream's tasks.")
     parser.add_argument("--output", type=Path, help="Writes the rows as JSON.")
     options, further = parser.parse_known_args()
     options.grid = {name: values.split(",") for name, _, values in (item.partition("=") for item in options.grid)}
@@ -75,14 +78,19 @@ def measure(
     arguments = [part for name, value in candidate.items() for part in (f"--{name}", value)]
     first_task, retained = [], []
     for seed in options.seeds:
-        scheduler = first_task_scheduler(options, [*further, *arguments, "--seed", str(seed)])
+        scheduler, tasks = first_task_scheduler(options, [*further, *arguments, "--seed", str(seed)])
         first_task.append(scheduler.run()["last"])
+        for repetition in range(1, options.repetitions or tasks):
+            # Other directions and another data order, as the next task would have.
+            args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
+            scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
+            scheduler.run()
         retained.append(accuracy(scheduler.model, scheduler, retention))
     return as_row(candidate, first_task, retained)
 
 
 def measure_zero_shot(options: argparse.Namespace, further: list[str], retention: TaskStream) -> dict[str, object]:
-    scheduler = first_task_scheduler(options, [*further, "--seed", str(options.seeds[0])])
+    scheduler, _ = first_task_scheduler(options, [*further, "--seed", str(options.seeds[0])])
     held_out = accuracy(scheduler.model, scheduler, scheduler.stream)
     return as_row({}, [held_out], [accuracy(scheduler.model, scheduler, retention)])
 
@@ -93,8 +101,8 @@ def as_row(candidate: dict[str, str], first_task: list[float], retained: list[fl
     return {"candidate": candidate, **{name: statistics.mean(values) for name, values in means.items()}}
 
 
-def first_task_scheduler(options: argparse.Namespace, further: list[str]) -> ContinualTaskScheduler:
-    """A run over the first task alone, tested on training images that are held out."""
+def first_task_scheduler(options: argparse.Namespace, further: list[str]) -> tuple[ContinualTaskScheduler, int]:
+    """A run over the first task alone, tested on training images that are held out; and the stream's tasks."""
     folder = tempfile.mkdtemp(prefix="hf-zocl-tune-")
     arguments = ["--recipe", options.recipe, *further, "--output_dir", folder, "--disable_tqdm", "true"]
     try:
@@ -103,7 +111,8 @@ def first_task_scheduler(options: argparse.Namespace, further: list[str]) -> Con
     except ValueError as error:
         sys.exit(f"error: {error}")
     stream = first_task_stream(scheduler.stream, recipe, options.held_out)
-    return ContinualTaskScheduler(scheduler.model, scheduler.processor, stream, recipe.training, recipe.to_dict())
+    first = ContinualTaskScheduler(scheduler.model, scheduler.processor, stream, recipe.training, recipe.to_dict())
+    return first, len(scheduler.stream)
 
 
 def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> TaskStream:
@@ -121,10 +130,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
 
 def whole_first_task(recipe: Recipe) -> Dataset:
     """All training images of the first task: the recipe's own cap leaves none to hold out."""
-    arguments = {**recipe.to_dict(), "max_train_images_per_class": None}
-    from hf_zocl.continual.recipe import RunArguments, build_stream
-
-    run = RunArguments(**{name: arguments[name] for name in RunArguments.__dataclass_fields__})
+    run = dataclasses.replace(recipe.run, max_train_images_per_class=None)
     return build_stream(run, seed=recipe.training.data_seed or 0)[0][0].train
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,16 @@ def test_a_misspelt_key_ends_the_command_with_one_clear_line(tmp_path):
     assert "error: " in done.stderr
     assert "unknown argument 'zo_leyers'. Did you mean 'zo_layers'?" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys):
+    script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+    script["MOE_SHAPES"].clear()
+    script["MOE_SHAPES"]["small block"] = (4, 5, 16)
+    script["benchmark_moe"]("cpu", repeats=1)
+    rows = capsys.readouterr().out.splitlines()
+    assert [row[:26].strip() for row in rows[1:]] == ["small block, top 2 of 2"] * 2 + ["small block, top 2 of 22"] * 2
+    assert all(row.endswith("x") for row in rows[1:])
 
 
 def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):

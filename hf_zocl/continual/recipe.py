@@ -150,7 +150,7 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
     base = resolve(run.model_name_or_path)
     processor = AutoProcessor.from_pretrained(base)
     torch.manual_seed(training.seed)  # the adapter's initial weights
-    clip = add_adapter(CLIPModel.from_pretrained(base), recipe.adapter)
+    clip = add_adapter(CLIPModel.from_pretrained(base), recipe.adapter, num_tasks=len(stream))
     model = CLIPClassifier(clip, processor.tokenizer, stream.class_names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task

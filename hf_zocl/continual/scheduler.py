@@ -22,7 +22,7 @@ from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
 from ..hub.checkpoint import save_task_checkpoint, task_folder, write_json
-from ..models import CLIPClassifier
+from ..models import CLIPClassifier, adapter_name
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer
 from ..training_args import ZOCLTrainingArguments
@@ -99,7 +99,12 @@ class ContinualTaskScheduler:
         started = time.perf_counter() - results["seconds"]
         for task in self.stream[len(results["accuracy_matrix"]) :]:
             logger.info(f"Task {task.index} of {len(self.stream)}: {', '.join(task.class_names)}")
-            row, seen = self._evaluate(task, self._train(task))
+            if hasattr(self.model, "begin_task"):
+                self.model.begin_task(task.index)  # before the trainer asks which parameters are trainable
+            trainer = self._train(task)
+            if hasattr(self.model, "end_task"):
+                self.model.end_task(task.index)
+            row, seen = self._evaluate(task, trainer)
             results["accuracy_matrix"].append(row)
             results["seen_accuracy"].append(seen)
             results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
@@ -226,7 +231,7 @@ class ContinualTaskScheduler:
             "dataset": self.stream.dataset_id,
             "base_model": base_model,
             "base_model_is_local": Path(self.model.config.name_or_path).exists(),
-            "adapter": self.recipe.get("adapter") or self.model.clip.peft_config["default"].peft_type.lower(),
+            "adapter": self.recipe.get("adapter") or adapter_name(self.model.clip.peft_config["default"]),
             "classes": list(self.stream.seen_class_names(task.index)),
             "task_classes": list(task.class_names),
             "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],

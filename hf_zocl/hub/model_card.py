@@ -21,6 +21,7 @@ SHOWN_ARGUMENTS = re.compile(
 )
 LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ADAPTERS = ("lora", "moe")
 MARKS = {"zo": "ZO", "fo": "fo", "fo+zo": "mix", "frozen": "--"}
 
 
@@ -55,7 +56,7 @@ def render_task_card(task: dict[str, Any]) -> ModelCard:
         # The stream may have more tasks than this checkpoint has seen: compare over the same classes.
         "zero_shot": task["zero_shot"]["seen_accuracy"][: task["task"]],
         "picture": _layer_picture(towers),
-        "recipe": {name: v for name, v in recipe.items() if v is not None and SHOWN_ARGUMENTS.fullmatch(name)},
+        "recipe": {name: v for name, v in recipe.items() if v is not None and _is_shown(name, task["adapter"])},
         "card_data": _metadata(task, base_model, dataset, title).to_yaml(),
     }
     environment = Environment(
@@ -118,6 +119,12 @@ def _layer_picture(towers: dict[str, dict[str, str]]) -> str:
     return "\n".join(
         (name.ljust(width) + "".join(f"{cell:>4}" for cell in row)).rstrip() for name, row in rows.items()
     )
+
+
+def _is_shown(argument: str, adapter: str) -> bool:
+    """The arguments of adapters that this checkpoint does not have say nothing of it."""
+    owner = argument.split("_")[0]
+    return bool(SHOWN_ARGUMENTS.fullmatch(argument)) and (owner not in ADAPTERS or owner == adapter)
 
 
 def _last_component(path: str) -> str:

@@ -1,7 +1,17 @@
 """Models that the Trainer learns: a CLIP classifier, and the adapters it carries."""
 
-from .adapters import ADAPTERS, AdapterArguments, add_adapter
+from .adapters import ADAPTERS, AdapterArguments, adapter_name, add_adapter
 from .clip_classifier import CLIPClassifier, CLIPClassifierOutput
+from .moe_adapter import MoEAdapterConfig, MoEAdapterModel
 
 
-__all__ = ["ADAPTERS", "AdapterArguments", "CLIPClassifier", "CLIPClassifierOutput", "add_adapter"]
+__all__ = [
+    "ADAPTERS",
+    "AdapterArguments",
+    "CLIPClassifier",
+    "CLIPClassifierOutput",
+    "MoEAdapterConfig",
+    "MoEAdapterModel",
+    "adapter_name",
+    "add_adapter",
+]

@@ -8,26 +8,57 @@ from dataclasses import dataclass, field
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
+from ..zo.assignment import locate
+from .moe_adapter import MoEAdapterConfig
+
 
 @dataclass
 class AdapterArguments:
     """The adapter and its shape.
 
     Args:
-        adapter: The PEFT method: `lora`.
+        adapter: The PEFT method: `lora` or `moe`.
         target_modules: Names of the linear layers that carry LoRA, in both towers.
         lora_rank: r.
         lora_alpha: The scale is α/r.
         lora_dropout: Dropout on LoRA's input.
+        moe_num_experts: Experts beside the MLP of every block; 2 in MoE-Adapters4CL, whose settings the defaults are.
+        moe_top_k: Experts that an example is sent to.
+        moe_bottleneck: Hidden units of an expert.
+        moe_scale: Factor on the experts' output.
+        moe_dropout: Dropout on an expert's hidden units.
+        moe_noise: Whether the router is noisy in training.
+        moe_router_token: The token that the router reads: `first`, or `pooled`, the token that CLIP pools. In the text
+            tower the first token sees nothing of the prompt, so `first` gives all prompts the same gates.
+        moe_router_per_task: A router for every task, instead of one for all.
+        moe_freeze_experts: How many of the experts that a task used most are frozen after it, in every block.
+        moe_balance_loss: Weight of the load-balancing loss.
+        moe_towers: The towers that carry the adapters: `vision`, `language` or `both`.
+        moe_layers: The blocks that carry them, counted from 1; default: all.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
 
-    adapter: str = field(default="lora", metadata={"help": "PEFT method of the trainable units: lora."})
+    adapter: str = field(default="lora", metadata={"help": "PEFT method of the trainable units: lora or moe."})
     target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "v_proj"], metadata={"help": "Linear layers that carry LoRA."}
     )
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: float = field(default=16.0, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on LoRA's input."})
+    moe_num_experts: int = field(default=2, metadata={"help": "Experts of a block."})
+    moe_top_k: int = field(default=2, metadata={"help": "Experts that an example is sent to."})
+    moe_bottleneck: int = field(default=64, metadata={"help": "Hidden units of an expert."})
+    moe_scale: float = field(default=0.1, metadata={"help": "Factor on the experts' output."})
+    moe_dropout: float = field(default=0.1, metadata={"help": "Dropout on an expert's hidden units."})
+    moe_noise: bool = field(default=True, metadata={"help": "Whether the router is noisy in training."})
+    moe_router_token: str = field(default="first", metadata={"help": "Token the router reads: first or pooled."})
+    moe_router_per_task: bool = field(default=False, metadata={"help": "A router for every task."})
+    moe_freeze_experts: int = field(default=0, metadata={"help": "Most used experts to freeze after a task."})
+    moe_balance_loss: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
+    moe_towers: str = field(default="both", metadata={"help": "Towers with adapters: vision, language or both."})
+    moe_layers: list[int] | None = field(default=None, metadata={"help": "Blocks with adapters, counted from 1."})
 
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
@@ -36,9 +67,15 @@ class AdapterArguments:
             self.target_modules = [self.target_modules]
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank}: expected at least 1.")
+        if self.moe_layers is not None and (not self.moe_layers or min(self.moe_layers) < 1):
+            raise ValueError(f"moe_layers={self.moe_layers}: expected layer numbers counted from 1.")
+        try:
+            _moe_config(self, num_tasks=1)
+        except ValueError as error:
+            raise ValueError(f"moe_{error}") from error
 
 
-def _lora_config(args: AdapterArguments) -> PeftConfig:
+def _lora_config(args: AdapterArguments, num_tasks: int) -> PeftConfig:
     return LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
@@ -47,9 +84,43 @@ def _lora_config(args: AdapterArguments) -> PeftConfig:
     )
 
 
-ADAPTERS: dict[str, Callable[[AdapterArguments], PeftConfig]] = {"lora": _lora_config}
+def _moe_config(args: AdapterArguments, num_tasks: int) -> PeftConfig:
+    same = "num_experts top_k bottleneck scale dropout noise router_token freeze_experts balance_loss towers"
+    return MoEAdapterConfig(
+        **{name: getattr(args, f"moe_{name}") for name in same.split()},
+        num_routers=num_tasks if args.moe_router_per_task else 1,
+        layers_to_transform=[layer - 1 for layer in args.moe_layers] if args.moe_layers else None,
+    )
 
 
-def add_adapter(model: PreTrainedModel, args: AdapterArguments) -> PeftModel:
-    """Freeze `model` and give it the adapter that `args` describes; its parameters alone are trainable."""
-    return get_peft_model(model, ADAPTERS[args.adapter](args))
+ADAPTERS: dict[str, Callable[[AdapterArguments, int], PeftConfig]] = {"lora": _lora_config, "moe": _moe_config}
+
+
+def add_adapter(model: PreTrainedModel, args: AdapterArguments, num_tasks: int = 1) -> PeftModel:
+    """Freeze `model` and give it the adapter that `args` describes; its parameters alone are trainable.
+
+    Args:
+        model: The model.
+        args: The adapter.
+        num_tasks: The length of the stream, for an adapter with something of its own for every task.
+
+    Raises:
+        ValueError: If the model has none of the layers named.
+    """
+    if args.adapter == "moe" and args.moe_layers:
+        _check_depth(model, args)
+    return get_peft_model(model, ADAPTERS[args.adapter](args, num_tasks))
+
+
+def _check_depth(model: PreTrainedModel, args: AdapterArguments) -> None:
+    located = [locate(name) for name, _ in model.named_parameters()]
+    depth = max(layer or 0 for tower, layer in located if args.moe_towers in ("both", tower))
+    if max(args.moe_layers) > depth:
+        raise ValueError(
+            f"moe_layers={args.moe_layers} reaches beyond the model, which has {depth} layers in a tower."
+        )
+
+
+def adapter_name(config: PeftConfig) -> str:
+    """What `AdapterArguments.adapter` calls the PEFT method of `config`."""
+    return "moe" if isinstance(config, MoEAdapterConfig) else str(config.peft_type.value).lower()

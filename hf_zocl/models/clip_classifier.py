@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,12 +13,15 @@ from torch import nn
 from transformers import CLIPModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .moe_adapter import collect_balance_losses
+
 
 @dataclass
 class CLIPClassifierOutput(ModelOutput):
     """
     Attributes:
-        loss: Cross-entropy over the present classes, scalar; where labels are given.
+        loss: Cross-entropy over the present classes, scalar; where labels are given. In training mode with the
+            adapters' load-balancing loss, where they have one.
         logits: Scaled cosine similarities, float32 or wider, `(batch, classes)`.
     """
 
@@ -57,6 +61,17 @@ class CLIPClassifier(nn.Module):
     def config(self):
         return self.clip.config
 
+    @property
+    def couples_towers(self) -> bool:
+        """Whether the loss has a part that is not made of the towers' features (read by `hf_zocl.zo.TowerPlan`)."""
+        return self.has_balance_loss
+
+    @property
+    def has_balance_loss(self) -> bool:
+        """Whether an adapter adds a load-balancing loss in training."""
+        configs = getattr(self.clip, "peft_config", {}).values()
+        return any(getattr(config, "balance_loss", 0) > 0 for config in configs)
+
     def set_classes(self, class_names: Sequence[str]) -> None:
         """Set the classes; their prompts are padded to the longest of them, not to the context length."""
         self.class_names = tuple(class_names)
@@ -79,11 +94,15 @@ class CLIPClassifier(nn.Module):
             pixel_values: `(batch, channels, height, width)`.
             labels: Indices into the classes, `(batch,)`.
         """
-        image_embeds = self.encode("vision", pixel_values)
-        text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
+        balance = collect_balance_losses(self.clip) if self.training and self.has_balance_loss else nullcontext([])
+        with balance as balance_losses:
+            image_embeds = self.encode("vision", pixel_values)
+            text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
         logits = self.logits(image_embeds, text_embeds)
+        loss = F.cross_entropy(logits, labels) if labels is not None else None
         return CLIPClassifierOutput(
-            loss=F.cross_entropy(logits, labels) if labels is not None else None, logits=logits
+            loss=loss + sum(balance_losses) if balance_losses and labels is not None else loss,
+            logits=logits,
         )
 
     def encode(self, tower: str, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
@@ -111,6 +130,21 @@ class CLIPClassifier(nn.Module):
         self.eval()
         probabilities = self(pixel_values.to(self.clip.logit_scale.device)).logits.softmax(dim=-1)
         return [self.class_names[i] for i in probabilities.argmax(dim=-1).tolist()], probabilities
+
+    def begin_task(self, task: int) -> None:
+        """Tell the adapter that a task begins, counted from 1, if it has anything of its own for each."""
+        if hasattr(self.clip, "begin_task"):
+            self.clip.begin_task(task)
+        self._clear_text_cache()
+
+    def end_task(self, task: int) -> None:
+        """Tell the adapter that a task has been trained, if it cares."""
+        if hasattr(self.clip, "end_task"):
+            self.clip.end_task(task)
+
+    def extra_logs(self) -> dict[str, float]:
+        """What the adapter has to say in a training log, by name."""
+        return self.clip.extra_logs() if hasattr(self.clip, "extra_logs") else {}
 
     def train(self, mode: bool = True) -> CLIPClassifier:
         self._clear_text_cache()

@@ -50,8 +50,10 @@ class ForwardState:
         return ForwardState(self.device, [buffer for buffer, _ in self.buffers])
 
     def restore(self) -> None:
-        for buffer, value in self.buffers:
-            buffer.copy_(value)
+        for number, (buffer, value) in enumerate(self.buffers):
+            if buffer._version != self.versions[number]:
+                buffer.copy_(value)
+                self.versions[number] = buffer._version
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
@@ -163,17 +165,24 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
 class TowerPlan:
     """What holds for all steps: which tower a perturbation runs, from which layer on, and whether in batches.
 
+    Modules may say what they stand, by attributes that default as their absence does: `couples_towers` of the model (its
+    loss is not made of the towers' features alone), `stackable` (its parameters may have a leading dimension of
+    candidates, all of them together; without it, linear layers' may) and `packable` (its rows need not be one prompt).
+
     Args:
         model: The model, unwrapped.
         perturbations: One per branch.
     """
 
     def __init__(self, model: nn.Module, perturbations: Iterable[Perturbation]):
-        self.towers = find_towers(model)
+        self.towers = {} if getattr(model, "couples_towers", False) else find_towers(model)
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
         self.packing = Packing()
         self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
-        self.linears: dict[str, list[tuple[nn.Linear, str, int]] | None] = {}
+        self.stacked: dict[str, list[tuple[nn.Module, str, int]] | None] = {}
+        self.packable = all(
+            getattr(module, "packable", True) for tower in self.towers.values() for module in tower.module.modules()
+        )
         self.within_towers: set[Perturbation] = set()
         owners = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None}
         for perturbation in perturbations:
@@ -189,7 +198,7 @@ class TowerPlan:
                 self.first_layer[name] = tower.first_layer_of(perturbation)
                 if all(mine):
                     self.within_towers.add(perturbation)
-                    self.linears[name] = _linears(perturbation, owners)
+                    self.stacked[name] = _stackable(perturbation, tower.module, owners)
 
     def offset(self, name: str, point: Point) -> Combination | None:
         """Where the tower's parameters are at `point`: an offset, or None at θ."""
@@ -233,19 +242,20 @@ def _is_close(output: Any, expected: Any) -> bool:
     return error.item() < 10 * torch.finfo(theirs.dtype).eps ** 0.75
 
 
-def _linears(
-    perturbation: Perturbation, owners: dict[int, tuple[nn.Module, str]]
-) -> list[tuple[nn.Linear, str, int]] | None:
-    """The linear layer and the name of every parameter; None if another module holds one."""
+def _stackable(
+    perturbation: Perturbation, tower: nn.Module, owners: dict[int, tuple[nn.Module, str]]
+) -> list[tuple[nn.Module, str, int]] | None:
+    """The module that holds each parameter, and its name there; None if one cannot hold candidates' side by side."""
     if isinstance(perturbation, StreamedPerturbation):
         return None
-    found = []
-    for index, parameter in enumerate(perturbation.parameters):
-        module, name = owners[id(parameter)]
-        if not isinstance(module, nn.Linear):
+    mine = {id(parameter) for parameter in perturbation.parameters}
+    for module in tower.modules():
+        inside = [id(parameter) in mine for parameter in module.parameters()]
+        if hasattr(module, "stackable") and any(inside) and not (module.stackable and all(inside)):
             return None
-        found.append((module, name, index))
-    return found
+    found = [(*owners[id(parameter)], index) for index, parameter in enumerate(perturbation.parameters)]
+    is_able = all(isinstance(module, nn.Linear) or hasattr(module, "stackable") for module, _, _ in found)
+    return found if is_able else None
 
 
 @dataclass
@@ -368,7 +378,7 @@ class TowerEvaluation:
             return False
         config = getattr(self.plan.towers[name].module, "config", None)
         is_packable = name == "language" and getattr(config, "_attn_implementation", None) == "sdpa"
-        return first > 0 or (is_packable and self.pack_prompts)
+        return first > 0 or (is_packable and self.pack_prompts and self.plan.packable)
 
     @contextmanager
     def _layers(self, tower: Tower, inserted: Callable, skip: int) -> Iterator[None]:
@@ -389,7 +399,7 @@ class TowerEvaluation:
             record.outputs[None] = self._tower_output(name)
         if not missing:
             return
-        if name == "language" and self.pack_prompts:
+        if name == "language" and self.pack_prompts and self.plan.packable:
             record.packed = self.plan.packing.prompts(record, lambda packed: self._recorded_again(name, packed))
         size = self._batch_size(name, len(missing))
         for first in range(0, len(missing), size):
@@ -415,7 +425,7 @@ class TowerEvaluation:
         random numbers are drawn, candidates go one by one, under the same masks.
         """
         record = self.records[name]
-        if count < 2 or not self.batch_candidates or self.plan.linears.get(name) is None or not record.elements:
+        if count < 2 or not self.batch_candidates or self.plan.stacked.get(name) is None or not record.elements:
             return 1
         if record.draws:
             return 1
@@ -450,11 +460,11 @@ class TowerEvaluation:
 
     @contextmanager
     def _stacked(self, name: str, stacks: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Every perturbed linear layer holds the weights of all candidates, and maps each one's rows by its own."""
+        """Every perturbed module holds the weights of all candidates, and maps each one's rows by its own."""
         with ExitStack() as stack:
-            for module, parameter, index in self.plan.linears[name]:
+            for module, parameter, index in self.plan.stacked[name]:
                 stack.enter_context(shadowed(module, **{parameter: stacks[index]}))
-            for module in {module for module, _, _ in self.plan.linears[name]}:
+            for module in {module for module, _, _ in self.plan.stacked[name] if isinstance(module, nn.Linear)}:
                 stack.enter_context(shadowed(module, forward=_StackedForward(module)))
             yield
 
@@ -515,9 +525,10 @@ def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     if weight.dim() == 2:
         return nn.functional.linear(inputs, weight, bias)
     rows = inputs.reshape(len(weight), -1, inputs.shape[-1])
-    outputs = torch.bmm(rows, weight.transpose(1, 2))
-    if bias is not None:
-        outputs = outputs + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
+    if bias is None:
+        outputs = torch.bmm(rows, weight.mT)
+    else:
+        outputs = torch.baddbmm(bias.view(-1, 1, bias.shape[-1]), rows, weight.mT)
     return outputs.view(*inputs.shape[:-1], weight.shape[1])
 
 

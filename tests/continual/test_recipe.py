@@ -1,11 +1,13 @@
 """Recipes and the command line: what they are read as, and how they fail before any work."""
 
+import re
 from pathlib import Path
 
 import datasets
 import pytest
 from PIL import Image as PILImage
 
+from hf_zocl.continual.benchmarks import BENCHMARKS
 from hf_zocl.continual.recipe import build_scheduler, build_stream, parse_recipe
 
 
@@ -27,6 +29,43 @@ def parse(tmp_path: Path, text: str = "", *arguments: str):
 def test_every_recipe_parses_and_says_how_to_launch_it(file):
     assert parse_recipe(["--recipe", str(file)]).training.output_dir.startswith("runs/")
     assert f"--recipe scripts/recipes/{file.name}" in file.read_text(encoding="utf-8")
+
+
+def save_like_the_hub(name: str, folder: Path) -> Path:
+    """A dataset with the splits and columns that the benchmark's Hub copy has."""
+    benchmark, classes = BENCHMARKS[name], {"cifar100": 100}.get(name, 200)
+    wnids = [f"n{label:08}" for label in range(classes)] * 5
+    columns = {benchmark.image_column: ([PILImage.new("RGB", (2, 2))] * len(wnids), datasets.Image())}
+    labels = datasets.ClassLabel(names=wnids[:classes])
+    if getattr(benchmark, "name_column", None):
+        columns[benchmark.name_column] = ([f"name_{wnid}" for wnid in wnids], datasets.Value("string"))
+        labels = datasets.Value("string")
+    columns[benchmark.label_column] = (wnids, labels)
+    features = datasets.Features({column: feature for column, (_, feature) in columns.items()})
+    data = datasets.Dataset.from_dict({column: rows for column, (rows, _) in columns.items()}, features=features)
+    (folder / "data").mkdir()
+    for split in {benchmark.train_split, benchmark.test_split}:
+        data.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*_moe.yaml")), ids=lambda file: file.stem)
+def test_the_moe_recipes_are_the_baselines_and_build_their_streams(file, tmp_path, monkeypatch):
+    recipe = parse_recipe(["--recipe", str(file), "--dataset_path", str(tmp_path)])
+    training, adapter = recipe.training, recipe.adapter
+    assert (adapter.adapter, adapter.moe_num_experts, adapter.moe_top_k, adapter.moe_bottleneck) == ("moe", 2, 2, 64)
+    assert (training.learning_rate, training.weight_decay, training.warmup_steps) == (1e-3, 0.0, 30)
+    assert (training.num_train_epochs, training.lr_scheduler_type) == (1, "cosine")
+    assert training.per_device_train_batch_size == (128 if recipe.run.benchmark == "cifar100" else 64)
+    if recipe.run.benchmark not in BENCHMARKS:
+        pytest.skip(f"there is no benchmark {recipe.run.benchmark} yet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    save_like_the_hub(recipe.run.benchmark, tmp_path)
+    stream, template = build_stream(recipe.run)
+    increment = int(re.search(r"inc(\d+)", file.stem).group(1))
+    classes = 100 if recipe.run.benchmark == "cifar100" else 200
+    assert [len(task.class_ids) for task in stream] == [increment] * (classes // increment)
+    assert template == "a bad photo of a {}."
 
 
 def test_the_command_line_overrides_the_recipe(tmp_path):

@@ -220,6 +220,15 @@ def test_loading_code_imports_hf_zocl_for_moe_adapters_alone(task, adapter, need
     assert ("import hf_zocl" in code_block(render_task_card(task))) is needed
 
 
+def test_a_card_shows_the_arguments_of_its_own_adapter_alone(task):
+    task["recipe"] |= {"adapter": "moe", "moe_num_experts": 2, "moe_router_token": "first", "lora_rank": 8}
+    task["adapter"] = "moe"
+    card = str(render_task_card(task))
+    assert "with MoE adapters after" in card
+    assert "moe_num_experts" in card and "moe_router_token" in card
+    assert "lora_rank" not in card
+
+
 def test_card_admits_a_model_below_zero_shot(task):
     assert "below the zero-shot" not in render_task_card(task).text
     task["metrics"]["seen_accuracy"][-1] = 0.5

@@ -1,8 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import CLIPModel
 
 from hf_zocl.models import AdapterArguments, CLIPClassifier
+from hf_zocl.sample import sample_path
 from tests.helpers import image_batch, mini_clip_classifier
 
 
@@ -21,6 +23,15 @@ def test_logits_are_those_of_the_clip_model(classifier):
         output = classifier.eval()(**batch)
     torch.testing.assert_close(output.logits, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(output.loss, F.cross_entropy(expected, batch["labels"]))
+
+
+def test_a_clip_without_an_adapter_is_a_classifier_too(classifier):
+    model = CLIPClassifier(CLIPModel.from_pretrained(sample_path("mini-clip")), classifier.tokenizer, ["cat", "dog"])
+    assert model.train()(**image_batch(classes=2)).loss.isfinite()
+    model.begin_task(1)
+    model.end_task(1)
+    assert model.extra_logs() == {}
+    assert not model.couples_towers
 
 
 def test_prompts_are_padded_to_their_own_longest(classifier):
@@ -130,7 +141,7 @@ def test_a_template_without_one_place_for_the_name_is_refused(classifier, templa
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"adapter": "ia3"}, "adapter='ia3'"), ({"lora_rank": 0}, "lora_rank=0")]
+    ("options", "message"), [({"adapter": "ia3"}, "adapter='ia3'.* lora, moe"), ({"lora_rank": 0}, "lora_rank=0")]
 )
 def test_bad_adapter_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):

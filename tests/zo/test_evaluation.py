@@ -25,6 +25,7 @@ ASSIGNMENTS = [
     for branch in ("dual", "vision", "language")
     for layers in ("all", "hop-odd", "hop-even", "prefix-2", "suffix-2")
 ]
+MANY_CLASSES = [f"{size}{animal}" for animal in ("cat", "great white shark", "dog") for size in ("", "large ", "old ")]
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2}
 
 
@@ -37,12 +38,10 @@ def randomise(model: nn.Module) -> nn.Module:
     return model.double().train()
 
 
-def classifier(dropout: float = 0.0) -> tuple[nn.Module, dict]:
+def classifier(**adapter) -> tuple[nn.Module, dict]:
     batch = image_batch(6)
-    return randomise(mini_clip_classifier(lora_dropout=dropout)), {
-        **batch,
-        "pixel_values": batch["pixel_values"].double(),
-    }
+    inputs = {**batch, "pixel_values": batch["pixel_values"].double()}
+    return randomise(mini_clip_classifier(**adapter)), inputs
 
 
 def dual_encoder(kind: str) -> tuple[nn.Module, dict]:
@@ -121,6 +120,37 @@ def test_towers_give_the_plain_losses_and_gradients(branch, layers, estimator):
     assert_same(model, inputs, branch, layers, estimator=estimator, queries=3)
 
 
+QUIET = {"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}
+MOE = {
+    "baseline, with noise and dropout": {"adapter": "moe"},
+    "without": QUIET,
+    "pooled": {**QUIET, "moe_router_token": "pooled"},
+    "1 of 3": {**QUIET, "moe_num_experts": 3, "moe_top_k": 1},
+}
+
+
+@pytest.mark.parametrize("kind", MOE)
+@pytest.mark.parametrize(("branch", "layers"), [("dual", "all"), ("language", "hop-even"), ("vision", "suffix-2")])
+def test_moe_adapters_give_them_too(kind, branch, layers):
+    model, inputs = classifier(**MOE[kind])
+    model.set_classes(MANY_CLASSES)
+    assert_same(model, inputs, branch, layers, packed, queries=3)
+
+
+def test_moe_candidates_go_through_the_language_tower_as_one_batch_of_packed_prompts():
+    model, inputs = classifier(**QUIET)
+    model.set_classes(MANY_CLASSES)
+    text = count_calls(model.clip.base_model.model.text_model.encoder.layers[-1])
+    gradients(model, inputs, packed, "language", "all", queries=6)
+    assert text[-1] == 6
+
+
+@pytest.mark.parametrize("layers", [["experts.0"], ["routers"]])
+def test_experts_that_are_partly_perturbed_go_one_by_one(layers):
+    model, inputs = classifier(**QUIET)
+    assert_same(model, inputs, "language", layers, queries=3)
+
+
 @pytest.mark.parametrize("estimator", ["conservative", "fzoo"])
 def test_so_do_the_other_estimators(estimator):
     model, inputs = classifier()
@@ -130,7 +160,7 @@ def test_so_do_the_other_estimators(estimator):
 @pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])
 @pytest.mark.parametrize(("branch", "layers"), [("dual", "all"), ("vision", "suffix-2"), ("language", "hop-even")])
 def test_dropout_masks_are_those_of_the_plain_passes(branch, layers, estimator):
-    model, inputs = classifier(dropout=0.3)
+    model, inputs = classifier(lora_dropout=0.3)
     assert_same(model, inputs, branch, layers, estimator=estimator, queries=2)
 
 
@@ -139,9 +169,6 @@ def test_dropout_masks_are_those_of_the_plain_passes(branch, layers, estimator):
 def test_dual_encoders_of_transformers_work_by_structure(kind, branch, layers):
     model, inputs = dual_encoder(kind)
     assert_same(model, inputs, branch, layers, queries=3)
-
-
-MANY_CLASSES = [f"{size}{animal}" for animal in ("cat", "great white shark", "dog") for size in ("", "large ", "old ")]
 
 
 @pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])

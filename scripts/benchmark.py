@@ -1,0 +1,116 @@
+"""Times this package's parts against a straightforward way to the same result; both interleaved in one run.
+
+python scripts/benchmark.py --moe [--threads 2] [--device cuda]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from hf_zocl import MoEAdapterConfig
+from hf_zocl.models.moe_adapter.layer import MoEAdapter
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--moe", action="store_true", help="the MoE adapter of one ViT-B/16 block")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--repeats", type=int, default=15, help="runs of each, of which the median is shown")
+    args = parser.parse_args()
+    if not args.moe:
+        parser.error("say what to time: --moe")
+    torch.set_num_threads(args.threads)
+    print(
+        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, median of {args.repeats} runs"
+    )
+    if args.moe:
+        benchmark_moe(args.device, args.repeats)
+
+
+def interleaved_medians(runs: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
+    """The median time of each, in milliseconds; one round runs all of them, so that load falls on all alike."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 2):
+        for name, run in runs.items():
+            start = _now(device)
+            run()
+            if repeat >= 2:  # the first two rounds warm up
+                times[name].append(1e3 * (_now(device) - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _now(device: str) -> float:
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+# The MoE adapter.
+
+# (batch, tokens, width): an image batch in a ViT-B/16, and the prompts of 100 classes in its text tower.
+MOE_SHAPES = {"ViT-B/16 block": (32, 197, 768), "text block, 100 prompts": (100, 12, 512)}
+
+
+def benchmark_moe(device: str, repeats: int) -> None:
+    """One adapter in training mode: dispatch by sorting and splitting, against ours; forward, and with backward."""
+    print(f"{'MoE adapter':<40}{'pass':<20}{'dispatch':>10}{'ours':>10}{'speed-up':>10}")
+    for shape_name, shape in MOE_SHAPES.items():
+        for experts in (2, 22):
+            torch.manual_seed(0)
+            adapter = MoEAdapter(MoEAdapterConfig(num_experts=experts), shape[-1], shape[-1]).to(device)
+            for parameter in adapter.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+            x = torch.randn(shape, device=device, requires_grad=True)
+            adapter.eval()
+            torch.testing.assert_close(adapter(x), dispatch(adapter, x), rtol=1e-4, atol=1e-5)
+            adapter.train()
+            ways = {"dispatch": lambda a=adapter, x=x: dispatch(a, x), "ours": lambda a=adapter, x=x: a(x)}
+            for pass_name, wrap in (("forward", _forward), ("forward + backward", _forward_and_backward)):
+                medians = interleaved_medians({n: wrap(way) for n, way in ways.items()}, repeats, device)
+                ratio = medians["dispatch"] / medians["ours"]
+                title = f"{shape_name}, top 2 of {experts}"
+                numbers = f"{medians['dispatch']:>7.1f} ms{medians['ours']:>7.1f} ms{ratio:>9.2f}x"
+                print(f"{title:<40}{pass_name:<20}{numbers}", flush=True)
+
+
+def _forward(way: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        with torch.no_grad():
+            way()
+
+    return run
+
+
+def _forward_and_backward(way: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    def run() -> None:
+        y = way()
+        y.backward(torch.ones_like(y))
+
+    return run
+
+
+def dispatch(adapter: MoEAdapter, x: torch.Tensor) -> torch.Tensor:
+    """The baseline's scheme: sort the pairs of example and expert, split, run each expert, add the rows up."""
+    config = adapter.config
+    gates = adapter.routers[0](x[:, 0], config.top_k).gates
+    rows, owners = torch.nonzero(gates, as_tuple=True)
+    owners, order = owners.sort()
+    rows = rows[order]
+    sizes = torch.bincount(owners, minlength=config.num_experts).tolist()
+    outputs = []
+    for expert, part in zip(adapter.experts, x[rows].split(sizes), strict=True):
+        hidden = F.dropout(F.relu(expert.down(part)), config.dropout, adapter.training)
+        outputs.append(config.scale * expert.up(hidden))
+    weighted = torch.cat(outputs) * gates[rows, owners][:, None, None]
+    return torch.zeros_like(x).index_add(0, rows, weighted)
+
+
+if __name__ == "__main__":
+    main()
