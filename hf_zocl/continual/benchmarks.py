@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
+from .class_lists import CIFAR100_NAMES, TINY_IMAGENET_NAMES, TINY_IMAGENET_ORDER
 from .tasks import CLASS_ORDER_SEED, TaskStream
 
 
@@ -24,6 +25,8 @@ class Benchmark:
         source: Where each of these choices comes from.
         class_order: Label ids in order of arrival.
         class_names: By label id, as prompts need them; None: the dataset's, cleaned.
+        name_column: A column of class names, where the labels are not readable.
+        test_fraction: The share of each class that is tested on, where the dataset has one split only.
         config_name, revision: For `datasets.load_dataset`.
     """
 
@@ -40,6 +43,8 @@ class Benchmark:
     class_order_seed: int | None = CLASS_ORDER_SEED
     class_order: tuple[int, ...] | None = None
     class_names: tuple[str, ...] | None = None
+    name_column: str | None = None
+    test_fraction: float | None = None
     config_name: str | None = None
     revision: str | None = None
 
@@ -82,7 +87,8 @@ class Benchmark:
             "initial_increment",
             "increment",
         )
-        shared += ("class_order_seed", "class_order", "class_names", "config_name", "revision")
+        shared += ("class_order_seed", "class_order", "class_names", "name_column", "test_fraction")
+        shared += ("config_name", "revision")
         return {argument: getattr(self, argument) for argument in shared}
 
 
@@ -98,18 +104,6 @@ def get_benchmark(name: str) -> Benchmark:
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(f"benchmark={name!r} is not registered.{hint} There are {', '.join(map(repr, BENCHMARKS))}.")
 
-
-# The Hub's copy calls class 26 "cra".
-_CIFAR100_NAMES = """
-apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus, butterfly,
-camel, can, castle, caterpillar, cattle, chair, chimpanzee, clock, cloud, cockroach, couch, crab, crocodile, cup,
-dinosaur, dolphin, elephant, flatfish, forest, fox, girl, hamster, house, kangaroo, keyboard, lamp, lawn mower,
-leopard, lion, lizard, lobster, man, maple tree, motorcycle, mountain, mouse, mushroom, oak tree, orange, orchid,
-otter, palm tree, pear, pickup truck, pine tree, plain, plate, poppy, porcupine, possum, rabbit, raccoon, ray,
-road, rocket, rose, sea, seal, shark, shrew, skunk, skyscraper, snail, snake, spider, squirrel, streetcar,
-sunflower, sweet pepper, table, tank, telephone, television, tiger, tractor, train, trout, tulip, turtle, wardrobe,
-whale, willow tree, wolf, woman, worm
-"""
 
 _CIFAR10_SOURCE = (
     "Krizhevsky 2009; five tasks of two classes, the usual split CIFAR-10; "
@@ -154,7 +148,44 @@ BENCHMARKS: dict[str, Benchmark] = {
                 "(cil/configs/class/cifar100_10-10-MoE-Adapters.yaml), whose own class order is another; "
                 "class order: PyCIL's seed; names: the Hub's, with crab spelt right"
             ),
-            class_names=tuple(" ".join(_CIFAR100_NAMES.split()).split(", ")),
+            class_names=CIFAR100_NAMES,
+        ),
+        Benchmark(
+            name="tiny-imagenet",
+            dataset_id="zh-plus/tiny-imagenet",
+            train_split="train",
+            test_split="valid",
+            image_column="image",
+            label_column="label",
+            initial_increment=20,
+            increment=20,
+            prompt_template="a bad photo of a {}.",
+            source=(
+                "Le & Yang 2015; ten steps of 20: the paper's; prompt, names and class order: MoE-Adapters4CL "
+                "(cil/configs/class/tinyimagenet_100-20.yaml, cil/class_orders/tinyimagenet.yaml)"
+            ),
+            class_order_seed=None,
+            class_order=TINY_IMAGENET_ORDER,
+            class_names=TINY_IMAGENET_NAMES,
+        ),
+        Benchmark(
+            name="imagenet-r",
+            dataset_id="axiong/imagenet-r",
+            train_split="test",
+            test_split="test",
+            image_column="image",
+            label_column="wnid",
+            name_column="class_name",
+            test_fraction=0.2,
+            initial_increment=20,
+            increment=20,
+            prompt_template="a bad photo of a {}.",
+            source=(
+                "Hendrycks et al., ICCV 2021; ten steps of 20 and 80/20 split: DualPrompt (ECCV 2022), whose ratio "
+                "PyCIL's successor LAMDA-PILOT shares; the Hub's copy has one split, so ours is drawn class by class "
+                "(their lists of files are not published as code); class order: PyCIL's seed over sorted WordNet ids; "
+                "prompt: MoE-Adapters4CL's for its other datasets (the paper states none)"
+            ),
         ),
     )
 }

@@ -113,6 +113,8 @@ class TaskStream(Sequence[Task]):
         test_split: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        name_column: str | None = None,
+        test_fraction: float | None = None,
         class_names: Sequence[str] | None = None,
         class_order: Sequence[int] | None = None,
         class_order_seed: int | None = CLASS_ORDER_SEED,
@@ -135,6 +137,9 @@ class TaskStream(Sequence[Task]):
             image_column: Default: the column of type `Image`.
             label_column: Default: the column of type `ClassLabel`, else one named `label` or `labels`. Strings are
                 encoded in alphabetical order; integers are the ids, and their own names.
+            name_column: A column of strings that names every image's class, where the labels themselves do not.
+            test_fraction: Share of each class's training images that become the test images instead of a test split,
+                for datasets with one split only; drawn at random from seed 1993, the same for every run.
             class_names: One name for each label id from 0, taken as they are; default: the dataset's, through
                 `clean_class_name`.
             class_order: Label ids in order of arrival; those left out are left out of the stream.
@@ -156,13 +161,18 @@ class TaskStream(Sequence[Task]):
 
         splits = _load(dataset, config_name, revision)
         train = _open_split(splits, train_split, "train_split", TRAIN_SPLITS)
-        test = _open_split(splits, test_split, "test_split", TEST_SPLITS)
+        test = train if test_fraction is not None else _open_split(splits, test_split, "test_split", TEST_SPLITS)
         image_column = _image_column(train, image_column)
         label_column = _label_column(train, label_column)
+        named = train
         train = train.with_columns(image_column, label_column)
         test = test.with_columns(_image_column(test, image_column), _label_column(test, label_column))
 
         train, test = _encode_strings(train, test)
+        if class_names is None and name_column is not None:
+            class_names = _names_from_column(named, name_column, train.labels)
+        if test_fraction is not None:
+            train, test = _split_off(train, test_fraction)
         names = _class_names(train, test, class_names)
         order = _class_order(sorted(names), class_order, class_order_seed)
         _check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
@@ -221,6 +231,9 @@ class _Split:
             )
         labels = column.to_numpy()
         return _Split(self.name, data, labels if labels.dtype == object else labels.astype(np.int64))
+
+    def rows(self, rows: np.ndarray) -> _Split:
+        return _Split(self.name, self.data.select(rows), self.labels[rows])
 
     def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> datasets.Dataset:
         """The rows of some classes, in the dataset's order."""
@@ -317,6 +330,30 @@ def _encode_strings(train: _Split, test: _Split) -> tuple[_Split, _Split]:
         data = split.data.remove_columns("label").add_column("label", labels, feature=feature)
         encoded.append(_Split(split.name, data, labels))
     return encoded[0], encoded[1]
+
+
+def _names_from_column(split: _Split, column: str, labels: np.ndarray) -> list[str]:
+    """The prompt names by label id, from the first image of every class."""
+    column = _column(
+        split, column, [c for c, f in split.data.features.items() if _is_string(f)], "name_column", "of strings"
+    )
+    ids, rows = np.unique(labels, return_index=True)
+    if not np.array_equal(ids, np.arange(len(ids))):
+        raise ValueError(f"name_column={column!r}: split {split.name!r} has no image of some class; give class_names.")
+    return [clean_class_name(name) for name in split.data.with_format(None).select(rows)[column]]
+
+
+def _split_off(split: _Split, fraction: float) -> tuple[_Split, _Split]:
+    """Cut a split in two, class by class: the rest, and `fraction` of every class (at least one image)."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"test_fraction={fraction}: expected a share between 0 and 1.")
+    is_test = np.zeros(len(split.labels), dtype=bool)
+    by_label = np.argsort(split.labels, kind="stable")
+    ids, starts = np.unique(split.labels[by_label], return_index=True)
+    for label, rows in zip(ids, np.split(by_label, starts[1:]), strict=True):
+        count = max(1, round(fraction * len(rows)))
+        is_test[_draw(rows, count, (CLASS_ORDER_SEED, int(label)))] = True
+    return split.rows(np.flatnonzero(~is_test)), split.rows(np.flatnonzero(is_test))
 
 
 def _class_names(train: _Split, test: _Split, given: Sequence[str] | None) -> dict[int, str]:
