@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
@@ -20,6 +21,7 @@ TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("test", "validation", "valid", "val")
 LABEL_COLUMNS = ("label", "labels")
 CLASS_ORDER_SEED = 1993
+SCENARIOS = ("class", "task", "domain", "cross-dataset")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,11 @@ class Task:
         first_label: How many classes arrived before: the arrival label of `class_ids[0]`.
         train: The training images: columns `image` and `label` (the dataset's own label ids).
         test: The test images of this task's classes, in the same form.
+        arrival_labels: The arrival label of every label id of the task's dataset, -1 for those not in the stream.
+            Shape: (label ids of the dataset,).
+        title: What distinguishes the task, where that is not its classes: the name of a dataset or of a domain.
+        prompt_template: The prompt or prompts of this task's dataset; None: the stream's.
+        train_rows, test_rows: The images' rows in their splits. Shape: (images,).
     """
 
     index: int
@@ -41,11 +48,43 @@ class Task:
     first_label: int
     train: datasets.Dataset
     test: datasets.Dataset
+    arrival_labels: np.ndarray | None = field(default=None, repr=False, compare=False)
+    title: str | None = None
+    prompt_template: str | tuple[str, ...] | None = None
+    train_rows: np.ndarray | None = field(default=None, repr=False, compare=False)
+    test_rows: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """The task's name, and its folder's: `task-01`."""
         return task_folder(self.index)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Test images that are predicted among the same classes.
+
+    Args:
+        tasks: The tasks whose test images these are.
+        class_names: What is predicted among, in order of arrival.
+        first_label: The arrival label of the first of these classes.
+        prompt_template: The prompt or prompts; None: the model's.
+    """
+
+    tasks: tuple[Task, ...]
+    class_names: tuple[str, ...]
+    first_label: int = 0
+    prompt_template: str | tuple[str, ...] | None = None
+
+    @property
+    def test(self) -> datasets.Dataset:
+        """The test images, task by task; columns `image` and `label`."""
+        return concatenate([task.test for task in self.tasks])
+
+    @property
+    def task_indices(self) -> np.ndarray:
+        """The task, counted from 1, of every test image. Shape: (images,)."""
+        return np.repeat([task.index for task in self.tasks], [len(task.test) for task in self.tasks])
 
 
 class TaskStream(Sequence[Task]):
@@ -55,25 +94,37 @@ class TaskStream(Sequence[Task]):
         tasks: The tasks, in order.
         name: What results and model cards call the stream.
         dataset_id: Hub id of the dataset, where there is one.
+        scenario: What an image is predicted among (van de Ven & Tolias 2019; MTIL: Zheng et al., ZSCL, ICCV 2023):
+            `class`: all classes seen; `task`: the classes of its own task; `domain`: the classes that all tasks share;
+            `cross-dataset`: the classes of its own dataset, which is a task, with that dataset's prompts.
 
     Attributes:
-        class_order: Label ids of the dataset in order of arrival.
+        class_order: Label ids of the dataset in order of arrival; of several datasets, one after the other.
         class_names: The names of the classes in order of arrival.
         arrival_labels: `arrival_labels[label id]` is the id's position in `class_order`, which is what a model is
-            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,).
+            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,). Of
+            several datasets: the first one's; every task has its own.
+
+    Raises:
+        ValueError: If there is no task, the scenario is unknown, or tasks of the `domain` scenario differ in classes.
     """
 
-    def __init__(self, tasks: Iterable[Task], name: str, dataset_id: str | None = None):
+    def __init__(self, tasks: Iterable[Task], name: str, dataset_id: str | None = None, scenario: str = "class"):
         self._tasks = tuple(tasks)
-        self.name, self.dataset_id = name, dataset_id
-        self.class_order = tuple(label for task in self._tasks for label in task.class_ids)
+        self.name, self.dataset_id, self.scenario = name, dataset_id, scenario
+        if not self._tasks:
+            raise ValueError(f"stream {name!r} has no task.")
+        if scenario not in SCENARIOS:
+            raise ValueError(f"scenario={scenario!r} is unknown: expected one of {', '.join(SCENARIOS)}.")
+        if scenario == "domain":
+            _check_same_classes(self._tasks)
+        own = self._tasks[:1] if scenario == "domain" else self._tasks
+        self.class_order = tuple(label for task in own for label in task.class_ids)
         self.class_names = self.seen_class_names(len(self._tasks))
-        label_feature = self._tasks[0].train.features["label"]
-        size = max(self.class_order) + 1
-        if isinstance(label_feature, datasets.ClassLabel):
-            size = max(size, label_feature.num_classes)
-        self.arrival_labels = np.full(size, -1, dtype=np.int64)
-        self.arrival_labels[list(self.class_order)] = np.arange(len(self.class_order))
+        if self._tasks[0].arrival_labels is None:
+            shared = _arrival_labels(self._tasks[0].train, self.class_order)
+            self._tasks = tuple(replace(task, arrival_labels=shared) for task in self._tasks)
+        self.arrival_labels = self._tasks[0].arrival_labels
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -83,15 +134,40 @@ class TaskStream(Sequence[Task]):
 
     def __repr__(self) -> str:
         sizes = [len(task.class_ids) for task in self._tasks]
-        return f"TaskStream({self.name!r}, {len(sizes)} tasks of {sizes} classes)"
+        return f"TaskStream({self.name!r}, {len(sizes)} tasks of {sizes} classes, scenario {self.scenario!r})"
 
     def seen_class_names(self, index: int) -> tuple[str, ...]:
         """The names of the classes of tasks 1 to `index`, in order of arrival."""
-        return tuple(name for task in self._seen(index) for name in task.class_names)
+        tasks = self._seen(index)
+        return tuple(name for task in (tasks[:1] if self.scenario == "domain" else tasks) for name in task.class_names)
 
     def seen_test(self, index: int) -> datasets.Dataset:
         """The test images of tasks 1 to `index`, task by task; columns `image` and `label`."""
-        return datasets.concatenate_datasets([task.test for task in self._seen(index)])
+        return concatenate([task.test for task in self._seen(index)])
+
+    def evaluations(self, index: int) -> tuple[Evaluation, ...]:
+        """What is measured after task `index`: the test images seen so far, by what they are predicted among.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        tasks = self._seen(index)
+        if self.scenario in ("class", "domain"):
+            return (Evaluation(tasks, self.seen_class_names(index), prompt_template=tasks[0].prompt_template),)
+        return tuple(self._alone(task) for task in tasks)
+
+    def future_evaluations(self, index: int) -> tuple[Evaluation, ...]:
+        """The test images of each task after `index`, predicted among the classes it will have when it arrives."""
+        return tuple(self._alone(task) for task in self._tasks[index:])
+
+    def _alone(self, task: Task) -> Evaluation:
+        if self.scenario in ("class", "domain"):
+            return Evaluation((task,), self.seen_class_names(task.index), prompt_template=task.prompt_template)
+        return Evaluation((task,), task.class_names, task.first_label, task.prompt_template)
+
+    def map_tasks(self, function: Callable[[Task], Task]) -> TaskStream:
+        """The same stream of other tasks."""
+        return TaskStream(map(function, self._tasks), self.name, self.dataset_id, self.scenario)
 
     def _seen(self, index: int) -> tuple[Task, ...]:
         if not 1 <= index <= len(self._tasks):
@@ -99,12 +175,44 @@ class TaskStream(Sequence[Task]):
         return self._tasks[:index]
 
     @classmethod
+    def from_streams(
+        cls, streams: Sequence[TaskStream], name: str, scenario: str = "cross-dataset", titles: Sequence[str] = ()
+    ) -> TaskStream:
+        """One task for each of several streams of one task, that is a stream of whole datasets.
+
+        Args:
+            streams: Streams of one task (`increment="all"`).
+            name: The new stream's name.
+            scenario: `cross-dataset`, or `domain` if all datasets have the same classes, by name.
+            titles: What the tasks are called; default: the streams' names.
+
+        Raises:
+            ValueError: If a stream has several tasks, or the domains differ in classes.
+        """
+        if any(len(stream) != 1 for stream in streams):
+            raise ValueError(f"{name}: every dataset must be one task (increment='all'); got {list(streams)}.")
+        tasks, first = [], 0
+        for index, stream in enumerate(streams, start=1):
+            task = stream[0]
+            arrival = task.arrival_labels
+            if scenario == "domain":
+                arrival = _by_name(task, streams[0][0])
+                task = replace(task, class_names=streams[0][0].class_names)
+            title = titles[index - 1] if titles else stream.name
+            shifted = np.where(arrival < 0, -1, arrival + first)
+            tasks.append(replace(task, index=index, first_label=first, arrival_labels=shifted, title=title))
+            first += 0 if scenario == "domain" else len(task.class_ids)
+        return cls(tasks, name, scenario=scenario)
+
+    @classmethod
     def from_dataset(
         cls,
         dataset: str | os.PathLike[str] | Mapping[str, datasets.Dataset],
         *,
-        increment: int,
+        increment: int | str,
         initial_increment: int | None = None,
+        scenario: str = "class",
+        domain_column: str | None = None,
         name: str | None = None,
         dataset_id: str | None = None,
         config_name: str | None = None,
@@ -128,7 +236,11 @@ class TaskStream(Sequence[Task]):
             dataset: Hub id or local folder, for `datasets.load_dataset`, or a loaded `DatasetDict`, whose formats and
                 transforms are dropped.
             increment: Classes of every task; the last is smaller where they do not divide, and a warning says so.
+                `all`: one task. It does not matter to the `domain` scenario.
             initial_increment: Classes of the first task; None or 0: `increment`.
+            scenario: `class`, `task` or `domain`, see `TaskStream`.
+            domain_column: A column of strings, class labels or integers whose values are the tasks of the `domain`
+                scenario, in alphabetical order.
             name: The stream's name; default: the Hub id, or the folder's name.
             dataset_id: Hub id of the dataset; default: `dataset`, where that is one.
             config_name, revision: Configuration and Hub revision, for `datasets.load_dataset`.
@@ -165,8 +277,10 @@ class TaskStream(Sequence[Task]):
         image_column = _image_column(train, image_column)
         label_column = _label_column(train, label_column)
         named = train
-        train = train.with_columns(image_column, label_column)
-        test = test.with_columns(_image_column(test, image_column), _label_column(test, label_column))
+        if (scenario == "domain") != (domain_column is not None):
+            raise ValueError(f"scenario={scenario!r}, domain_column={domain_column!r}: a domain is a column's value.")
+        train = train.with_columns(image_column, label_column, domain_column)
+        test = test.with_columns(_image_column(test, image_column), _label_column(test, label_column), domain_column)
 
         train, test = _encode_strings(train, test)
         if class_names is None and name_column is not None:
@@ -176,19 +290,87 @@ class TaskStream(Sequence[Task]):
         names = _class_names(train, test, class_names)
         order = _class_order(sorted(names), class_order, class_order_seed)
         _check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
-        sizes = _task_sizes(len(order), initial_increment, increment)
-        train_rows = _rows_by_class(
-            train, order, names, max_train_images_per_class, "max_train_images_per_class", seed
-        )
-        test_rows = _rows_by_class(test, order, names, max_test_images_per_class, "max_test_images_per_class", seed)
+        caps = {
+            "max_train_images_per_class": max_train_images_per_class,
+            "max_test_images_per_class": max_test_images_per_class,
+        }
+        if scenario == "domain":
+            domains = sorted({*train.domains.tolist(), *test.domains.tolist()})
+            parts = {str(domain): (train.in_domain(domain), test.in_domain(domain)) for domain in domains}
+            cuts = [(0, len(order))]
+        else:
+            parts = {None: (train, test)}
+            cuts = itertools.pairwise(np.cumsum([0, *_task_sizes(len(order), initial_increment, increment)]).tolist())
+        return cls(_cut(parts, list(cuts), order, names, caps, seed), name, dataset_id, scenario)
 
-        tasks, first = [], 0
-        for index, size in enumerate(sizes, start=1):
-            ids = order[first : first + size]
-            images = (train.select(train_rows, ids), test.select(test_rows, ids))
-            tasks.append(Task(index, ids, tuple(names[label] for label in ids), first, *images))
-            first += size
-        return cls(tasks, name, dataset_id)
+
+def _cut(
+    parts: Mapping[str | None, tuple[_Split, _Split]],
+    cuts: Sequence[tuple[int, int]],
+    order: tuple[int, ...],
+    names: Mapping[int, str],
+    caps: Mapping[str, int | None],
+    seed: int,
+) -> Iterator[Task]:
+    """A task for every part (a domain, or the whole dataset) and every cut of the class order."""
+    index = 0
+    for title, (train, test) in parts.items():
+        (argument, cap), (test_argument, test_cap) = caps.items()
+        train_rows = _rows_by_class(train, order, names, cap, argument, seed)
+        test_rows = _rows_by_class(test, order, names, test_cap, test_argument, seed)
+        for first, stop in cuts:
+            index, ids = index + 1, order[first:stop]
+            train_images, test_images = train.select(train_rows, ids), test.select(test_rows, ids)
+            yield Task(
+                index=index,
+                class_ids=ids,
+                class_names=tuple(names[label] for label in ids),
+                first_label=first,
+                train=train_images.data,
+                test=test_images.data,
+                title=title,
+                train_rows=train_images.row_ids,
+                test_rows=test_images.row_ids,
+            )
+
+
+def concatenate(images: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    """Several sets of images, one after the other."""
+    return (
+        datasets.concatenate_datasets(images)
+        if isinstance(images[0], datasets.Dataset)
+        else sum(images[1:], images[0])
+    )
+
+
+def _check_same_classes(tasks: tuple[Task, ...]) -> None:
+    for task in tasks[1:]:
+        other = set(task.class_names) ^ set(tasks[0].class_names)
+        if other:
+            raise ValueError(
+                f"scenario='domain': task {task.index} ({task.title}) and task 1 ({tasks[0].title}) must have the "
+                f"same classes; only one of them has {_listed(sorted(other))}."
+            )
+
+
+def _arrival_labels(images: datasets.Dataset, class_order: Sequence[int]) -> np.ndarray:
+    """The position in the class order of every label id, -1 for those left out."""
+    feature = images.features["label"]
+    size = max(class_order) + 1
+    if isinstance(feature, datasets.ClassLabel):
+        size = max(size, feature.num_classes)
+    arrival = np.full(size, -1, dtype=np.int64)
+    arrival[list(class_order)] = np.arange(len(class_order))
+    return arrival
+
+
+def _by_name(task: Task, first: Task) -> np.ndarray:
+    """The arrival labels of a domain's own label ids: where the first domain has the class of that name."""
+    _check_same_classes((first, task))
+    positions = {name: position for position, name in enumerate(first.class_names)}
+    arrival = task.arrival_labels.copy()
+    arrival[list(task.class_ids)] = [positions[name] for name in task.class_names]
+    return arrival
 
 
 def clean_class_name(name: str) -> str:
@@ -211,13 +393,16 @@ def clean_class_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Split:
-    """A split of the dataset: its name, its rows, and its labels once the columns are chosen."""
+    """A split of the dataset: its name, its rows, and, once the columns are chosen, each row's number and labels."""
 
     name: str
     data: datasets.Dataset
     labels: np.ndarray | None = None
+    domains: np.ndarray | None = None
+    row_ids: np.ndarray | None = None
 
-    def with_columns(self, image_column: str, label_column: str) -> _Split:
+    def with_columns(self, image_column: str, label_column: str, domain_column: str | None = None) -> _Split:
+        domains = None if domain_column is None else self._domains(domain_column)
         data = self.data.with_format(None).select_columns([image_column, label_column])
         if (image_column, label_column) != ("image", "label"):
             data = data.rename_columns({image_column: "image", label_column: "label"})
@@ -230,14 +415,27 @@ class _Split:
                 f"{label_column!r}; the first is row {row}."
             )
         labels = column.to_numpy()
-        return _Split(self.name, data, labels if labels.dtype == object else labels.astype(np.int64))
+        labels = labels if labels.dtype == object else labels.astype(np.int64)
+        return _Split(self.name, data, labels, domains, np.arange(len(labels)))
+
+    def _domains(self, column: str) -> np.ndarray:
+        usable = [name for name, feature in self.data.features.items() if _holds_labels(feature)]
+        _column(self, column, usable, "domain_column", "of class labels, integers or strings")
+        values = self.data.select_columns(column).with_format("arrow")[:][column].to_numpy()
+        feature = self.data.features[column]
+        return np.array(feature.names)[values] if isinstance(feature, datasets.ClassLabel) else values
 
     def rows(self, rows: np.ndarray) -> _Split:
-        return _Split(self.name, self.data.select(rows), self.labels[rows])
+        domains = None if self.domains is None else self.domains[rows]
+        return _Split(self.name, self.data.select(rows), self.labels[rows], domains, self.row_ids[rows])
 
-    def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> datasets.Dataset:
+    def in_domain(self, domain) -> _Split:
+        kept = self.rows(np.flatnonzero(self.domains == domain))
+        return replace(kept, name=f"{self.name} of domain {domain}")
+
+    def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> _Split:
         """The rows of some classes, in the dataset's order."""
-        return self.data.select(np.sort(np.concatenate([rows[label] for label in labels])))
+        return self.rows(np.sort(np.concatenate([rows[label] for label in labels])))
 
 
 def _load(dataset, config_name: str | None, revision: str | None) -> Mapping[str, datasets.Dataset]:
@@ -328,7 +526,7 @@ def _encode_strings(train: _Split, test: _Split) -> tuple[_Split, _Split]:
     for split in (train, test):
         labels = np.array([ids[string] for string in split.labels], dtype=np.int64)
         data = split.data.remove_columns("label").add_column("label", labels, feature=feature)
-        encoded.append(_Split(split.name, data, labels))
+        encoded.append(replace(split, data=data, labels=labels))
     return encoded[0], encoded[1]
 
 
@@ -420,8 +618,10 @@ def _class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | 
     return order
 
 
-def _task_sizes(classes: int, initial_increment: int | None, increment: int) -> list[int]:
+def _task_sizes(classes: int, initial_increment: int | None, increment: int | str) -> list[int]:
     """The number of classes of every task."""
+    if increment == "all":
+        return [classes]
     for argument, value in (("increment", increment), ("initial_increment", initial_increment or increment)):
         if not isinstance(value, int | np.integer) or not 1 <= value <= classes:
             raise ValueError(
