@@ -16,7 +16,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if recipe.training.should_save:
         logging.getLogger("hf_zocl").setLevel(logging.INFO)
-    results = scheduler.run(resume=recipe.run.resume)
+    results = scheduler.run(resume=recipe.run.resume, train=recipe.run.learning != "none")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")

@@ -71,3 +71,51 @@ TINY_IMAGENET_32_ORDER = _ids("""
 194 44 17 35 132 59 153 2 0 65 180 63 21 150 129 116 125 85 178 46 107 115 154 166 159 104 36 109 196 34 186 15 143
 183 78 93 182 162 49 102 33 149 198 51 90 188 14 113 195 20 164 66 4 43 140 69 79 41 52 71 27 174 199 122 5 61 10
 """)
+
+# Those of CLIP's prompts for EuroSAT, in the dataset's own order (AnnualCrop, Forest, …), as ZSCL has them.
+EUROSAT_NAMES = _names("""
+annual crop land, forest, brushland or shrubland, highway or road, industrial buildings or commercial buildings,
+pasture land, permanent crop land, residential buildings or homes or apartments, river, lake or sea
+""")
+
+# torchvision's, which ZSCL takes.
+MNIST_NAMES = _names("""
+0 - zero, 1 - one, 2 - two, 3 - three, 4 - four, 5 - five, 6 - six, 7 - seven, 8 - eight, 9 - nine
+""")
+
+# Prompt ensembles of CLIP (Radford et al. 2021, data/prompts.md), as ZSCL has them in mtil/src/datasets.
+_OF_A_KIND = (
+    "a photo of {article} {{}}.",
+    "a blurry photo of {article} {{}}.",
+    "a black and white photo of {article} {{}}.",
+    "a low contrast photo of {article} {{}}.",
+    "a high contrast photo of {article} {{}}.",
+    "a bad photo of {article} {{}}.",
+    "a good photo of {article} {{}}.",
+    "a photo of {article} small {{}}.",
+    "a photo of {article} big {{}}.",
+)
+CIFAR_PROMPTS = tuple(prompt.format(article=article) for article in ("a", "the") for prompt in _OF_A_KIND)
+
+_OF_A_CALTECH_KIND = (
+    "a photo of {a} {{}}.",
+    "a painting of {a} {{}}.",
+    "{plain} plastic {{}}.",
+    "a sculpture of {a} {{}}.",
+    "a sketch of {a} {{}}.",
+    "a tattoo of {a} {{}}.",
+    "{plain} toy {{}}.",
+    "a rendition of {a} {{}}.",
+    "{plain} embroidered {{}}.",
+    "{plain} cartoon {{}}.",
+    "{plain} {{}} in a video game.",
+    "{plain} plushie {{}}.",
+    "{plain} origami {{}}.",
+    "art of {a} {{}}.",
+    "graffiti of {a} {{}}.",
+    "a drawing of {a} {{}}.",
+    "a doodle of {a} {{}}.",
+)
+CALTECH_PROMPTS = tuple(
+    prompt.format(a=article, plain=article) for article in ("a", "the") for prompt in _OF_A_CALTECH_KIND
+)
