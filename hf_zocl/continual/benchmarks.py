@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ class Benchmark:
         prompt_template: The class prompt, with a `{}` for the name; or several, to be averaged.
         source: Where each of these choices comes from.
         class_order: Label ids in order of arrival.
+        partial_order: The class order leaves classes out, and that is meant.
         class_names: By label id, as prompts need them; None: the dataset's, cleaned.
         name_column: A column of class names, where the labels are not readable.
         test_fraction: The share of each class that is tested on, where the dataset has one split only.
@@ -54,6 +55,7 @@ class Benchmark:
     label_column: str = "label"
     class_order_seed: int | None = CLASS_ORDER_SEED
     class_order: tuple[int, ...] | None = None
+    partial_order: bool = False
     class_names: tuple[str, ...] | None = None
     name_column: str | None = None
     test_fraction: float | None = None
@@ -82,6 +84,8 @@ class Benchmark:
             options["test_fraction"] = None
         if "class_order_seed" in given:
             options["class_order"] = None
+        if "class_order" in given:
+            options["partial_order"] = False
         options["dataset_id"] = None if self.dataset_id in NAMES else self.dataset_id
         if dataset_path is None and self.dataset_id is None:
             raise ValueError(f"benchmark {self.name!r} is a local dataset: give its folder as dataset_path.")
@@ -94,18 +98,8 @@ class Benchmark:
         return TaskStream.from_dataset(dataset, **{**options, **given})
 
     def _options(self) -> dict[str, Any]:
-        shared = (
-            "name",
-            "train_split",
-            "test_split",
-            "image_column",
-            "label_column",
-            "initial_increment",
-            "increment",
-        )
-        shared += ("class_order_seed", "class_order", "class_names", "name_column", "test_fraction")
-        shared += ("config_name", "revision")
-        return {argument: getattr(self, argument) for argument in shared}
+        own = {"dataset_id", "prompt_template", "source"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in own}
 
 
 @dataclass(frozen=True)
@@ -225,6 +219,7 @@ _TINY_IMAGENET_32 = replace(
         "A local dataset: give dataset_path"
     ),
     class_order=TINY_IMAGENET_32_ORDER,
+    partial_order=True,
     class_names=None,
 )
 

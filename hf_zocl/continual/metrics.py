@@ -75,16 +75,17 @@ def mtil_summary(full_matrix: Matrix) -> dict[str, float | None]:
     }
 
 
-def zero_shot_retention(before: Sequence[float], after: Sequence[float]) -> float:
+def zero_shot_retention(before: Sequence[float], after: Sequence[float]) -> float | None:
     """What is left of the zero-shot accuracy on held-out datasets: mean of `after` / mean of `before`.
 
-    The quantity that ZSCL (Zheng et al., ICCV 2023) sets out to protect, as a share; above 1 it has grown.
+    The quantity that ZSCL (Zheng et al., ICCV 2023) sets out to protect, as a share; above 1 it has grown. None where
+    there was nothing to keep.
 
     Args:
         before: The untrained model's accuracy on every held-out dataset.
         after: The trained model's.
     """
-    return float(np.mean(after) / np.mean(before))
+    return float(np.mean(after) / np.mean(before)) if np.mean(before) > 0 else None
 
 
 def top_k_accuracy(ranked: np.ndarray, references: np.ndarray, k: int = 5) -> float:

@@ -37,6 +37,7 @@ RESULTS_FILE = "results.json"
 _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 # A run may move house, or be watched in another way, and still be the same run.
 _NOT_THE_RUN = {"output_dir", "resume", "report_to", "run_name", "disable_tqdm", "logging_steps", "dataset_path"}
+_NOT_THE_RUN |= {"image_cache_gb", "dataloader_num_workers"}
 
 
 class ContinualTaskScheduler:
@@ -269,6 +270,7 @@ class ContinualTaskScheduler:
             "classes": list(self.stream.seen_class_names(task.index)),
             "task_classes": list(task.class_names),
             "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],
+            "task_titles": [earlier.title for earlier in self.stream[: task.index]],
             "class_order": [int(label) for label in seen],
             "prompt_template": self.model.prompt_template,
             "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
