@@ -59,6 +59,9 @@ class RunArguments:
         evaluate_future: Also measure the tasks to come, for forward transfer; default: under `cross-dataset` alone.
         image_cache_gb: Images are decoded once into a cache if their pixels fit into so many GB; 0: no cache.
         skip_corrupt: Leave out images that cannot be decoded, and count them, rather than stop.
+        seeds: Run once with each of these as `seed`, `1993,1996,1997`, into `output_dir/seed-1993` and so on.
+        num_seeds: So many seeds, counted up from `seed`, instead.
+        vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
         resume: Go on after the last complete task in `output_dir`.
     """
 
@@ -88,6 +91,9 @@ class RunArguments:
     evaluate_future: bool | None = field(default=None, metadata={"help": "Measure the tasks to come as well."})
     image_cache_gb: float = field(default=DEFAULT_CACHE_GB, metadata={"help": "Greatest image cache, GB; 0: none."})
     skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
+    seeds: str | None = field(default=None, metadata={"help": "Run once with each: 1993,1996,1997."})
+    num_seeds: int | None = field(default=None, metadata={"help": "Run with so many seeds, from seed on."})
+    vary_class_order: bool = field(default=False, metadata={"help": "The seeds draw the class order too."})
     resume: bool = field(default=False, metadata={"help": "Go on after the last complete task in output_dir."})
 
     def __post_init__(self):
@@ -102,6 +108,9 @@ class RunArguments:
             raise ValueError(
                 "benchmark=none needs exactly one of dataset_name (Hub id) and dataset_path (folder), or datasets."
             )
+        if self.seeds is not None and self.num_seeds is not None:
+            raise ValueError(f"seeds={self.seeds!r} and num_seeds={self.num_seeds} were both given: pass one.")
+        self.seed_list(0)  # what is no list of seeds fails here
         if self.learning == "joint" and self.scenario not in (None, "class"):
             raise ValueError(f"learning=joint has one task; scenario={self.scenario!r} needs several.")
         if self.benchmark != "none" and (self.dataset_name or self.datasets) is not None:
@@ -110,10 +119,29 @@ class RunArguments:
                 f"benchmark={self.benchmark!r} takes a local copy as dataset_path."
             )
 
+    def seed_list(self, first: int) -> list[int] | None:
+        """The seeds of `seeds`, or `num_seeds` of them from `first` on; None where one run is all.
+
+        Raises:
+            ValueError: If they are not whole numbers, or one is there twice, or there is none.
+        """
+        if self.seeds is None and self.num_seeds is None:
+            return None
+        if self.num_seeds is not None:
+            seeds = list(range(first, first + self.num_seeds))
+        else:
+            parts = [part.strip() for part in str(self.seeds).split(",")]
+            seeds = [int(part) for part in parts if part.isdigit()]
+            if len(seeds) != len(parts):
+                raise ValueError(f"seeds={self.seeds!r}: expected whole numbers with commas between them.")
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds={self.seeds!r}, num_seeds={self.num_seeds}: expected at least one, each once.")
+        return seeds
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """The arguments of one run."""
+    """The arguments of one run, or of one run for each of several seeds."""
 
     run: RunArguments
     adapter: AdapterArguments
@@ -122,6 +150,19 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """All arguments by name, tokens masked."""
         return {**asdict(self.run), **asdict(self.adapter), **self.training.to_dict()}
+
+    def per_seed(self) -> list[Recipe]:
+        """A recipe for every seed, each with a folder of its own; without `seeds`, this one."""
+        seeds = self.run.seed_list(self.training.seed)
+        if seeds is None:
+            return [self]
+        recipes = []
+        for seed in seeds:
+            folder = str(Path(self.training.output_dir) / f"seed-{seed}")
+            own = {"class_order_seed": seed} if self.run.vary_class_order else {}
+            run = replace(self.run, seeds=None, num_seeds=None, **own)
+            recipes.append(replace(self, run=run, training=replace(self.training, seed=seed, output_dir=folder)))
+        return recipes
 
 
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:

@@ -140,6 +140,8 @@ class ContinualTaskScheduler:
     def _start(self) -> dict[str, Any]:
         """Measure zero-shot, then clear what an earlier run left behind."""
         started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         evaluator = self._evaluator()
         zero_shot = evaluator.zero_shot(self._images)
         held_out = {name: evaluator.after(images, 1)["seen"] for name, images in self._held_out_images.items()}

@@ -23,6 +23,23 @@ def format_results(results: dict[str, Any]) -> str:
     return "\n".join([*_align(rows), "", *(f"{name:<18}{value}" for name, value in figures)])
 
 
+def format_evaluation(measured: dict[str, Any]) -> str:
+    """What `scripts/evaluate.py` measured, in percent, as text for a terminal."""
+    row, details = measured["accuracy_row"], measured["details"]
+    by_class = [value for value in details["per_class_accuracy"] if value is not None]
+    figures = [
+        ("benchmark", f"{measured['benchmark']}, after task {measured['task']}, scenario {measured['scenario']}"),
+        ("accuracy", f"{_percent(measured['seen_accuracy'])} %"),
+        ("by task", "  ".join(_percent(value) for value in row)),
+        ("top-5", f"{_percent(details['top_5_accuracy'])} %"),
+        ("worst class", f"{_percent(min(by_class))} %"),
+        ("calibration error", f"{_percent(details['calibration_error'])} points"),
+    ]
+    if measured["skipped_images"]:
+        figures.append(("left out", f"{measured['skipped_images']} images that cannot be decoded"))
+    return "\n".join(f"{name:<18}{value}" for name, value in figures)
+
+
 def _percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
