@@ -2,6 +2,7 @@
 
 from .compare import Comparison, compare_groups, compare_runs
 from .figures import draw_accuracy_matrix, plot_accuracy_matrix
+from .html import write_report
 from .runs import RunGroup, load_groups
 from .table import format_evaluation, format_results
 
@@ -16,4 +17,5 @@ __all__ = [
     "format_results",
     "load_groups",
     "plot_accuracy_matrix",
+    "write_report",
 ]

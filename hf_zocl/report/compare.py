@@ -109,7 +109,10 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
         headings += [f"Δ {heading}" for name, heading, *_ in figures if name in PAIRED]
         rows[0] += [""] * len(PAIRED)
         for row, group in zip(rows[1:], groups, strict=True):
-            row += [_cell(100 * _paired(group, reference, name), 1, sign=True) for name in PAIRED]
+            row += [
+                "baseline" if group is reference else _cell(100 * _paired(group, reference, name), 1, sign=True)
+                for name in PAIRED
+            ]
     note = (
         "Accuracies in percent, mean ± standard deviation over the seeds; zero-shot of the first setting's first seed."
     )
@@ -125,8 +128,6 @@ def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
 
 def _paired(group: RunGroup, reference: RunGroup, name: str) -> np.ndarray:
     """The difference of the runs with the same seed. Shape: (common seeds,)."""
-    if group is reference:
-        return np.zeros(len(group.runs))
     theirs = {run["seed"]: run[name] for run in reference.runs}
     differences = [run[name] - theirs[run["seed"]] for run in group.runs if run["seed"] in theirs]
     if not differences:
@@ -143,9 +144,12 @@ def _cell(values: np.ndarray, decimals: int, sign: bool = False) -> str:
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{decimals}f}"
 
 
-_LATEX = {"±": r"$\pm$", "Δ": r"$\Delta$", "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"±": r"$\pm$", "Δ": r"$\Delta$", "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"},
+}
 
 
 def _latex(cell: str) -> str:
-    text = "".join(_LATEX.get(character, character) for character in re.sub(r"([&%$#_{}])", r"\\\1", cell))
-    return re.sub(r"(?<![\w$])-(?=\d)", "$-$", text)
+    text = "".join(_LATEX.get(character, character) for character in cell)
+    return re.sub(r"^-(?=\d)", "$-$", text)
