@@ -168,11 +168,13 @@ class Recipe:
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """Read `--recipe FILE.yaml` and any further `--argument value`, which override the file.
 
+    A recipe may `include` another one, named from its own folder, and override it.
+
     Args:
         argv: The command line without the program's name; default: `sys.argv`.
 
     Raises:
-        ValueError: If the file is missing or no mapping, or names an argument that does not exist.
+        ValueError: If the file is missing or no mapping, names an argument that does not exist, or includes itself.
     """
     parser = HfArgumentParser(
         (RunArguments, AdapterArguments, ZOCLTrainingArguments),
@@ -192,12 +194,19 @@ class _RecipeOnly(HfArgumentParser):
         self.add_argument("--recipe")
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The arguments of a recipe, those of the recipe that it includes first."""
     if not path.is_file():
         raise ValueError(f"--recipe {path}: there is no such file.")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"--recipe {path}: expected a mapping of argument: value, got {type(content).__name__}.")
+    included = content.pop("include", None)
+    if included is not None:
+        base = path.parent / included
+        if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
+            raise ValueError(f"{path}: include={included!r} leads back to itself.")
+        content = {**_read_recipe(base, (*including, path)), **content}
     known = {f.name for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments) for f in fields(cls) if f.init}
     for key in content:
         if key not in known:

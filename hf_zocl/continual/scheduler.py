@@ -37,7 +37,7 @@ RESULTS_FILE = "results.json"
 _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 # A run may move house, or be watched in another way, and still be the same run.
 _NOT_THE_RUN = {"output_dir", "resume", "report_to", "run_name", "disable_tqdm", "logging_steps", "dataset_path"}
-_NOT_THE_RUN |= {"image_cache_gb", "dataloader_num_workers"}
+_NOT_THE_RUN |= {"image_cache_gb", "dataloader_num_workers", "seeds", "num_seeds", "vary_class_order"}
 
 
 class ContinualTaskScheduler:

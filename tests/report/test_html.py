@@ -147,7 +147,8 @@ def lay_out(report: Path, width: int, tmp_path: Path) -> dict:
       const wide = boxes.filter(each => !inside(each) && each.getBoundingClientRect().right > view + 0.5);
       const images = [...document.images];
       const found = {view, page: document.documentElement.scrollWidth,
-        wide: wide.map(each => each.outerHTML.slice(0, 80)), images: images.length, drawn: images.filter(each => each.complete && each.naturalWidth > 400).length,
+        wide: wide.map(each => each.outerHTML.slice(0, 80)), images: images.length,
+        drawn: images.filter(each => each.complete && each.naturalWidth > 400).length,
         background: getComputedStyle(document.body).backgroundColor};
       document.body.setAttribute("data-found", JSON.stringify(found));
     });</script></body>"""
