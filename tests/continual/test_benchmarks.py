@@ -306,3 +306,8 @@ def test_real_cifar10_has_ten_thousand_training_images_a_task():
     stream = get_benchmark("cifar10").stream(SHARED_DATA / "cifar10")
     assert [len(task.train) for task in stream] == [10_000] * 5
     assert [len(task.test) for task in stream] == [2_000] * 5
+
+
+def test_every_benchmark_is_in_the_documentation():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [name for name in BENCHMARKS if f"| `{name}` |" not in text] == []

@@ -226,3 +226,18 @@ def test_what_does_not_go_together_is_said_when_the_recipe_is_read(more, message
 def test_a_benchmark_takes_another_scenario(tmp_path):
     recipe = parse_recipe(["--output_dir", str(tmp_path), "--scenario", "task"])
     assert build_stream(recipe.run)[0].scenario == "task"
+
+
+def test_corrupt_images_stop_a_run_before_training_or_are_left_out_and_counted(tmp_path):
+    data = dataset()["train"].cast_column("image", Image(decode=False))
+    rows = [dict(row) for row in data]
+    rows[4]["image"] = {"bytes": b"no image at all", "path": None}
+    folder = tmp_path / "animals"
+    folder.mkdir()
+    Dataset.from_list(rows, data.features).cast_column("image", Image()).to_parquet(str(folder / "train.parquet"))
+    dataset()["test"].to_parquet(str(folder / "test.parquet"))
+    local = ["--benchmark", "none", "--dataset_path", str(folder), "--increment", "2"]
+    with pytest.raises(ValueError, match="train images: the image in row 4 cannot be decoded .*skip_corrupt"):
+        run(tmp_path / "run", *local)
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert run(tmp_path / "run", *local, "--skip_corrupt", "true")["skipped_images"] == 1
