@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import torch
 from datasets.fingerprint import Hasher
-from PIL import UnidentifiedImageError
+from PIL import Image as PILImage
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, ProcessorMixin
 from transformers.utils import logging
@@ -21,7 +21,8 @@ from .tasks import Task, TaskStream
 logger = logging.get_logger(__name__)
 
 DEFAULT_CACHE_GB = 4.0
-_CORRUPT = (OSError, SyntaxError, ValueError, TypeError, UnidentifiedImageError)
+# What Pillow raises, by format and by where the file is broken.
+_CORRUPT = (OSError, SyntaxError, ValueError, TypeError, EOFError, PILImage.DecompressionBombError)
 _AS_THEY_ARE = {"do_resize": False, "do_center_crop": False, "do_convert_rgb": False}
 
 

@@ -106,7 +106,7 @@ class ContinualTaskScheduler:
         Raises:
             ValueError: On `resume`, if `output_dir` holds the run of another recipe; or if an image cannot be decoded.
         """
-        results = self._read_results() if resume else None
+        results = self._read_results() if resume and train else None
         self._prepare_images()
         if results is None:
             results = self._start()

@@ -2,6 +2,7 @@
 
 import io
 import logging
+from dataclasses import replace
 
 import datasets
 import numpy as np
@@ -102,6 +103,16 @@ def test_images_are_decoded_by_several_processes(processor):
 
 
 @pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_workers_load_the_same_batches(processor, cache_gb):
+    codec = PixelCodec(processor.image_processor)
+    task = prepare_images(stream(), codec, cache_gb)[0][0]
+    collator = ImageCollator(processor, task.arrival_labels, task.first_label, codec)
+    alone, workers = (DataLoader(task.train, 5, collate_fn=collator, num_workers=n) for n in (0, 2))
+    for one, other in zip(alone, workers, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"]) and torch.equal(one["labels"], other["labels"])
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
 def test_a_corrupt_image_is_an_error_that_names_its_row(processor, cache_gb):
     codec, tasks = PixelCodec(processor.image_processor), stream(corrupt=(10,))
     with pytest.raises(
@@ -130,8 +141,6 @@ def test_a_class_of_which_nothing_is_left_is_an_error(processor, cache_gb):
 
 
 def test_a_held_out_stream_without_training_images_is_prepared(processor):
-    from dataclasses import replace
-
     codec = PixelCodec(processor.image_processor)
     empty = stream().map_tasks(lambda task: replace(task, train=task.train.select([]), train_rows=None))
     for cache_gb in (1.0, 0.0):
