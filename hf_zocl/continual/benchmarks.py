@@ -20,7 +20,8 @@ from .class_lists import (
     TINY_IMAGENET_NAMES,
     TINY_IMAGENET_ORDER,
 )
-from .tasks import CLASS_ORDER_SEED, TaskStream
+from .splits import CLASS_ORDER_SEED
+from .tasks import TaskStream
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,14 +12,30 @@ import datasets
 import numpy as np
 
 from ..hub.checkpoint import task_folder
+from .splits import (
+    CLASS_ORDER_SEED,
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    Split,
+    check_names,
+    encode_strings,
+    find_image_column,
+    find_label_column,
+    listed,
+    load_splits,
+    names_from_column,
+    open_split,
+    read_class_names,
+    rows_by_class,
+    split_off,
+)
+from .splits import (
+    clean_class_name as clean_class_name,
+)
 
 
 logger = logging.getLogger(__name__)
 
-TRAIN_SPLITS = ("train",)
-TEST_SPLITS = ("test", "validation", "valid", "val")
-LABEL_COLUMNS = ("label", "labels")
-CLASS_ORDER_SEED = 1993
 SCENARIOS = ("class", "task", "domain", "cross-dataset")
 
 
@@ -273,30 +288,30 @@ class TaskStream(Sequence[Task]):
         is_path = isinstance(dataset, str | os.PathLike)
         name = name or dataset_id or (os.path.basename(os.path.abspath(dataset)) if is_path else "dataset")
 
-        splits = _load(dataset, config_name, revision)
-        train = _open_split(splits, train_split, "train_split", TRAIN_SPLITS)
-        test = train if test_fraction is not None else _open_split(splits, test_split, "test_split", TEST_SPLITS)
-        image_column = _image_column(train, image_column)
-        label_column = _label_column(train, label_column)
+        splits = load_splits(dataset, config_name, revision)
+        train = open_split(splits, train_split, "train_split", TRAIN_SPLITS)
+        test = train if test_fraction is not None else open_split(splits, test_split, "test_split", TEST_SPLITS)
+        image_column = find_image_column(train, image_column)
+        label_column = find_label_column(train, label_column)
         named = train
         if (scenario == "domain") != (domain_column is not None):
             raise ValueError(f"scenario={scenario!r}, domain_column={domain_column!r}: a domain is a column's value.")
         train = train.with_columns(image_column, label_column, domain_column)
-        test = test.with_columns(_image_column(test, image_column), _label_column(test, label_column), domain_column)
+        test = test.with_columns(
+            find_image_column(test, image_column), find_label_column(test, label_column), domain_column
+        )
 
-        train, test = _encode_strings(train, test)
+        train, test = encode_strings(train, test)
         if class_names is None and name_column is not None:
-            class_names = _names_from_column(named, name_column, train.labels)
+            class_names = names_from_column(named, name_column, train.labels)
         if test_fraction is not None:
-            train, test = _split_off(train, test_fraction)
-        names = _class_names(train, test, class_names)
+            train, test = split_off(train, test_fraction)
+        names = read_class_names(train, test, class_names)
         order = _class_order(sorted(names), class_order, class_order_seed)
         if len(order) < len(names) and not partial_order:
             left_out = [names[label] for label in names if label not in set(order)]
-            logger.warning(
-                "class_order leaves out %d of %d classes: %s.", len(left_out), len(names), _listed(left_out)
-            )
-        _check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
+            logger.warning("class_order leaves out %d of %d classes: %s.", len(left_out), len(names), listed(left_out))
+        check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
         caps = {
             "max_train_images_per_class": max_train_images_per_class,
             "max_test_images_per_class": max_test_images_per_class,
@@ -312,7 +327,7 @@ class TaskStream(Sequence[Task]):
 
 
 def _cut(
-    parts: Mapping[str | None, tuple[_Split, _Split]],
+    parts: Mapping[str | None, tuple[Split, Split]],
     cuts: Sequence[tuple[int, int]],
     order: tuple[int, ...],
     names: Mapping[int, str],
@@ -323,8 +338,8 @@ def _cut(
     index = 0
     for title, (train, test) in parts.items():
         (argument, cap), (test_argument, test_cap) = caps.items()
-        train_rows = _rows_by_class(train, order, names, cap, argument, seed)
-        test_rows = _rows_by_class(test, order, names, test_cap, test_argument, seed)
+        train_rows = rows_by_class(train, order, names, cap, argument, seed)
+        test_rows = rows_by_class(test, order, names, test_cap, test_argument, seed)
         for first, stop in cuts:
             index, ids = index + 1, order[first:stop]
             train_images, test_images = train.select(train_rows, ids), test.select(test_rows, ids)
@@ -356,7 +371,7 @@ def _check_same_classes(tasks: tuple[Task, ...]) -> None:
         if other:
             raise ValueError(
                 f"scenario='domain': task {task.index} ({task.title}) and task 1 ({tasks[0].title}) must have the "
-                f"same classes; only one of them has {_listed(sorted(other))}."
+                f"same classes; only one of them has {listed(sorted(other))}."
             )
 
 
@@ -380,232 +395,6 @@ def _by_name(task: Task, first: Task) -> np.ndarray:
     return arrival
 
 
-def clean_class_name(name: str) -> str:
-    """Make a dataset's class name fit for a prompt.
-
-    WordNet ids go, of synonyms with commas between them the first stays, underscores and repeated blanks become one
-    blank, and a name all in capitals is lowered unless it is as short as an acronym (`CD`, `SUV`). Other names keep
-    their case.
-
-    >>> clean_class_name("n01440764 tench, Tinca tinca")
-    'tench'
-    >>> clean_class_name("golden__retriever")
-    'golden retriever'
-    """
-    name = re.sub(r"\bn\d{8}(?!\d)", " ", name)
-    first = next((part for part in name.split(",") if part.strip(" _")), "")
-    words = " ".join(first.replace("_", " ").split())
-    return words.lower() if words.isupper() and len(words) > 3 else words
-
-
-@dataclass(frozen=True)
-class _Split:
-    """A split of the dataset: its name, its rows, and, once the columns are chosen, each row's number and labels."""
-
-    name: str
-    data: datasets.Dataset
-    labels: np.ndarray | None = None
-    domains: np.ndarray | None = None
-    row_ids: np.ndarray | None = None
-
-    def with_columns(self, image_column: str, label_column: str, domain_column: str | None = None) -> _Split:
-        domains = None if domain_column is None else self._domains(domain_column)
-        data = self.data.with_format(None).select_columns([image_column, label_column])
-        if (image_column, label_column) != ("image", "label"):
-            data = data.rename_columns({image_column: "image", label_column: "label"})
-        # Through Arrow: a million labels take a fraction of a second, and the images are left alone.
-        column = data.select_columns("label").with_format("arrow")[:]["label"]
-        if column.null_count:
-            row = int(np.argmax(column.is_null().to_numpy()))
-            raise ValueError(
-                f"split {self.name!r}: {column.null_count} of {len(column)} images have no label in column "
-                f"{label_column!r}; the first is row {row}."
-            )
-        labels = column.to_numpy()
-        labels = labels if labels.dtype == object else labels.astype(np.int64)
-        return _Split(self.name, data, labels, domains, np.arange(len(labels)))
-
-    def _domains(self, column: str) -> np.ndarray:
-        usable = [name for name, feature in self.data.features.items() if _holds_labels(feature)]
-        _column(self, column, usable, "domain_column", "of class labels, integers or strings")
-        values = self.data.select_columns(column).with_format("arrow")[:][column].to_numpy()
-        feature = self.data.features[column]
-        return np.array(feature.names)[values] if isinstance(feature, datasets.ClassLabel) else values
-
-    def rows(self, rows: np.ndarray) -> _Split:
-        domains = None if self.domains is None else self.domains[rows]
-        return _Split(self.name, self.data.select(rows), self.labels[rows], domains, self.row_ids[rows])
-
-    def in_domain(self, domain) -> _Split:
-        kept = self.rows(np.flatnonzero(self.domains == domain))
-        return replace(kept, name=f"{self.name} of domain {domain}")
-
-    def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> _Split:
-        """The rows of some classes, in the dataset's order."""
-        return self.rows(np.sort(np.concatenate([rows[label] for label in labels])))
-
-
-def _load(dataset, config_name: str | None, revision: str | None) -> Mapping[str, datasets.Dataset]:
-    splits = dataset
-    if isinstance(dataset, str | os.PathLike):
-        try:
-            splits = datasets.load_dataset(os.fspath(dataset), config_name, revision=revision)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"dataset={dataset!r}, a Hub id or a local folder, cannot be loaded: {error}") from error
-    if isinstance(splits, Mapping) and all(isinstance(split, datasets.Dataset) for split in splits.values()):
-        return splits
-    raise ValueError(
-        "dataset: expected a Hub id, a local folder or a DatasetDict that is not streamed, "
-        f"got {type(splits).__name__}."
-    )
-
-
-def _open_split(
-    splits: Mapping[str, datasets.Dataset], given: str | None, argument: str, defaults: tuple[str, ...]
-) -> _Split:
-    wanted = defaults if given is None else (given,)
-    name = next((name for name in wanted if name in splits), None)
-    if name is None:
-        which = f"{argument}={given!r}" if given is not None else f"no {' or '.join(map(repr, wanted))}"
-        raise ValueError(f"{which}: the dataset's splits are {_listed(splits)}; choose one by {argument}.")
-    if len(splits[name]) == 0:
-        raise ValueError(f"split {name!r} is empty; choose another by {argument}.")
-    return _Split(str(name), splits[name])
-
-
-def _image_column(split: _Split, given: str | None) -> str:
-    features = split.data.features
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return _column(split, given, found, "image_column", "of type Image")
-
-
-def _label_column(split: _Split, given: str | None) -> str:
-    features = split.data.features
-    usable = [name for name, feature in features.items() if _holds_labels(feature)]
-    if given is not None:
-        return _column(split, given, usable, "label_column", "of class labels, integers or strings")
-    found = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
-    found = found or [name for name in usable if name in LABEL_COLUMNS]
-    what = f"of type ClassLabel, nor one of integers or strings named {' or '.join(map(repr, LABEL_COLUMNS))}"
-    return _column(split, given, found, "label_column", what)
-
-
-def _column(split: _Split, given: str | None, found: list[str], argument: str, what: str) -> str:
-    """The one column found, or the given one if it is among those."""
-    columns = ", ".join(f"{name!r} ({_type_name(feature)})" for name, feature in split.data.features.items())
-    if given is not None and given not in found:
-        raise ValueError(f"{argument}={given!r} is not a column {what} of split {split.name!r}; it has {columns}.")
-    if given is None and not found:
-        raise ValueError(f"split {split.name!r} has no column {what}; it has {columns}. {argument} chooses one.")
-    if given is None and len(found) > 1:
-        raise ValueError(f"split {split.name!r} has several such columns, {_listed(found)}: choose one by {argument}.")
-    return given or found[0]
-
-
-def _is_string(feature) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-
-
-def _holds_labels(feature) -> bool:
-    is_integer = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
-    return isinstance(feature, datasets.ClassLabel) or is_integer or _is_string(feature)
-
-
-def _type_name(feature) -> str:
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
-def _encode_strings(train: _Split, test: _Split) -> tuple[_Split, _Split]:
-    """Replace string labels by ids, in alphabetical order over both splits; other labels stay."""
-    for split, other in ((train, test), (test, train)):
-        feature, expected = split.data.features["label"], other.data.features["label"]
-        if _is_string(feature) != _is_string(expected):
-            raise ValueError(
-                f"the labels of split {split.name!r} are {_type_name(feature)}, "
-                f"those of split {other.name!r} {_type_name(expected)}; expected the same type."
-            )
-    if not _is_string(train.data.features["label"]):
-        return train, test
-    # `Dataset.class_encode_column` would write every image to a new cache file.
-    strings = sorted({*train.labels, *test.labels})
-    ids = {string: label for label, string in enumerate(strings)}
-    feature, encoded = datasets.ClassLabel(names=strings), []
-    for split in (train, test):
-        labels = np.array([ids[string] for string in split.labels], dtype=np.int64)
-        data = split.data.remove_columns("label").add_column("label", labels, feature=feature)
-        encoded.append(replace(split, data=data, labels=labels))
-    return encoded[0], encoded[1]
-
-
-def _names_from_column(split: _Split, column: str, labels: np.ndarray) -> list[str]:
-    """The prompt names by label id, from the first image of every class."""
-    column = _column(
-        split, column, [c for c, f in split.data.features.items() if _is_string(f)], "name_column", "of strings"
-    )
-    ids, rows = np.unique(labels, return_index=True)
-    if not np.array_equal(ids, np.arange(len(ids))):
-        raise ValueError(f"name_column={column!r}: split {split.name!r} has no image of some class; give class_names.")
-    return [clean_class_name(name) for name in split.data.with_format(None).select(rows)[column]]
-
-
-def _split_off(split: _Split, fraction: float) -> tuple[_Split, _Split]:
-    """Cut a split in two, class by class: the rest, and `fraction` of every class (at least one image)."""
-    if not 0 < fraction < 1:
-        raise ValueError(f"test_fraction={fraction}: expected a share between 0 and 1.")
-    is_test = np.zeros(len(split.labels), dtype=bool)
-    by_label = np.argsort(split.labels, kind="stable")
-    ids, starts = np.unique(split.labels[by_label], return_index=True)
-    for label, rows in zip(ids, np.split(by_label, starts[1:]), strict=True):
-        count = max(1, round(fraction * len(rows)))
-        is_test[_draw(rows, count, (CLASS_ORDER_SEED, int(label)))] = True
-    return split.rows(np.flatnonzero(~is_test)), split.rows(np.flatnonzero(is_test))
-
-
-def _class_names(train: _Split, test: _Split, given: Sequence[str] | None) -> dict[int, str]:
-    """The prompt names by label id; every label of both splits has one."""
-    feature, test_feature = train.data.features["label"], test.data.features["label"]
-    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    test_own = test_feature.names if isinstance(test_feature, datasets.ClassLabel) else None
-    if own != test_own:
-        raise ValueError(
-            f"the label names of split {test.name!r} ({_listed(test_own or [])}) are not those of split "
-            f"{train.name!r} ({_listed(own or [])}): one label id would mean two classes."
-        )
-    if given is not None:
-        if not given or (own is not None and len(given) != len(own)):
-            expected = len(own) if own is not None else "at least one"
-            raise ValueError(f"class_names has {len(given)} names; expected {expected}, one for each class.")
-        names, source = dict(enumerate(given)), "class_names"
-    elif own is not None:
-        names, source = {label: clean_class_name(name) for label, name in enumerate(own)}, "the dataset's label names"
-    else:
-        names, source = {int(label): str(label) for label in np.unique(train.labels)}, f"split {train.name!r}"
-    for split in (train, test):
-        outside = np.flatnonzero(~np.isin(split.labels, list(names)) | (split.labels < 0))
-        if outside.size:
-            row = outside[0]
-            raise ValueError(
-                f"split {split.name!r}, row {row}: label {split.labels[row]} is outside the {len(names)} classes of "
-                f"{source} (ids {min(names)} to {max(names)}); {outside.size} of {len(split.labels)} rows are."
-            )
-    return names
-
-
-def _check_names(names: dict[int, str], feature, are_given: bool) -> None:
-    """Every class of the stream has a name of its own."""
-    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    source = "class_names" if are_given else "the dataset's label names"
-    labels_by_name: dict[str, list[int]] = {}
-    for label, name in names.items():
-        labels_by_name.setdefault(name, []).append(label)
-    for name, labels in labels_by_name.items():
-        shown = ", ".join(f"{label} ({own[label]!r})" if own else str(label) for label in labels)
-        if not name.strip():
-            raise ValueError(f"{source}: nothing is left for a prompt of the name of class {shown}; give class_names.")
-        if len(labels) > 1:
-            raise ValueError(f"{source}: classes {shown} are all called {name!r} in a prompt; give class_names.")
-
-
 def _class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | None) -> tuple[int, ...]:
     """The label ids in order of arrival: as given, drawn by a seed, or the dataset's own."""
     if given is None:
@@ -617,7 +406,7 @@ def _class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | 
     unknown = [label for label in order if label not in known]
     repeated = sorted({label for label in order if order.count(label) > 1})
     if not order or unknown or repeated:
-        what = f"unknown label ids {_listed(unknown)}" if unknown else f"repeated label ids {_listed(repeated)}"
+        what = f"unknown label ids {listed(unknown)}" if unknown else f"repeated label ids {listed(repeated)}"
         raise ValueError(
             f"class_order: {what if order else 'it is empty'}; expected each id once, of the dataset's "
             f"{len(label_ids)} classes (ids {label_ids[0]} to {label_ids[-1]})."
@@ -643,36 +432,3 @@ def _task_sizes(classes: int, initial_increment: int | None, increment: int | st
             *(increment, classes, sizes[0], len(sizes), sizes[-1]),
         )
     return sizes
-
-
-def _rows_by_class(
-    split: _Split, order: tuple[int, ...], names: dict[int, str], cap: int | None, argument: str, seed: int
-) -> dict[int, np.ndarray]:
-    """The rows of every class of the stream, at most `cap` of each."""
-    if cap is not None and cap < 1:
-        raise ValueError(f"{argument}={cap}: expected at least 1 image per class, or None for all.")
-    by_label = np.argsort(split.labels, kind="stable")
-    ids = np.array(order)
-    ends = [np.searchsorted(split.labels, ids, side=side, sorter=by_label) for side in ("left", "right")]
-    rows = {label: by_label[start:stop] for label, start, stop in zip(order, *ends, strict=True)}
-    empty = [f"{names[label]!r} (id {label})" for label in order if not len(rows[label])]
-    if empty:
-        raise ValueError(
-            f"split {split.name!r} has no image of {len(empty)} classes: {_listed(empty, str)}. "
-            "Every class of the stream needs one; class_order can leave classes out."
-        )
-    if cap is None:
-        return rows
-    return {label: _draw(candidates, cap, (seed, label)) for label, candidates in rows.items()}
-
-
-def _draw(candidates: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
-    if len(candidates) <= count:
-        return candidates
-    return np.random.default_rng(seed).choice(candidates, count, replace=False)
-
-
-def _listed(values: Iterable, show=repr, limit: int = 10) -> str:
-    values = list(values)
-    rest = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(show, values[:limit])) + rest

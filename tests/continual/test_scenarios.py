@@ -9,7 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from hf_zocl.continual.recipe import build_scheduler, build_stream, parse_recipe
+from hf_zocl.continual.recipe import build_held_out, build_scheduler, build_stream, parse_recipe
 from hf_zocl.continual.tasks import TaskStream
 
 
@@ -241,3 +241,24 @@ def test_corrupt_images_stop_a_run_before_training_or_are_left_out_and_counted(t
         run(tmp_path / "run", *local)
     assert not (tmp_path / "run" / "results.json").exists()
     assert run(tmp_path / "run", *local, "--skip_corrupt", "true")["skipped_images"] == 1
+
+
+def test_a_held_out_benchmark_may_lie_in_a_folder(tmp_path):
+    names = [f"class_{label}" for label in range(10)]
+    folder = save(tmp_path / "copy", names=names, domains=("photo",), images=1)
+    for file in folder.iterdir():
+        Dataset.from_parquet(str(file)).rename_column("image", "img").to_parquet(str(file))
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--held_out", f"cifar10={folder}"])
+    (held_out,) = build_held_out(recipe.run).values()
+    assert [(len(task.class_ids), len(task.train), len(task.test)) for task in held_out] == [(10, 0, 10)]
+    assert held_out[0].prompt_template == "a photo of a {}."
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [("cifar-10", "'cifar-10' is not registered"), ("mtil", "held_out='mtil': a stream of several")],
+)
+def test_a_held_out_benchmark_that_is_none_is_named(entry, message, tmp_path):
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--held_out", entry])
+    with pytest.raises(ValueError, match=message):
+        build_held_out(recipe.run)
