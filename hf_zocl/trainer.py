@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,17 +13,24 @@ from transformers.utils import logging
 
 from .training_args import ZOCLTrainingArguments
 from .zo import (
+    Estimate,
     ForwardState,
     HybridOptimizer,
+    Moments,
     ParameterSplit,
     PlainEvaluation,
     TowerEvaluation,
+    TowerPlan,
     ZOEstimator,
     build_zo_optimizer,
 )
 
 
 logger = logging.get_logger(__name__)
+
+# More zeroth-order parameters than this, in number and as a part of the model, are moved in place, layer by layer.
+STREAMED_PARAMETERS = 1 << 24
+STREAMED_FRACTION = 0.1
 
 
 class ZOCLTrainer(Trainer):
@@ -44,12 +52,10 @@ class ZOCLTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
-        # The estimate waits here until the Trainer has clipped the first-order gradients.
-        self._waiting: dict[nn.Parameter, torch.Tensor] = {}
-        self._micro_step = 0
-        self._changes_state: bool | None = None
-        # The features of a two-tower model, left by the first-order pass for the zeroth-order one.
-        self._features: dict[str, torch.Tensor] | None = None
+        self._plan: TowerPlan | None = None
+        self._hybrid: HybridOptimizer | None = None
+        # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
+        self._estimates: list[tuple[Estimate, float]] = []
         self._zo_logs: dict[str, torch.Tensor | float] = {}
         if args.zo_branch == "none":
             return
@@ -67,6 +73,13 @@ class ZOCLTrainer(Trainer):
         if model is not None:
             self._assign_layers()  # fail before any work
         self.add_callback(_InstallEstimate(self))
+
+    @property
+    def _has_many_zo_parameters(self) -> bool:
+        """Whether the zeroth-order parameters are too many to be copied: then they are streamed."""
+        count = sum(parameter.numel() for parameter in self.split.zo_parameters)
+        whole = sum(parameter.numel() for parameter in self.model.parameters())
+        return count > STREAMED_PARAMETERS and count > STREAMED_FRACTION * whole
 
     @property
     def has_zo_parameters(self) -> bool:
@@ -110,7 +123,7 @@ class ZOCLTrainer(Trainer):
                 self.split.zo, args.zo_optim, args.zo_learning_rate, args.zo_momentum, args.zo_weight_decay
             )
             parts = [super().create_optimizer(model), zo] if self.split.fo else [zo]
-            self.optimizer = HybridOptimizer(*parts)
+            self._hybrid = self.optimizer = HybridOptimizer(*parts)
         self._estimator = ZOEstimator(
             self.split.zo,
             estimator=args.zo_estimator,
@@ -120,7 +133,9 @@ class ZOCLTrainer(Trainer):
             direction=args.zo_direction,
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
+            model=self.model if self._has_many_zo_parameters else None,
         )
+        self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
         return self.optimizer
 
     def training_step(
@@ -138,33 +153,28 @@ class ZOCLTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         scale = self._loss_scale(num_items_in_batch)
-        self._features = None
-        before, after, base_loss = ForwardState(self.args.device, model.buffers()), None, None
+        evaluation, base_loss = self._evaluation(model, inputs, num_items_in_batch), None
         if self.split.fo:
-            base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
-            after = ForwardState(self.args.device, model.buffers())
-            self._changes_state = before != after
+            with evaluation.recording():
+                base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
         else:
             model.train()
-        evaluation = self._evaluation(model, inputs, num_items_in_batch, before, after)
-        if base_loss is None:
-            base_loss = evaluation(None)
-        self._accumulate_estimate(evaluation, base_loss, scale)
+        estimate = self._estimator.estimate(
+            evaluation,
+            step=self.state.global_step,
+            micro_step=len(self._estimates),
+            base_loss=base_loss,
+            learning_rate=self._zo_learning_rate,
+        )
         evaluation.close()
-        return base_loss * scale
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ):
-        """`Trainer.compute_loss`; the towers' features are remembered for the zeroth-order pass."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.has_zo_parameters and torch.is_grad_enabled() and hasattr(outputs, "tower_features"):
-            self._features = {tower: features.detach() for tower, features in outputs.tower_features().items()}
-        return (loss, outputs) if return_outputs else loss
+        # FZOO's quotient of losses has no scale of its own.
+        is_quotient = self.args.zo_estimator == "fzoo"
+        self._estimates.append((estimate, 1.0 / self.current_gradient_accumulation_steps if is_quotient else scale))
+        self._zo_logs["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
+        loss = estimate.loss if base_loss is None else base_loss
+        if self.accelerator.scaler is not None and not self.split.fo:
+            self._give_scaler_something_to_see(loss)
+        return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the zeroth-order figures beside the training loss."""
@@ -172,84 +182,61 @@ class ZOCLTrainer(Trainer):
             logs.update({name: float(value) for name, value in self._zo_logs.items()})
         super().log(logs, start_time)
 
-    def _accumulate_estimate(
-        self, evaluation: PlainEvaluation | TowerEvaluation, base_loss: torch.Tensor, scale: float
-    ) -> None:
-        """Add the estimate of this micro-batch to the one that waits for the optimizer step."""
-        parameters = self.split.zo_parameters
-        for parameter in parameters:
-            parameter.grad = self._waiting.pop(parameter, None)
-        estimate = self._estimator.accumulate(
-            evaluation,
-            step=self.state.global_step,
-            micro_step=self._micro_step,
-            base_loss=base_loss,
-            # FZOO's quotient of losses has no scale of its own.
-            scale=1.0 / self.current_gradient_accumulation_steps if self.args.zo_estimator == "fzoo" else scale,
-            learning_rate=self._zo_learning_rate,
-        )
-        # A gradient scaler wants a loss to scale and gradients to look at, even where there is no first-order pass.
-        needs_placeholder = self.accelerator.scaler is not None and not self.split.fo
-        if needs_placeholder:
-            self.accelerator.scaler.scale(base_loss)
-        for parameter in parameters:
-            self._waiting[parameter] = parameter.grad
-            parameter.grad = torch.zeros_like(parameter) if needs_placeholder else None
-        self._micro_step += 1
-        self._zo_logs["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
-        for branch, variance in estimate.variance.items():
-            self._zo_logs["zo_variance" + (f"_{branch}" if branch else "")] = variance
-
     def _evaluation(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        num_items_in_batch: torch.Tensor | int | None,
-        before: ForwardState,
-        after: ForwardState | None,
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
     ) -> PlainEvaluation | TowerEvaluation:
-        """The way to L(θ + εΔ): by the towers where the model has them and a pass changes no state, else in full."""
+        """The way to L(θ + d): by the towers in a dual encoder, else by full forward passes."""
+        # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
+        module = self.accelerator.unwrap_model(model, keep_torch_compile=False) if self._plan.towers else model
 
         def forward() -> torch.Tensor:
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-            return loss.mean()
+                return self.compute_loss(module, dict(inputs), num_items_in_batch=num_items_in_batch).mean()
 
-        plain = PlainEvaluation(forward, before, after)
-        classifier = self.accelerator.unwrap_model(model)
-        own_loss = type(self).compute_loss is not ZOCLTrainer.compute_loss
-        if own_loss or self.compute_loss_func or self.label_smoother or not hasattr(classifier, "towers"):
-            return plain
-        if self._changes_state is None:
-            plain(None)
-            self._changes_state = plain.after != before
-        if self._changes_state:
-            logger.warning_once("The forward pass draws random numbers (dropout): every loss is a full forward pass.")
-            return plain
+        before = ForwardState(self.args.device, model.buffers())
+        if not self._plan.towers:
+            return PlainEvaluation(forward, before)
+        return TowerEvaluation(self._plan, forward, before, context=self.accelerator.autocast)
 
-        def encode(tower: str) -> torch.Tensor:
-            with self.accelerator.autocast():
-                return classifier.encode(tower, inputs["pixel_values"])
+    def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
+        """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
+        self.accelerator.scaler.scale(loss)
+        parameter = self.split.zo_parameters[0]
+        parameter.grad = torch.zeros_like(parameter)
 
-        def combine(features: dict[str, torch.Tensor]) -> torch.Tensor:
-            return classifier.loss(features, inputs["labels"])
+    def _forget_estimates(self) -> None:
+        self._estimates.clear()
 
-        return TowerEvaluation(encode, combine, classifier.towers, self._features)
-
-    def _forget_estimate(self) -> None:
-        self._waiting.clear()
-        self._micro_step = 0
-
-    def _install_estimate(self) -> None:
+    def _install_estimates(self) -> None:
         """Hand the estimate to the optimizer: normalised and clipped apart from the first-order gradients."""
-        parameters = self.split.zo_parameters
-        for parameter in parameters:
-            parameter.grad = self._waiting.pop(parameter)
+        estimates, limit = list(self._estimates), self.args.zo_max_grad_norm
+        self._forget_estimates()
+        if self._estimator.is_streamed:
+            self._hybrid.stream = self._stream_estimates(estimates, limit)
+            return
+        self._log_moments(self._estimator.write(estimates))
+        if limit > 0:
+            nn.utils.clip_grad_norm_(self.split.zo_parameters, limit)
+
+    def _stream_estimates(self, estimates: list[tuple[Estimate, float]], limit: float) -> Iterator[None]:
+        """The gradients of one layer after another, for an optimizer that steps once for each."""
+        factor = 1.0
+        if limit > 0:
+            squares = sum(moments.squares for _, moments in self._estimator.stream(estimates))
+            count = sum(len(perturbation) for perturbation in self._estimator.perturbations.values())
+            norm = count**0.5 if self._estimator.sign else squares.sqrt()
+            factor = torch.as_tensor(limit / (norm + 1e-6)).clamp(max=1.0)
+        total: dict[str | None, Moments] = {}
+        for branch, moments in self._estimator.stream(estimates, factor):
+            total[branch] = total[branch] + moments if branch in total else moments
+            yield
+        self._log_moments(total)
+
+    def _log_moments(self, moments: dict[str | None, Moments]) -> None:
+        for branch, own in moments.items():
+            self._zo_logs["zo_variance" + (f"_{branch}" if branch else "")] = own.variance
+        self._zo_logs["zo_grad_norm"] = sum(own.squares for own in moments.values()).sqrt()
         self._zo_logs["zo_learning_rate"] = self._zo_learning_rate
-        self._zo_logs["zo_grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        self._estimator.normalise()
-        if self.args.zo_max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(parameters, self.args.zo_max_grad_norm)
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """What the Trainer multiplies the loss of a micro-batch by (see `Trainer.loss_is_scaled_for_ga`)."""
@@ -274,10 +261,10 @@ class _InstallEstimate(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer._forget_estimate()  # what an interrupted step may have left
+        self.trainer._forget_estimates()  # what an interrupted step may have left
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._install_estimate()
+        self.trainer._install_estimates()
 
 
 def _require_grad(parameters: list[nn.Parameter], value: bool) -> None:

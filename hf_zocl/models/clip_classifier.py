@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,18 +18,11 @@ class CLIPClassifierOutput(ModelOutput):
     """
     Attributes:
         loss: Cross-entropy over the present classes, scalar; where labels are given.
-        logits: Scaled cosine similarities, float32, `(batch, classes)`.
-        image_embeds, text_embeds: Features of unit length, `(batch, dim)` and `(classes, dim)`; in training mode.
+        logits: Scaled cosine similarities, float32 or wider, `(batch, classes)`.
     """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-
-    def tower_features(self) -> dict[str, torch.Tensor]:
-        """The features by tower, as `CLIPClassifier.loss` takes them."""
-        return {"vision": self.image_embeds, "language": self.text_embeds}
 
 
 class CLIPClassifier(nn.Module):
@@ -45,8 +38,6 @@ class CLIPClassifier(nn.Module):
     Raises:
         ValueError: If a template has not exactly one `{}`, or there is none.
     """
-
-    towers = ("vision", "language")
 
     def __init__(
         self,
@@ -96,13 +87,9 @@ class CLIPClassifier(nn.Module):
         """
         image_embeds = self.encode("vision", pixel_values)
         text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
-        features = {"vision": image_embeds, "language": text_embeds}
-        logits = self.logits(features)
+        logits = self.logits(image_embeds, text_embeds)
         return CLIPClassifierOutput(
-            loss=F.cross_entropy(logits, labels) if labels is not None else None,
-            logits=logits,
-            image_embeds=image_embeds if self.training else None,
-            text_embeds=text_embeds if self.training else None,
+            loss=F.cross_entropy(logits, labels) if labels is not None else None, logits=logits
         )
 
     def encode(self, tower: str, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
@@ -117,15 +104,16 @@ class CLIPClassifier(nn.Module):
             features = F.normalize(ensemble, dim=-1)
         return features
 
-    def logits(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Scaled cosine similarities in float32, as a difference of two losses needs them; `(batch, classes)`."""
-        with torch.autocast(features["vision"].device.type, enabled=False):
-            similarity = features["vision"].float() @ features["language"].float().T
-            return similarity * self.clip.logit_scale.float().exp()
+    def logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        """Scaled cosine similarities, in float32 at least, as a difference of two losses needs them.
 
-    def loss(self, features: Mapping[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy over the present classes, scalar."""
-        return F.cross_entropy(self.logits(features), labels)
+        Args:
+            image_embeds, text_embeds: Features of unit length, `(batch, dim)` and `(classes, dim)`.
+        """
+        dtype = torch.promote_types(image_embeds.dtype, torch.float32)
+        with torch.autocast(image_embeds.device.type, enabled=False):
+            similarity = image_embeds.to(dtype) @ text_embeds.to(dtype).T
+            return similarity * self.clip.logit_scale.to(dtype).exp()
 
     @torch.no_grad()
     def predict(self, pixel_values: torch.Tensor) -> tuple[list[str], torch.Tensor]:

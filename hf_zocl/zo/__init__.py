@@ -1,25 +1,33 @@
 """Zeroth-order optimisation of named parameter groups. Needs torch alone."""
 
 from .assignment import LayerAssignment, ParameterSplit, ZOGroup
-from .estimator import Estimate, ZOEstimator
-from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation
+from .estimator import Estimate, Evaluation, ZOEstimator
+from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
-from .perturbation import Perturbation, direction_seed, draw_directions
+from .perturbation import Combination, Moments, Perturbation, direction_seed, draw_direction
+from .streaming import StreamedPerturbation
 
 
 __all__ = [
+    "Combination",
     "Estimate",
+    "Evaluation",
     "ForwardState",
     "HybridOptimizer",
     "LayerAssignment",
+    "Moments",
     "ParameterSplit",
     "Perturbation",
     "PlainEvaluation",
     "SignSGD",
+    "StreamedPerturbation",
     "TowerEvaluation",
+    "TowerPlan",
     "ZOEstimator",
     "ZOGroup",
     "build_zo_optimizer",
     "direction_seed",
-    "draw_directions",
+    "draw_direction",
+    "find_towers",
+    "stacked_linear",
 ]

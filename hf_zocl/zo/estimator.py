@@ -2,42 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
+from torch import nn
 
 from .assignment import ZOGroup
-from .perturbation import Perturbation, direction_seed, draw_directions
+from .perturbation import Combination, Moments, Perturbation, direction_seed
+from .streaming import StreamedPerturbation
 
 
 ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo")
 
-# The loss at the present parameters, given the branch whose parameters differ from θ (None: none does).
-BranchLoss = Callable[[str | None], torch.Tensor]
+# Where a loss is asked for: the perturbations that are not at θ, and their offsets. Empty: L(θ).
+Point = Mapping[Perturbation, Combination]
+
+
+class Evaluation(Protocol):
+    """The way to a loss; see `hf_zocl.zo.evaluation`."""
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point, scalars."""
 
 
 @dataclass
 class Estimate:
-    """What one estimate saw, by branch; everything stays on the device.
+    """One estimate, by branch: a few numbers, from which `ZOEstimator.write` makes the gradient.
 
     Attributes:
+        gradient: Σᵢ wᵢ·Δᵢ.
         differences: The q loss differences, shape `(q,)`: L(θ+εΔ) − L(θ), or half of L(θ+εΔ) − L(θ−εΔ).
-        variance: The variance of the estimate's coordinates, before any sign normalisation, scalar.
+        loss: L(θ); for `two-sided`, which does without it, the mean of its losses, equal up to O(ε²).
     """
 
+    gradient: dict[str | None, Combination] = field(default_factory=dict)
     differences: dict[str | None, torch.Tensor] = field(default_factory=dict)
-    variance: dict[str | None, torch.Tensor] = field(default_factory=dict)
+    loss: torch.Tensor | None = None
 
 
 class ZOEstimator:
     """Estimates the gradient of a loss in the zeroth-order groups from forward passes alone.
 
-    The branches take turns: while one is perturbed, the other stays at θ (equation 2 of arXiv 2506.12409 holds the
-    other modality fixed). With Δᵢ the direction of query i and g the mean over the q queries:
+    Equation 2 of arXiv 2506.12409 perturbs one modality and holds the other, so every branch has its own directions.
+    With Δᵢ the direction of query i and g the mean over the q queries:
 
     - `one-sided`: g = [L(θ+εΔᵢ) − L(θ)] / ε · Δᵢ (equation 2)
-    - `two-sided`: g = [L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2ε · Δᵢ (SPSA; MeZO, NeurIPS 2023)
+    - `two-sided`: g = [L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2ε · Δᵢ (SPSA; MeZO, NeurIPS 2023). With two branches, L is the mean
+      over both signs of the other branch's first query: up to O(ε²) the same number, and no pass at θ is needed.
     - `fzoo`: g = [L(θ+εΔᵢ) − L(θ)] / σ · Δᵢ, σ the standard deviation of the q losses (FZOO, ICLR 2026)
     - `conservative`: the one-sided estimate of every query, and their mean, are tried as an SGD step; the one with the
       lowest loss is g, or zero when no step beats standing still (ZO-SGD-Cons; ZO-LLM, ICML 2024)
@@ -52,6 +65,7 @@ class ZOEstimator:
         direction: `gaussian` or `rademacher`.
         seed: Keys the directions, with the step, the micro-step and the query.
         reduce: Averages a tensor of losses over data-parallel ranks.
+        model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied.
 
     Raises:
         ValueError: If the estimator is unknown, or has fewer queries than it needs.
@@ -66,161 +80,145 @@ class ZOEstimator:
         direction: str = "gaussian",
         seed: int = 0,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
+        model: nn.Module | None = None,
     ):
         if estimator not in ESTIMATORS:
             raise ValueError(f"zo_estimator={estimator!r} is unknown: expected one of {', '.join(ESTIMATORS)}.")
-        self.estimator, self.sign, self.direction = estimator, sign, direction
-        self.seed, self.reduce = seed, reduce
-        self.branches: dict[str | None, list[ZOGroup]] = {}
+        self.estimator, self.sign, self.seed, self.reduce = estimator, sign, seed, reduce
+        branches: dict[str | None, list[ZOGroup]] = {}
         for group in groups:
-            self.branches.setdefault(group.branch, []).append(group)
-        self.queries = {branch: queries if isinstance(queries, int) else queries[branch] for branch in self.branches}
+            branches.setdefault(group.branch, []).append(group)
+        self.is_streamed = model is not None
+        self.perturbations = {
+            branch: StreamedPerturbation(members, model, direction) if model else Perturbation(members, direction)
+            for branch, members in branches.items()
+        }
+        self.queries = {branch: queries if isinstance(queries, int) else queries[branch] for branch in branches}
         least = 2 if estimator == "fzoo" else 1
         for branch, count in self.queries.items():
             if count < least:
                 name = "zo_queries" + (f" ({branch})" if branch else "")
                 raise ValueError(f"{name}={count}: zo_estimator={estimator!r} needs at least {least}.")
 
-    @property
-    def needs_base_loss(self) -> bool:
-        """Whether the estimate uses L(θ)."""
-        return self.estimator != "two-sided"
-
     @torch.no_grad()
-    def accumulate(
+    def estimate(
         self,
-        loss: BranchLoss,
+        evaluation: Evaluation,
         step: int,
         micro_step: int = 0,
         base_loss: torch.Tensor | None = None,
-        scale: float = 1.0,
         learning_rate: float = 0.0,
     ) -> Estimate:
-        """Add `scale` times the estimate to `.grad` of every zeroth-order parameter.
+        """Ask for the losses that the estimate needs, all of them at once, and weigh the directions.
 
         Args:
-            loss: Evaluates the loss, a scalar, at the parameters as they are when it is called.
+            evaluation: Gives the losses.
             step, micro_step: Key the directions; the micro-step counts the batches of one accumulated step.
             base_loss: L(θ), if a first-order pass has it already.
-            scale: What the loss of this micro-batch counts in the accumulated step.
             learning_rate: The size of the SGD step by which `conservative` judges its candidates.
         """
-        if base_loss is None and self.needs_base_loss:
-            base_loss = loss(None)
-        estimate = Estimate()
-        first = 0
-        for branch, groups in self.branches.items():
-            last = first + self.queries[branch]
-            seeds = [direction_seed(self.seed, step, micro_step, number) for number in range(first, last)]
-            first = last
-            query = _BranchQueries(groups, seeds, self.direction, loss, branch, self.reduce)
-            with query.perturbation.saved():
-                gradient, estimate.differences[branch] = self._gradient(query, base_loss, learning_rate)
-            estimate.variance[branch] = _variance(gradient)
-            self._add_to_grad(groups, gradient, scale)
+        seeds, first = {}, 0
+        for branch, count in self.queries.items():
+            numbers = range(first, first + count)
+            seeds[branch] = tuple(direction_seed(self.seed, step, micro_step, number) for number in numbers)
+            first += count
+        if self.estimator == "two-sided":
+            estimate = self._two_sided(evaluation, seeds)
+        else:
+            estimate = self._one_sided(evaluation, seeds, base_loss)
+        if self.estimator == "conservative":
+            self._choose(estimate, evaluation, learning_rate)
+        for perturbation in self.perturbations.values():
+            perturbation.forget()
         return estimate
 
-    def normalise(self) -> None:
-        """Replace the accumulated estimate by its sign, if `sign` is on; to be called once before the optimizer."""
-        if not self.sign:
-            return
-        for group in (group for groups in self.branches.values() for group in groups):
-            torch._foreach_sign_([parameter.grad for parameter in group.parameters])
+    @torch.no_grad()
+    def write(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[str | None, Moments]:
+        """Set `.grad` of every zeroth-order parameter to Σ scale·g, or to its sign if `sign` is on.
 
-    def _gradient(
-        self, query: _BranchQueries, base_loss: torch.Tensor | None, learning_rate: float
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        if self.estimator == "two-sided":
-            differences = query.two_sided_differences()
-            return query.combine(differences / len(differences)), differences
-        losses, base_loss = query.losses(base_loss)
-        differences = losses - base_loss
-        if self.estimator == "one-sided":
-            return query.combine(differences / len(differences)), differences
-        if self.estimator == "fzoo":
-            deviation = losses.std().clamp_min(torch.finfo(losses.dtype).tiny)
-            return query.combine(differences / len(differences) / deviation, per_eps=False), differences
-        return self._conservative(query, differences, base_loss, learning_rate), differences
+        Args:
+            estimates: The estimates of one optimizer step's micro-batches, and what each counts.
 
-    def _conservative(
-        self, query: _BranchQueries, differences: torch.Tensor, base_loss: torch.Tensor, learning_rate: float
-    ) -> list[torch.Tensor]:
-        candidates = list(torch.diag(differences))
-        if len(differences) > 1:
-            candidates.append(differences / len(differences))
-        losses = [base_loss]
-        for candidate in candidates:
-            update = query.combine(candidate)
-            if self.sign:
-                torch._foreach_sign_(update)
-            losses.append(query.loss_at(update, -learning_rate))
-        losses = torch.cat([losses[0].view(1), self.reduce(torch.stack(losses[1:]))]).nan_to_num(nan=torch.inf)
-        # Indexing with the winner stays on the device; "no update" is a row of zeros.
-        rows = torch.stack([torch.zeros_like(differences), *candidates])
-        return query.combine(rows[losses.argmin()])
+        Returns:
+            The moments of the sum by branch, before any sign normalisation.
+        """
+        moments = {}
+        for branch, perturbation in self.perturbations.items():
+            moments[branch] = perturbation.write(_gradient(estimates, branch), self.sign)
+            perturbation.forget()
+        return moments
 
-    @staticmethod
-    def _add_to_grad(groups: Sequence[ZOGroup], gradient: Sequence[torch.Tensor], scale: float) -> None:
-        parameters = [parameter for group in groups for parameter in group.parameters]
-        for parameter, piece in zip(parameters, gradient, strict=True):
-            piece = piece.mul_(scale).to(parameter.dtype)
-            parameter.grad = piece if parameter.grad is None else parameter.grad.add_(piece)
+    @torch.no_grad()
+    def stream(
+        self, estimates: Sequence[tuple[Estimate, float]], factor: float | torch.Tensor = 1.0
+    ) -> Iterator[tuple[str | None, Moments]]:
+        """What `write` does, times a factor, for one layer after another (see `StreamedPerturbation`)."""
+        for branch, perturbation in self.perturbations.items():
+            for moments in perturbation.stream(_gradient(estimates, branch), self.sign, factor):
+                yield branch, moments
+
+    def _one_sided(
+        self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]], base_loss: torch.Tensor | None
+    ) -> Estimate:
+        points: list[Point] = [] if base_loss is not None else [{}]
+        for branch, perturbation in self.perturbations.items():
+            points += [{perturbation: perturbation.query(seed)} for seed in seeds[branch]]
+        losses = [_wide(loss) for loss in evaluation.losses(points)]
+        own = [] if base_loss is None else [_wide(base_loss)]
+        base_loss, *losses = self.reduce(torch.stack(own + losses))
+        estimate, first = Estimate(loss=base_loss), 0
+        for branch, perturbation in self.perturbations.items():
+            mine = torch.stack(losses[first : first + len(seeds[branch])])
+            first += len(mine)
+            differences = estimate.differences[branch] = mine - base_loss
+            if self.estimator == "fzoo":
+                divisor = mine.std().clamp_min(torch.finfo(mine.dtype).tiny)
+            else:
+                divisor = perturbation.eps
+            estimate.gradient[branch] = Combination(seeds[branch], _finite(differences / divisor) / len(mine))
+        return estimate
+
+    def _two_sided(self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]]) -> Estimate:
+        sides = {
+            perturbation: [[perturbation.query(seed, sign) for sign in (1, -1)] for seed in seeds[branch]]
+            for branch, perturbation in self.perturbations.items()
+        }
+        points: list[Point] = []
+        for perturbation, queries in sides.items():
+            others = {other: theirs[0] for other, theirs in sides.items() if other is not perturbation}
+            held = [{other: pair[i] for other, pair in others.items()} for i in (0, 1)] if others else [{}]
+            points += [{perturbation: side, **rest} for query in queries for side in query for rest in held]
+        # Two branches meet at the four points of their first queries twice: each is evaluated once.
+        keys = [frozenset(point.items()) for point in points]
+        unique = dict(zip(keys, points, strict=True))
+        losses = dict(zip(unique, map(_wide, evaluation.losses(list(unique.values()))), strict=True))
+        losses = self.reduce(torch.stack([losses[key] for key in keys]))
+        estimate, first = Estimate(loss=losses.mean()), 0
+        for branch, perturbation in self.perturbations.items():
+            count = len(seeds[branch])
+            size = count * 2 * (2 if len(sides) > 1 else 1)
+            mine = losses[first : first + size].view(count, 2, -1).mean(dim=2)
+            first += size
+            differences = estimate.differences[branch] = (mine[:, 0] - mine[:, 1]) / 2
+            estimate.gradient[branch] = Combination(seeds[branch], _finite(differences / perturbation.eps) / count)
+        return estimate
+
+    def _choose(self, estimate: Estimate, evaluation: Evaluation, learning_rate: float) -> None:
+        """Replace the mean over the queries by the candidate whose step has the lowest loss."""
+        for branch, perturbation in self.perturbations.items():
+            mean = estimate.gradient[branch]
+            rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
+            if len(mean.seeds) > 1:
+                rows.append(mean.weights)
+            steps = [Combination(mean.seeds, row, -learning_rate, self.sign) for row in rows[1:]]
+            losses = [_wide(loss) for loss in evaluation.losses([{perturbation: step} for step in steps])]
+            losses = torch.cat([estimate.loss.view(1), self.reduce(torch.stack(losses))]).nan_to_num(nan=torch.inf)
+            # Indexing with the winner stays on the device; "no update" is a row of zeros.
+            estimate.gradient[branch] = Combination(mean.seeds, torch.stack(rows)[losses.argmin()])
 
 
-class _BranchQueries:
-    """The q queries of one branch; a direction is drawn from its seed when it is needed and kept no longer."""
-
-    def __init__(
-        self,
-        groups: Sequence[ZOGroup],
-        seeds: Sequence[int],
-        direction: str,
-        loss: BranchLoss,
-        branch: str | None,
-        reduce: Callable[[torch.Tensor], torch.Tensor],
-    ):
-        self.groups, self.seeds, self.direction = groups, seeds, direction
-        self.loss, self.branch, self.reduce = loss, branch, reduce
-        self.perturbation = Perturbation(groups)
-
-    def losses(self, base_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """L(θ+εΔᵢ), shape `(q,)`, and L(θ), both averaged over the ranks."""
-        losses = [_wide(base_loss)]
-        for seed in self.seeds:
-            self.perturbation.perturb(self._draw(seed))
-            losses.append(_wide(self.loss(self.branch)))
-        losses = self.reduce(torch.stack(losses))
-        return losses[1:], losses[0]
-
-    def two_sided_differences(self) -> torch.Tensor:
-        """[L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2, shape `(q,)`, averaged over the ranks."""
-        differences = []
-        for seed in self.seeds:
-            direction = self._draw(seed)
-            self.perturbation.perturb(direction, sign=1)
-            forward = _wide(self.loss(self.branch))
-            self.perturbation.perturb(direction, sign=-1)
-            differences.append((forward - _wide(self.loss(self.branch))) / 2)
-        return self.reduce(torch.stack(differences))
-
-    def loss_at(self, update: Sequence[torch.Tensor], factor: float) -> torch.Tensor:
-        """L(θ + factor·update)."""
-        self.perturbation.move(update, factor)
-        return _wide(self.loss(self.branch))
-
-    def combine(self, weights: torch.Tensor, per_eps: bool = True) -> list[torch.Tensor]:
-        """Σᵢ wᵢ·Δᵢ, divided by the ε of each parameter unless `per_eps` is off; one tensor a parameter."""
-        total: list[torch.Tensor] | None = None
-        weights = torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)
-        for weight, seed in zip(weights, self.seeds, strict=True):
-            term = torch._foreach_mul([_wide(direction) for direction in self._draw(seed)], weight)
-            total = term if total is None else torch._foreach_add(total, term)
-        if per_eps:
-            torch._foreach_div_(total, self.perturbation.eps)
-        return total
-
-    def _draw(self, seed: int) -> list[torch.Tensor]:
-        return draw_directions(self.groups, seed, self.direction)
+def _gradient(estimates: Sequence[tuple[Estimate, float]], branch: str | None) -> list[Combination]:
+    return [estimate.gradient[branch].scaled(scale) for estimate, scale in estimates]
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -228,6 +226,5 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _variance(gradient: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The variance over all coordinates of a gradient, as if its tensors were one vector."""
-    return torch.cat([piece.flatten() for piece in gradient]).var(correction=0)
+def _finite(weights: torch.Tensor) -> torch.Tensor:
+    return torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,10 +1,32 @@
-"""The cheapest way to a loss under a perturbation."""
+"""The cheapest way to a loss under a perturbation.
+
+A dual encoder's towers meet only in the last product, and a perturbation that starts in layer k leaves the layers
+below as they are. So one step runs each tower once at θ (the first-order pass does, where there is one) and once for
+every perturbation of its own parameters, from layer k on; a loss is then the model's own forward pass with both towers
+replayed. Several small candidates of one tower go through it as one batch.
+
+Nothing of the model is rewritten: for the length of a call, an attribute of a module (`forward`, `layers`, `weight`)
+is shadowed by another. Every loss equals that of the plain forward pass, to rounding.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
+
+from .estimator import Point
+from .packing import PackedPrompts
+from .perturbation import Combination, Perturbation
+from .streaming import StreamedPerturbation
+
+
+# Elements of hidden state that a batch of candidates may always have; beyond it, as many as the largest tower has.
+MIN_BATCH_ELEMENTS = 1 << 20
 
 
 class ForwardState:
@@ -21,6 +43,10 @@ class ForwardState:
         self.cpu = torch.get_rng_state()
         self.accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
+    def now(self) -> ForwardState:
+        """The present state of the same generators and buffers."""
+        return ForwardState(self.device, [buffer for buffer, _ in self.buffers])
+
     def restore(self) -> None:
         for buffer, value in self.buffers:
             buffer.copy_(value)
@@ -28,77 +54,506 @@ class ForwardState:
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ForwardState):
-            return NotImplemented
-        pairs = [(mine, theirs) for (_, mine), (_, theirs) in zip(self.buffers, other.buffers, strict=True)]
-        pairs.append((self.cpu, other.cpu))
-        if self.accelerator is not None:
-            pairs.append((self.accelerator, other.accelerator))
-        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
+    def same_buffers(self, other: ForwardState) -> bool:
+        return all(
+            torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(self.buffers, other.buffers, strict=True)
+        )
 
-    __hash__ = None
+    def same_random_state(self, other: ForwardState) -> bool:
+        if not torch.equal(self.cpu, other.cpu):
+            return False
+        return self.accelerator is None or torch.equal(self.accelerator, other.accelerator)
 
 
 class PlainEvaluation:
-    """Every loss by one full forward pass, all of them from the same state.
+    """Every loss by one full forward pass, all of them from the same state, so that dropout masks do not differ.
 
     Args:
         forward: Returns the loss, a scalar, at the present parameters.
-        before: The state in which the step's first forward pass started: every evaluation starts there too, so that
-            dropout masks do not differ between the losses of one estimate.
+        before: The state in which the step's first forward pass started: every evaluation starts there too.
         after: The state that a single pass leaves behind, to which `close` returns, so that the number of queries does
             not change what the next step draws; by default, the state after the first evaluation.
     """
 
-    def __init__(self, forward: Callable[[], torch.Tensor], before: ForwardState, after: ForwardState | None = None):
+    def __init__(
+        self,
+        forward: Callable[[], torch.Tensor],
+        before: ForwardState | None = None,
+        after: ForwardState | None = None,
+    ):
         self.forward, self.before, self.after = forward, before, after
 
-    def __call__(self, perturbed: str | None) -> torch.Tensor:
-        self.before.restore()
-        loss = self.forward()
-        if self.after is None:
-            self.after = ForwardState(self.before.device, [buffer for buffer, _ in self.before.buffers])
-        return loss
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Watch a whole forward pass at θ, such as the first-order one."""
+        yield
+        self.after = self.before.now()
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point, scalars."""
+        losses = []
+        for point in points:
+            if self.before is not None:
+                self.before.restore()
+            with at(point):
+                losses.append(self.forward())
+            if self.after is None and self.before is not None:
+                self.after = self.before.now()
+        return losses
 
     def close(self) -> None:
         if self.after is not None:
             self.after.restore()
 
 
-class TowerEvaluation:
-    """The loss of a two-tower model: only the perturbed tower is run again.
+@contextmanager
+def at(point: Point) -> Iterator[None]:
+    """All perturbations of the point at once."""
+    with ExitStack() as stack:
+        for perturbation, offset in point.items():
+            stack.enter_context(perturbation.at(offset))
+        yield
 
-    The towers meet in the last product alone, so the other tower's features are computed once a step and reused. It
-    stands only where a forward pass leaves the state as it was: it draws no random numbers and changes no buffer.
+
+@dataclass(frozen=True)
+class Tower:
+    """One half of a dual encoder, as transformers builds it (`CLIPModel`, `SiglipModel` and their kin).
+
+    Attributes:
+        name: `vision` or `language`.
+        module: What the model calls.
+        layers: Its stack of layers, run in order; None where it is built otherwise.
+    """
+
+    name: str
+    module: nn.Module
+    layers: nn.ModuleList | None
+
+    def first_layer_of(self, perturbation: Perturbation) -> int | None:
+        """The index of the first layer with a parameter of `perturbation`; None if one lies outside the layers."""
+        mine = {id(parameter) for parameter in perturbation.parameters} & {id(p) for p in self.module.parameters()}
+        if self.layers is None:
+            return None
+        of_layer = [{id(p) for p in layer.parameters()} & mine for layer in self.layers]
+        if len(set().union(*of_layer)) < len(mine):
+            return None
+        return next(index for index, parameters in enumerate(of_layer) if parameters)
+
+
+def find_towers(model: nn.Module) -> dict[str, Tower]:
+    """The towers of the dual encoder in `model`, by structure; none if there is no dual encoder, or several."""
+    attributes = {"vision": "vision_model", "language": "text_model"}
+    found = [
+        module
+        for module in model.modules()
+        if all(isinstance(module._modules.get(name), nn.Module) for name in attributes.values())
+        and isinstance(module._parameters.get("logit_scale"), torch.Tensor)
+    ]
+    if len(found) != 1:
+        return {}
+    towers = {}
+    for name, attribute in attributes.items():
+        module = found[0].get_submodule(attribute)
+        encoder = module._modules.get("encoder")
+        layers = encoder._modules.get("layers") if encoder is not None and "embeddings" in module._modules else None
+        towers[name] = Tower(name, module, layers if isinstance(layers, nn.ModuleList) else None)
+    return towers
+
+
+class TowerPlan:
+    """What holds for all steps: which tower a perturbation runs, from which layer on, and whether in batches.
 
     Args:
-        encode: The features of one tower, given its name, at the present parameters.
-        combine: The loss, a scalar, from the features of all towers.
-        towers: The names of the towers.
-        features: The features at θ that are there already, from a first-order pass.
+        model: The model, unwrapped.
+        perturbations: One per branch.
+    """
+
+    def __init__(self, model: nn.Module, perturbations: Iterable[Perturbation]):
+        self.towers = find_towers(model)
+        self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
+        self.packing = Packing()
+        self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
+        self.linears: dict[str, list[tuple[nn.Linear, str, int]] | None] = {}
+        self.within_towers: set[Perturbation] = set()
+        owners = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None}
+        for perturbation in perturbations:
+            for name, tower in self.towers.items():
+                inside = {id(p) for p in tower.module.parameters()}
+                mine = [id(p) in inside for p in perturbation.parameters]
+                if not any(mine):
+                    continue
+                if self.perturbations[name] is not None:  # two branches in one tower
+                    self.towers = {}
+                    return
+                self.perturbations[name] = perturbation
+                self.first_layer[name] = tower.first_layer_of(perturbation)
+                if all(mine):
+                    self.within_towers.add(perturbation)
+                    self.linears[name] = _linears(perturbation, owners)
+
+    def offset(self, name: str, point: Point) -> Combination | None:
+        """Where the tower's parameters are at `point`: an offset, or None at θ."""
+        return point.get(self.perturbations[name])
+
+
+class Packing:
+    """The packed prompts of the language tower, once they have stayed the same for two steps and were seen to work."""
+
+    def __init__(self):
+        self._ids: torch.Tensor | None = None
+        self._prompts: PackedPrompts | None = None
+        self._works: bool | None = None
+
+    def prompts(self, record: _TowerRecord, run: Callable[[PackedPrompts], Any]) -> PackedPrompts | None:
+        """The packed prompts of a step, or None where the tower runs them as they are.
+
+        Args:
+            record: Of the language tower, with the hidden states before its first perturbed layer.
+            run: The tower's output by way of packed prompts, where the recorded one was taken.
+        """
+        ids, mask = record.kwargs.get("input_ids"), record.kwargs.get("attention_mask")
+        if self._works is False or record.draws or record.hidden is None or mask is None or mask.dim() != 2:
+            return None
+        if ids is not self._ids:
+            self._ids, self._prompts = ids, None
+            return None
+        if self._prompts is None:
+            self._prompts = PackedPrompts(ids, mask)
+        if not self._prompts.is_worthwhile:
+            return None
+        if self._works is None:
+            self._works = _is_close(run(self._prompts), next(iter(record.outputs.values())))
+        return self._prompts if self._works else None
+
+
+def _is_close(output: Any, expected: Any) -> bool:
+    """Equal up to rounding in the precision of the features; a tower that is not causal is far from it."""
+    mine, theirs = output["pooler_output"], expected["pooler_output"]
+    error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
+    return error.item() < 10 * torch.finfo(theirs.dtype).eps ** 0.75
+
+
+def _linears(
+    perturbation: Perturbation, owners: dict[int, tuple[nn.Module, str]]
+) -> list[tuple[nn.Linear, str, int]] | None:
+    """The linear layer and the name of every parameter; None if another module holds one."""
+    if isinstance(perturbation, StreamedPerturbation):
+        return None
+    found = []
+    for index, parameter in enumerate(perturbation.parameters):
+        module, name = owners[id(parameter)]
+        if not isinstance(module, nn.Linear):
+            return None
+        found.append((module, name, index))
+    return found
+
+
+@dataclass
+class _TowerRecord:
+    """What one step knows of a tower."""
+
+    args: tuple = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    calls: int = 0
+    elements: int = 0
+    hidden: torch.Tensor | None = None
+    entry: ForwardState | None = None
+    resume: ForwardState | None = None
+    exit: ForwardState | None = None
+    outputs: dict[Combination | None, Any] = field(default_factory=dict)  # by offset; None: at θ
+    packed: PackedPrompts | None = None
+
+    @property
+    def draws(self) -> bool:
+        """Whether the tower draws random numbers: dropout masks, routing noise."""
+        return not self.entry.same_random_state(self.exit)
+
+
+class TowerEvaluation:
+    """The losses of one micro-batch of a dual encoder: a tower runs only where its own parameters differ.
+
+    Args:
+        plan: See `TowerPlan`.
+        forward: The model's whole forward pass without gradient: the loss, a scalar, at the present parameters.
+        context: Under which a tower runs on its own, such as autocast.
+        before: The state in which the step's first forward pass started.
+        batch_candidates: Whether candidates may go through a tower as one batch.
+        reuse_layers: Whether the layers below the first perturbed one may be skipped.
+        pack_prompts: Whether prompts that begin alike may share their beginning.
     """
 
     def __init__(
         self,
-        encode: Callable[[str], torch.Tensor],
-        combine: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
-        towers: Sequence[str],
-        features: Mapping[str, torch.Tensor] | None = None,
+        plan: TowerPlan,
+        forward: Callable[[], torch.Tensor],
+        before: ForwardState,
+        context: Callable[[], AbstractContextManager] = nullcontext,
+        batch_candidates: bool = True,
+        reuse_layers: bool = True,
+        pack_prompts: bool = True,
     ):
-        self.encode, self.combine, self.towers = encode, combine, towers
-        self.features = dict(features or {})
+        self.plan, self.forward, self.before, self.context = plan, forward, before, context
+        self.batch_candidates, self.reuse_layers, self.pack_prompts = batch_candidates, reuse_layers, pack_prompts
+        self.records = {name: _TowerRecord() for name in plan.towers}
+        self.after: ForwardState | None = None
+        self.plain: PlainEvaluation | None = None
 
-    def __call__(self, perturbed: str | None) -> torch.Tensor:
-        features = {}
-        for tower in self.towers:
-            if tower == perturbed:
-                features[tower] = self.encode(tower)
-            else:
-                if tower not in self.features:
-                    self.features[tower] = self.encode(tower)
-                features[tower] = self.features[tower]
-        return self.combine(features)
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Watch a whole forward pass at θ, such as the first-order one: its features need not be computed again."""
+        with self._watching({}):
+            yield
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point, scalars."""
+        points, losses = list(points), []
+        if points and self.after is None:
+            point = points.pop(0)
+            self.before.restore()
+            with at(point), self._watching(point):
+                losses.append(self.forward())
+        if self.plain is not None:
+            return losses + self.plain.losses(points)
+        for name in self.records:
+            self._run_tower(name, dict.fromkeys(self.plan.offset(name, point) for point in points))
+        return losses + [self._combine(point) for point in points]
 
     def close(self) -> None:
-        self.features.clear()
+        if self.plain is not None:
+            self.plain.close()
+        elif self.after is not None and not self.before.same_random_state(self.after):
+            self.after.restore()
+        self.records.clear()
+
+    @contextmanager
+    def _watching(self, point: Point) -> Iterator[None]:
+        """Record both towers during a whole forward pass at `point`."""
+        with ExitStack() as stack:
+            for name in self.records:
+                stack.enter_context(self._watching_tower(name, self.plan.offset(name, point)))
+            yield
+        self.after = self.before.now()
+        is_dual = all(record.calls == 1 and record.outputs for record in self.records.values())
+        if not is_dual or not self.before.same_buffers(self.after):
+            self.plain = PlainEvaluation(self.forward, self.before, self.after)
+
+    @contextmanager
+    def _watching_tower(self, name: str, offset: Combination | None) -> Iterator[None]:
+        tower, record = self.plan.towers[name], self.records[name]
+        original, device = tower.module.forward, self.before.device
+
+        def watched(*args, **kwargs):
+            record.calls += 1
+            record.args, record.kwargs, record.entry = args, kwargs, ForwardState(device)
+            with self._layers(tower, watch, skip=0):
+                output = original(*args, **kwargs)
+            if _is_pooled(output):
+                record.outputs[offset], record.exit = _pooled(output), ForwardState(device)
+            return output
+
+        def watch(hidden, *args, **kwargs):
+            if record.elements == 0:  # gradient checkpointing comes by again
+                record.elements = hidden.numel()
+                if self._keeps_hidden(name):
+                    record.hidden, record.resume = hidden.detach(), ForwardState(device)
+            return hidden
+
+        with _forward_of(tower.module, watched):
+            yield
+
+    def _keeps_hidden(self, name: str) -> bool:
+        """Whether the states before the first perturbed layer are worth their memory."""
+        first = self.plan.first_layer[name]
+        if first is None or not self.reuse_layers:
+            return False
+        config = getattr(self.plan.towers[name].module, "config", None)
+        is_packable = name == "language" and getattr(config, "_attn_implementation", None) == "sdpa"
+        return first > 0 or (is_packable and self.pack_prompts)
+
+    @contextmanager
+    def _layers(self, tower: Tower, inserted: Callable, skip: int) -> Iterator[None]:
+        """The tower with `inserted` in front of its first perturbed layer, and without its first `skip` layers."""
+        if tower.layers is None:
+            yield
+            return
+        layers, first = list(tower.layers), self.plan.first_layer[tower.name] or 0
+        with shadowed(tower.module._modules["encoder"], layers=[*layers[skip:first], inserted, *layers[first:]]):
+            yield
+
+    def _run_tower(self, name: str, offsets: Iterable[Combination | None]) -> None:
+        """Make sure of the tower's output at every offset."""
+        record, perturbation = self.records[name], self.plan.perturbations[name]
+        missing = [offset for offset in offsets if offset not in record.outputs]
+        if None in missing:
+            missing.remove(None)
+            record.outputs[None] = self._tower_output(name)
+        if not missing:
+            return
+        if name == "language" and self.pack_prompts:
+            record.packed = self.plan.packing.prompts(record, lambda packed: self._recorded_again(name, packed))
+        size = self._batch_size(name, len(missing))
+        for first in range(0, len(missing), size):
+            chunk = missing[first : first + size]
+            if len(chunk) == 1:
+                with perturbation.at(chunk[0]):
+                    record.outputs[chunk[0]] = self._tower_output(name)
+                continue
+            with self._stacked(name, perturbation.stack(chunk)):
+                output = self._tower_output(name, copies=len(chunk))
+            record.outputs.update(zip(chunk, _split(output, len(chunk)), strict=True))
+
+    def _recorded_again(self, name: str, packed: PackedPrompts) -> Any:
+        """The output where the record was taken, by way of packed prompts."""
+        offset = next(iter(self.records[name].outputs))
+        with nullcontext() if offset is None else self.plan.perturbations[name].at(offset):
+            return self._tower_output(name, packed=packed)
+
+    def _batch_size(self, name: str, count: int) -> int:
+        """How many candidates go through the tower at once: so many that no more memory is used than elsewhere.
+
+        Their hidden states and weights together may have as many elements as the largest tower's hidden states. Where
+        random numbers are drawn, candidates go one by one, under the same masks.
+        """
+        record = self.records[name]
+        if count < 2 or not self.batch_candidates or self.plan.linears.get(name) is None or not record.elements:
+            return 1
+        if record.draws:
+            return 1
+        budget = max(MIN_BATCH_ELEMENTS, *(other.elements for other in self.records.values()))
+        elements = record.elements
+        if record.packed is not None:
+            elements = record.packed.index.numel() * record.hidden.shape[-1]
+        return max(1, budget // (elements + len(self.plan.perturbations[name])))
+
+    def _tower_output(self, name: str, copies: int = 1, packed: PackedPrompts | None = None) -> Any:
+        """Run a tower on its recorded inputs, from the first perturbed layer on where that is possible."""
+        tower, record = self.plan.towers[name], self.records[name]
+        kwargs, hidden = record.kwargs, record.hidden
+        packed = packed or record.packed
+        if packed is not None:
+            kwargs = {**kwargs, "input_ids": packed.pack(kwargs["input_ids"]), "attention_mask": packed.mask}
+            hidden = packed.pack(hidden)
+        hidden = _repeat(hidden, copies)
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self.context())
+            stack.enter_context(shadowed(tower.module, _compiled_call_impl=None))
+            if hidden is not None:
+                stack.enter_context(self._layers(tower, lambda *_, **__: hidden, self.plan.first_layer[name]))
+                stack.enter_context(shadowed(tower.module, embeddings=lambda *_, **__: hidden))
+            if record.draws:
+                (record.entry if hidden is None else record.resume).restore()
+            output = tower.module(*_repeat(record.args, copies), **_repeat(kwargs, copies))
+            if packed is not None:
+                output.pooler_output = packed.last_states(output.last_hidden_state, copies)
+            return _pooled(output)
+
+    @contextmanager
+    def _stacked(self, name: str, stacks: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Every perturbed linear layer holds the weights of all candidates, and maps each one's rows by its own."""
+        with ExitStack() as stack:
+            for module, parameter, index in self.plan.linears[name]:
+                stack.enter_context(shadowed(module, **{parameter: stacks[index]}))
+            for module in {module for module, _, _ in self.plan.linears[name]}:
+                stack.enter_context(shadowed(module, forward=_StackedForward(module)))
+            yield
+
+    def _combine(self, point: Point) -> torch.Tensor:
+        """The loss from the towers' outputs: the model's forward pass with both of them replayed.
+
+        Parameters outside the towers, such as a projection's, are where the point says.
+        """
+        outside = {p: offset for p, offset in point.items() if p not in self.plan.within_towers}
+        with ExitStack() as stack:
+            stack.enter_context(at(outside))
+            for name, record in self.records.items():
+                replay = _Replay(record.outputs[self.plan.offset(name, point)], record.exit if record.draws else None)
+                stack.enter_context(_forward_of(self.plan.towers[name].module, replay))
+            return self.forward()
+
+
+@contextmanager
+def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Let attributes of a module be others for a while: an instance's own come before its class's."""
+    own = vars(module)
+    saved = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del own[name]
+        own.update(saved)
+
+
+def _forward_of(module: nn.Module, forward: Callable) -> AbstractContextManager:
+    """Let `forward` stand in for the module's own, also where `module.compile()` was called."""
+    return shadowed(module, forward=forward, _compiled_call_impl=None)
+
+
+class _StackedForward:
+    """A linear layer's forward pass while its weights are stacked."""
+
+    def __init__(self, module: nn.Linear):
+        self.module = module
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return stacked_linear(inputs, self.module.weight, self.module.bias)
+
+
+def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, also for stacked weights.
+
+    Args:
+        inputs: `(rows, …, in)`; for stacked weights the rows are those of candidate 1, then of candidate 2, ….
+        weight: `(out, in)`, or `(candidates, out, in)`.
+        bias: `(out,)`, or `(candidates, out)`.
+
+    Returns:
+        `(rows, …, out)`.
+    """
+    if weight.dim() == 2:
+        return nn.functional.linear(inputs, weight, bias)
+    rows = inputs.reshape(len(weight), -1, inputs.shape[-1])
+    outputs = torch.bmm(rows, weight.transpose(1, 2))
+    if bias is not None:
+        outputs = outputs + (bias.unsqueeze(1) if bias.dim() == 2 else bias)
+    return outputs.view(*inputs.shape[:-1], weight.shape[1])
+
+
+class _Replay:
+    """A tower that gives what it gave before, and leaves the random state as it did then."""
+
+    def __init__(self, output: Any, state: ForwardState | None):
+        self.output, self.state = output, state
+
+    def __call__(self, *args, **kwargs) -> Any:
+        if self.state is not None:
+            self.state.restore()
+        return type(self.output)(**self.output)
+
+
+def _is_pooled(output: Any) -> bool:
+    return isinstance(output, dict) and output.get("pooler_output") is not None
+
+
+def _pooled(output: Any) -> Any:
+    """What a dual encoder reads of its tower's output: the pooled features; the hidden states would fill memory."""
+    return type(output)(pooler_output=output["pooler_output"].detach())
+
+
+def _split(output: Any, parts: int) -> list[Any]:
+    return [type(output)(pooler_output=piece) for piece in output["pooler_output"].chunk(parts)]
+
+
+def _repeat(value: Any, copies: int) -> Any:
+    """Tensors with the rows of a batch once per candidate, in candidate order; anything else as it is."""
+    if copies == 1 or value is None:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() else value
+    if isinstance(value, tuple):
+        return tuple(_repeat(item, copies) for item in value)
+    if isinstance(value, dict):
+        return {name: _repeat(item, copies) for name, item in value.items()}
+    return value

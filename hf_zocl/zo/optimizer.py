@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -85,10 +85,14 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     Args:
         parts: The optimizers, first-order first; their groups keep their order.
+
+    Attributes:
+        stream: Where set, the last part's gradients come one layer after another: it steps once for each.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
+        self.stream: Iterator[None] | None = None
         self._sizes = [len(part.param_groups) for part in parts]
         super().__init__([group for part in parts for group in part.param_groups], defaults={})
         self.defaults = dict(parts[0].defaults)  # some schedulers read the learning rate here
@@ -108,8 +112,12 @@ class HybridOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self.parts:
+        *others, last = self.parts
+        for part in others:
             part.step()
+        for _ in [None] if self.stream is None else self.stream:
+            last.step()
+        self.stream = None
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,67 +22,153 @@ def direction_seed(seed: int, step: int, micro_step: int, query: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def draw_directions(groups: Sequence[ZOGroup], seed: int, kind: str = "gaussian") -> list[torch.Tensor]:
-    """Draw Δ for every parameter of `groups`, from a generator of its own.
+def draw_direction(count: int, seed: int, kind: str = "gaussian", device: torch.device | str = "cpu") -> torch.Tensor:
+    """Draw Δ, from a generator of its own: the global random state is neither read nor changed.
 
     Args:
-        groups: The parameters; the order of the groups fixes the order of the draws.
-        seed: See `direction_seed`. The global random state is neither read nor changed.
+        count: The number n of coordinates.
+        seed: See `direction_seed`.
         kind: `gaussian` (N(0, 1)) or `rademacher` (±1 with equal chance).
 
     Returns:
-        One tensor per parameter, of its shape, dtype and device.
+        Float32, shape `(n,)`.
+
+    Raises:
+        ValueError: If the kind is unknown.
     """
-    parameters = [parameter for group in groups for parameter in group.parameters]
-    device = parameters[0].device
     generator = torch.Generator(device=device).manual_seed(seed)
-    count = sum(parameter.numel() for parameter in parameters)
     if kind == "gaussian":
-        flat = torch.randn(count, generator=generator, device=device)
-    elif kind == "rademacher":
-        flat = torch.randint(0, 2, (count,), generator=generator, device=device).float().mul_(2).sub_(1)
-    else:
-        raise ValueError(f"zo_direction={kind!r} is unknown: expected one of {', '.join(DIRECTIONS)}.")
-    pieces = flat.split([parameter.numel() for parameter in parameters])
-    return [piece.view_as(p).to(p.device, p.dtype) for piece, p in zip(pieces, parameters, strict=True)]
+        return torch.randn(count, generator=generator, device=device)
+    if kind == "rademacher":
+        return torch.randint(0, 2, (count,), generator=generator, device=device).float().mul_(2).sub_(1)
+    raise ValueError(f"zo_direction={kind!r} is unknown: expected one of {', '.join(DIRECTIONS)}.")
+
+
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """Σᵢ wᵢ·Δᵢ, or its sign, times a scale: directions by their seeds alone, so that a step is a few numbers.
+
+    Attributes:
+        seeds: The seed of every Δᵢ.
+        weights: wᵢ, shape `(q,)`.
+        scale: Multiplies the sum, or its sign.
+        sign: Whether to take the sign.
+    """
+
+    seeds: tuple[int, ...]
+    weights: torch.Tensor | Sequence[float]
+    scale: float = 1.0
+    sign: bool = False
+
+    def scaled(self, factor: float) -> Combination:
+        return replace(self, scale=self.scale * factor)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What is logged of a gradient estimate: the number of its coordinates, their sum and their sum of squares."""
+
+    count: int
+    total: torch.Tensor
+    squares: torch.Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+
+    @property
+    def variance(self) -> torch.Tensor:
+        return self.squares / self.count - (self.total / self.count).square()
 
 
 class Perturbation:
-    """Moves the parameters of `groups` to θ + scale·Δ and back.
+    """The zeroth-order parameters of one branch as one vector θ of n coordinates: moved to θ + d and back.
 
-    Coming back is a copy of the saved values, not a subtraction, which would drift in floating point. The copy of the
-    parameters is made on entering `saved` and lives as long as that block.
+    Coming back is a copy of the saved values, not a subtraction, which would drift in floating point.
+
+    Args:
+        groups: All the groups of the branch; their order fixes the order of the coordinates.
+        direction: `gaussian` or `rademacher`.
+
+    Raises:
+        ValueError: If the groups are of several branches, or differ in ε.
     """
 
-    def __init__(self, groups: Sequence[ZOGroup]):
-        self.eps = [group.eps for group in groups for _ in group.parameters]
-        self._parameters = [parameter.data for group in groups for parameter in group.parameters]
-        self._originals: list[torch.Tensor] | None = None
+    def __init__(self, groups: Sequence[ZOGroup], direction: str = "gaussian"):
+        kinds = {(group.branch, group.eps) for group in groups}
+        if len(kinds) != 1:
+            raise ValueError(f"The groups of one perturbation share their branch and ε; these have {sorted(kinds)}.")
+        self.branch, self.eps = kinds.pop()
+        self.groups, self.direction = tuple(groups), direction
+        self.parameters = [parameter for group in groups for parameter in group.parameters]
+        self._sizes = [parameter.numel() for parameter in self.parameters]
+        self._drawn: tuple[int, torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    @property
+    def _data(self) -> list[torch.Tensor]:
+        return [parameter.data for parameter in self.parameters]
+
+    def query(self, seed: int, sign: int = 1) -> Combination:
+        """±ε·Δ."""
+        return Combination((seed,), (1.0,), sign * self.eps)
+
+    def vector(self, combination: Combination) -> torch.Tensor:
+        """The combination's value, float32 or wider, shape `(n,)`."""
+        total = None
+        for seed, weight in zip(combination.seeds, combination.weights, strict=True):
+            term = self._draw(seed) * weight
+            total = term if total is None else total.add_(term)
+        return (total.sign_() if combination.sign else total).mul_(combination.scale)
+
+    def write(
+        self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
+    ) -> Moments:
+        """Set `.grad` of every parameter to the sum of the combinations, or to its sign, times a factor.
+
+        Returns:
+            The moments of the sum as it is, without sign and factor.
+        """
+        total = self.vector(gradient[0])
+        for term in gradient[1:]:
+            total.add_(self.vector(term))
+        moments = Moments(len(self), total.sum(), total.square().sum())
+        total = (total.sign_() if sign else total).mul_(factor)
+        for parameter, piece in zip(self.parameters, self.pieces(total), strict=True):
+            parameter.grad = piece
+        return moments
+
+    def pieces(self, vector: torch.Tensor) -> list[torch.Tensor]:
+        """A vector as one tensor per parameter, of its shape, dtype and device."""
+        split = zip(vector.split(self._sizes), self.parameters, strict=True)
+        return [piece.view_as(p).to(p.device, p.dtype) for piece, p in split]
 
     @contextmanager
-    def saved(self) -> Iterator[Perturbation]:
-        """Save the parameters; restore them bit by bit on leaving, also when the block raises."""
-        self._originals = [parameter.clone() for parameter in self._parameters]
+    def at(self, offset: Combination) -> Iterator[None]:
+        """Inside, the parameters are θ + offset; afterwards θ again, bit by bit, also when the block raises."""
+        data = self._data
+        saved = [tensor.clone() for tensor in data]
         try:
-            yield self
+            torch._foreach_add_(data, self.pieces(self.vector(offset)))
+            yield
         finally:
-            self.restore()
-            self._originals = None
+            torch._foreach_copy_(data, saved)
 
-    def restore(self) -> None:
-        torch._foreach_copy_(self._parameters, self._originals)
+    def stack(self, offsets: Sequence[Combination]) -> list[torch.Tensor]:
+        """θ + offset for every offset: one tensor of shape `(len(offsets), *shape)` per parameter."""
+        vectors = torch.stack([self.vector(offset) for offset in offsets])
+        split = zip(vectors.split(self._sizes, dim=1), self._data, strict=True)
+        return [data + piece.view(len(offsets), *data.shape).to(data.device, data.dtype) for piece, data in split]
 
-    def move(self, directions: Sequence[torch.Tensor], scale: float | Sequence[float]) -> None:
-        """Set θ ← θ₀ + scale·Δ, from the saved θ₀, whatever the parameters are at present.
+    def forget(self) -> None:
+        """Free the direction that was drawn last."""
+        self._drawn = None
 
-        Args:
-            directions: Δ, one tensor per parameter.
-            scale: One factor, or one factor per parameter.
-        """
-        scales = [scale] * len(directions) if isinstance(scale, (int, float)) else list(scale)
-        self.restore()
-        torch._foreach_add_(self._parameters, torch._foreach_mul(list(directions), scales))
-
-    def perturb(self, directions: Sequence[torch.Tensor], sign: int = 1) -> None:
-        """Set θ ← θ₀ ± εΔ, with the ε of each group."""
-        self.move(directions, [sign * eps for eps in self.eps])
+    def _draw(self, seed: int) -> torch.Tensor:
+        # The two sides of a query, and its share of the estimate, use one direction in a row.
+        if self._drawn is None or self._drawn[0] != seed:
+            drawn = draw_direction(len(self), seed, self.direction, self.parameters[0].device)
+            dtype = torch.promote_types(self.parameters[0].dtype, torch.float32)
+            self._drawn = (seed, drawn.to(dtype))
+        return self._drawn[1]

@@ -97,15 +97,6 @@ def test_the_loss_comes_first(classifier):
     assert output[0] is output.loss
 
 
-def test_training_mode_returns_the_towers_features(classifier):
-    output = classifier.train()(**image_batch())
-    features = output.tower_features()
-    assert features["vision"].shape == (8, 128)
-    assert features["language"].shape == (3, 128)
-    torch.testing.assert_close(features["vision"].norm(dim=-1), torch.ones(8))
-    torch.testing.assert_close(classifier.loss(features, image_batch()["labels"]), output.loss)
-
-
 def test_evaluation_returns_loss_and_logits_alone(classifier):
     with torch.no_grad():
         assert set(classifier.eval()(**image_batch())) == {"loss", "logits"}

@@ -3,7 +3,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_zocl.zo import LayerAssignment, ZOEstimator, build_zo_optimizer, direction_seed, draw_directions
+from hf_zocl.zo import (
+    LayerAssignment,
+    PlainEvaluation,
+    ZOEstimator,
+    build_zo_optimizer,
+    direction_seed,
+    draw_direction,
+)
 
 
 class Quadratic(nn.Module):
@@ -19,7 +26,7 @@ class Quadratic(nn.Module):
     def at(self, theta: torch.Tensor) -> torch.Tensor:
         return (theta - self.centre) @ self.matrix @ (theta - self.centre) / 2
 
-    def forward(self, perturbed: str | None = None) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         return self.at(self.theta)
 
 
@@ -31,14 +38,19 @@ def estimator_of(model: nn.Module, eps: float = EPS, **options) -> ZOEstimator:
 
 
 def directions_of(model: Quadratic, queries: int, step: int = 0) -> list[torch.Tensor]:
-    groups = LayerAssignment("dual", "all").split(model).zo
-    return [draw_directions(groups, direction_seed(0, step, 0, i))[0] for i in range(queries)]
+    return [draw_direction(len(model.theta), direction_seed(0, step, 0, i)).double() for i in range(queries)]
+
+
+def accumulate(estimator: ZOEstimator, loss, step: int = 0, **options):
+    """One estimate, and its gradient in `.grad`."""
+    estimate = estimator.estimate(PlainEvaluation(loss), step=step, **options)
+    return estimate, estimator.write([(estimate, 1.0)])
 
 
 @pytest.mark.parametrize("queries", [1, 3])
 def test_one_sided_is_equation_two(queries):
     model = Quadratic()
-    estimator_of(model, queries=queries).accumulate(model, step=0)
+    accumulate(estimator_of(model, queries=queries), model)
     theta = model.theta.detach()
     expected = sum((model.at(theta + EPS * d) - model.at(theta)) / EPS * d for d in directions_of(model, queries))
     torch.testing.assert_close(model.theta.grad, expected / queries, rtol=1e-6, atol=1e-6)
@@ -47,7 +59,7 @@ def test_one_sided_is_equation_two(queries):
 @pytest.mark.parametrize("queries", [1, 3])
 def test_two_sided_is_spsa(queries):
     model = Quadratic()
-    estimator_of(model, estimator="two-sided", queries=queries).accumulate(model, step=0)
+    accumulate(estimator_of(model, estimator="two-sided", queries=queries), model)
     slopes = model.matrix @ (model.theta.detach() - model.centre)
     # On a quadratic the central difference is the directional derivative itself.
     expected = sum((slopes @ d) * d for d in directions_of(model, queries)) / queries
@@ -56,7 +68,7 @@ def test_two_sided_is_spsa(queries):
 
 def test_fzoo_divides_by_the_deviation_of_the_losses():
     model = Quadratic()
-    estimator_of(model, estimator="fzoo", queries=4).accumulate(model, step=0)
+    accumulate(estimator_of(model, estimator="fzoo", queries=4), model)
     theta, directions = model.theta.detach(), directions_of(model, 4)
     losses = torch.stack([model.at(theta + EPS * d) for d in directions])
     expected = sum((loss - model.at(theta)) * d for loss, d in zip(losses, directions, strict=True)) / 4 / losses.std()
@@ -76,38 +88,38 @@ def test_an_unknown_estimator_is_named():
 def test_the_first_order_loss_is_reused():
     model, calls = Quadratic(), []
 
-    def loss(perturbed):
-        calls.append(perturbed)
+    def loss():
+        calls.append(1)
         return model()
 
-    estimator_of(model, queries=2).accumulate(loss, step=0, base_loss=model().detach())
+    accumulate(estimator_of(model, queries=2), loss, base_loss=model().detach())
     assert len(calls) == 2
 
 
 def test_estimates_accumulate_with_their_scale():
     model = Quadratic()
     estimator = estimator_of(model, estimator="two-sided")
-    estimator.accumulate(model, step=0, micro_step=0)
-    first, model.theta.grad = model.theta.grad, None
-    estimator.accumulate(model, step=0, micro_step=1)
-    second, model.theta.grad = model.theta.grad, None
-    for micro_step in (0, 1):
-        estimator.accumulate(model, step=0, micro_step=micro_step, scale=0.5)
+    estimates = [estimator.estimate(PlainEvaluation(model), step=0, micro_step=micro_step) for micro_step in (0, 1)]
+    gradients = []
+    for estimate in estimates:
+        estimator.write([(estimate, 1.0)])
+        gradients.append(model.theta.grad)
+    first, second = gradients
+    estimator.write([(estimate, 0.5) for estimate in estimates])
     torch.testing.assert_close(model.theta.grad, (first + second) / 2)
 
 
 def test_sign_normalisation_keeps_the_sign_alone():
     model = Quadratic()
-    estimator = estimator_of(model, queries=2, sign=True)
-    estimator.accumulate(model, step=0)
-    raw = model.theta.grad.clone()
-    estimator.normalise()
+    accumulate(estimator_of(model, queries=2), model)
+    raw = model.theta.grad
+    accumulate(estimator_of(model, queries=2, sign=True), model)
     assert torch.equal(model.theta.grad, raw.sign())
 
 
 def test_conservative_takes_the_candidate_with_the_lowest_loss():
     model, rate = Quadratic(), 1e-3
-    estimator_of(model, estimator="conservative", queries=3).accumulate(model, step=0, learning_rate=rate)
+    accumulate(estimator_of(model, estimator="conservative", queries=3), model, learning_rate=rate)
     theta, directions = model.theta.detach(), directions_of(model, 3)
     estimates = [(model.at(theta + EPS * d) - model.at(theta)) / EPS * d for d in directions]
     candidates = [torch.zeros_like(theta), *estimates, sum(estimates) / 3]
@@ -120,7 +132,7 @@ def test_conservative_stands_still_when_every_step_would_climb():
     model = Quadratic()
     with torch.no_grad():
         model.theta.copy_(model.centre)
-    estimator_of(model, estimator="conservative", queries=3).accumulate(model, step=0, learning_rate=0.1)
+    accumulate(estimator_of(model, estimator="conservative", queries=3), model, learning_rate=0.1)
     assert not model.theta.grad.any()
 
 
@@ -129,22 +141,22 @@ def test_conservative_stands_still_when_every_step_would_climb():
 def test_a_query_without_a_finite_loss_leaves_the_estimate_finite(estimator, bad):
     model, calls = Quadratic(), []
 
-    def loss(perturbed):
+    def loss():
         calls.append(1)
         return torch.tensor(bad) if len(calls) == 3 else model()
 
-    estimator_of(model, estimator=estimator, queries=3).accumulate(loss, step=0, learning_rate=1e-3)
+    accumulate(estimator_of(model, estimator=estimator, queries=3), loss, learning_rate=1e-3)
     assert model.theta.grad.isfinite().all()
 
 
 def test_conservative_never_takes_a_candidate_without_a_finite_loss():
     model, calls = Quadratic(), []
 
-    def loss(perturbed):
+    def loss():
         calls.append(1)
         return model() if len(calls) <= 2 else torch.tensor(float("nan"))
 
-    estimator_of(model, estimator="conservative").accumulate(loss, step=0, learning_rate=1e-3)
+    accumulate(estimator_of(model, estimator="conservative"), loss, learning_rate=1e-3)
     assert not model.theta.grad.any()
 
 
@@ -158,33 +170,56 @@ class TwoTowers(nn.Module):
         return (self.vision_model.weight * self.text_model.weight).sum()
 
 
-def test_the_branches_take_turns_with_their_own_eps_and_directions():
+def where(model: TwoTowers, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The towers that are not at θ, and how far they are from it."""
+    moved = {name: (p - start[name]).flatten() for name, p in model.named_parameters()}
+    return {name.split("_")[0]: move for name, move in moved.items() if move.any()}
+
+
+def moves_of(estimator: str, **options) -> list[dict[str, torch.Tensor]]:
+    """Where the parameters are in each forward pass of one estimate."""
     model, seen = TwoTowers(), []
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = LayerAssignment("dual", "all").split(model, eps_vision=1e-3, eps_language=1e-1).zo
 
-    def loss(perturbed):
-        moved = {
-            n.split("_")[0]: (p - start[n]).flatten() for n, p in model.named_parameters() if (p != start[n]).any()
-        }
-        seen.append((perturbed, moved))
+    def loss():
+        seen.append(where(model, start))
         return model()
 
-    groups = LayerAssignment("dual", "all").split(model, eps_vision=1e-3, eps_language=1e-1).zo
-    ZOEstimator(groups).accumulate(loss, step=0, base_loss=model().detach())
-    (first, vision), (second, text) = seen
-    assert (first, list(vision)) == ("vision", ["vision"])
-    assert (second, list(text)) == ("language", ["text"])
-    assert vision["vision"].norm() * 10 < text["text"].norm()
-    assert not torch.allclose(vision["vision"] / 1e-3, text["text"] / 1e-1, atol=0.1)
+    accumulate(ZOEstimator(groups, estimator, **options), loss)
+    return seen
+
+
+def test_the_branches_take_turns_with_their_own_eps_and_directions():
+    base, first, second = moves_of("one-sided")
+    assert (list(base), list(first), list(second)) == ([], ["vision"], ["text"])
+    assert first["vision"].norm() * 10 < second["text"].norm()
+    assert not torch.allclose(first["vision"] / 1e-3, second["text"] / 1e-1, atol=0.1)
+
+
+def test_two_sided_branches_are_averaged_over_both_sides_of_the_other():
+    points = moves_of("two-sided", queries={"vision": 1, "language": 3})
+    assert all(set(point) == {"vision", "text"} for point in points)
+    # Four points where the first queries meet, and two sides of vision for each side of two further text queries.
+    assert len(points) == 4 + 2 * 2 * 2
+    assert torch.stack([point["vision"] for point in points[:4]]).sum(dim=0).abs().max() < 1e-6
+
+
+def test_two_sided_with_two_branches_is_each_branchs_own_derivative():
+    """The loss is bilinear, so averaging over both sides of the other branch leaves no trace of it."""
+    model = TwoTowers().double()
+    groups = LayerAssignment("dual", "all").split(model, eps=0.3).zo
+    accumulate(ZOEstimator(groups, "two-sided"), model)
+    vision, text = model.vision_model.weight, model.text_model.weight
+    directions = [draw_direction(3, direction_seed(0, 0, 0, i)).double() for i in (0, 1)]
+    torch.testing.assert_close(vision.grad[0], (text[0] @ directions[0]) * directions[0])
+    torch.testing.assert_close(text.grad[0], (vision[0] @ directions[1]) * directions[1])
 
 
 def test_every_branch_has_its_own_number_of_queries():
-    model, seen = TwoTowers(), []
+    model = TwoTowers()
     groups = LayerAssignment("dual", "all").split(model).zo
-    estimate = ZOEstimator(groups, queries={"vision": 1, "language": 5}).accumulate(
-        lambda perturbed: seen.append(perturbed) or model(), step=0, base_loss=model().detach()
-    )
-    assert seen == ["vision"] + ["language"] * 5
+    estimate, _ = accumulate(ZOEstimator(groups, queries={"vision": 1, "language": 5}), model)
     assert {branch: len(d) for branch, d in estimate.differences.items()} == {"vision": 1, "language": 5}
 
 
@@ -196,8 +231,9 @@ def test_many_queries_align_with_the_true_gradient():
     true = torch.cat([p.grad.flatten() for p in model.parameters()])
     for estimator, direction in [("one-sided", "gaussian"), ("two-sided", "rademacher")]:
         model.zero_grad()
-        estimator_of(model, eps=1e-3, estimator=estimator, direction=direction, queries=1000).accumulate(
-            lambda _: F.cross_entropy(model(inputs), labels), step=0
+        accumulate(
+            estimator_of(model, eps=1e-3, estimator=estimator, direction=direction, queries=1000),
+            lambda: F.cross_entropy(model(inputs), labels),
         )
         estimate = torch.cat([p.grad.flatten() for p in model.parameters()])
         assert F.cosine_similarity(estimate, true, dim=0) >= 0.9
@@ -232,9 +268,7 @@ def test_a_zo_sgd_step_is_a_mezo_step():
 
     ours = network()
     groups = LayerAssignment("dual", "all").split(ours, eps=eps).zo
-    ZOEstimator(groups, estimator="two-sided", seed=seed).accumulate(
-        lambda _: F.cross_entropy(ours(inputs), labels), step=0
-    )
+    accumulate(ZOEstimator(groups, estimator="two-sided", seed=seed), lambda: F.cross_entropy(ours(inputs), labels))
     build_zo_optimizer(groups, "sgd", lr=rate).step()
     for a, b in zip(ours.parameters(), parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -242,5 +276,5 @@ def test_a_zo_sgd_step_is_a_mezo_step():
 
 def test_the_variance_is_that_of_the_estimates_coordinates():
     model = Quadratic()
-    estimate = estimator_of(model).accumulate(model, step=0)
-    torch.testing.assert_close(estimate.variance[None].double(), model.theta.grad.var(correction=0), rtol=1e-4, atol=0)
+    _, moments = accumulate(estimator_of(model), model)
+    torch.testing.assert_close(moments[None].variance, model.theta.grad.var(correction=0), rtol=1e-4, atol=0)

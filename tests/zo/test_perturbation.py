@@ -1,24 +1,31 @@
 import pytest
 import torch
 
-from hf_zocl.zo import LayerAssignment, Perturbation, direction_seed, draw_directions
+from hf_zocl.zo import Combination, LayerAssignment, Perturbation, ZOGroup, direction_seed, draw_direction
+
+
+def make(kind: str = "gaussian") -> Perturbation:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
+    return Perturbation(LayerAssignment("dual", "all").split(model, eps=1e-3).zo, kind)
 
 
 @pytest.fixture
-def groups():
-    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 8))
-    return LayerAssignment("dual", "all").split(model, eps=1e-3).zo
+def perturbation() -> Perturbation:
+    return make()
 
 
-def values(groups) -> list[torch.Tensor]:
-    return [p.detach().clone() for group in groups for p in group.parameters]
+def values(perturbation) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in perturbation.parameters]
 
 
-def test_a_seed_gives_one_direction_and_others_differ(groups):
-    first, again = draw_directions(groups, 7), draw_directions(groups, 7)
-    other = draw_directions(groups, 8)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+def equal(some, others) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(some, others, strict=True))
+
+
+def test_a_seed_gives_one_direction_and_others_differ():
+    assert torch.equal(draw_direction(100, 7), draw_direction(100, 7))
+    assert not torch.equal(draw_direction(100, 7), draw_direction(100, 8))
 
 
 def test_every_part_of_the_key_changes_the_seed():
@@ -30,49 +37,72 @@ def test_the_seed_is_the_same_on_every_machine():
     assert direction_seed(1993, 4, 1, 2) == 1856134584132093238
 
 
-def test_gaussian_directions_are_standard_normal(groups):
-    flat = torch.cat([d.flatten() for d in draw_directions(groups, 0)])
-    assert abs(flat.mean()) < 0.05
-    assert abs(flat.std() - 1) < 0.05
+def test_gaussian_directions_are_standard_normal():
+    direction = draw_direction(5000, 0)
+    assert abs(direction.mean()) < 0.05
+    assert abs(direction.std() - 1) < 0.05
 
 
-def test_rademacher_directions_are_plus_or_minus_one(groups):
-    flat = torch.cat([d.flatten() for d in draw_directions(groups, 0, "rademacher")])
-    assert set(flat.tolist()) == {-1.0, 1.0}
-    assert abs(flat.mean()) < 0.05
+def test_rademacher_directions_are_plus_or_minus_one():
+    direction = draw_direction(5000, 0, "rademacher")
+    assert set(direction.tolist()) == {-1.0, 1.0}
+    assert abs(direction.mean()) < 0.05
 
 
-def test_an_unknown_direction_is_named(groups):
+def test_an_unknown_direction_is_named():
     with pytest.raises(ValueError, match="zo_direction='cauchy'"):
-        draw_directions(groups, 0, "cauchy")
+        draw_direction(3, 0, "cauchy")
 
 
-def test_drawing_leaves_the_global_random_state_alone(groups):
+def test_drawing_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    draw_directions(groups, 3)
+    draw_direction(100, 3)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_perturb_adds_eps_times_the_direction(groups):
-    before, directions = values(groups), draw_directions(groups, 1)
-    perturbation = Perturbation(groups)
-    with perturbation.saved():
-        perturbation.perturb(directions, sign=-1)
-        for p, old, d in zip(values(groups), before, directions, strict=True):
+def test_a_query_adds_eps_times_its_direction(perturbation):
+    before = values(perturbation)
+    pieces = perturbation.pieces(draw_direction(len(perturbation), 1))
+    with perturbation.at(perturbation.query(1, sign=-1)):
+        for p, old, d in zip(values(perturbation), before, pieces, strict=True):
             torch.testing.assert_close(p, old - 1e-3 * d)
 
 
-def test_restoring_is_exact_to_the_bit_after_many_perturbations(groups):
-    before, perturbation = values(groups), Perturbation(groups)
-    with perturbation.saved():
-        for seed in range(20):
-            perturbation.perturb(draw_directions(groups, seed), sign=(-1) ** seed)
-    assert all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))
+def test_a_combination_is_the_weighted_sum_of_its_directions(perturbation):
+    a, b = (draw_direction(len(perturbation), seed) for seed in (1, 2))
+    combination = Combination((1, 2), torch.tensor([0.5, -2.0]), scale=3.0)
+    torch.testing.assert_close(perturbation.vector(combination), 3 * (0.5 * a - 2 * b))
+    signed = Combination((1, 2), torch.tensor([0.5, -2.0]), scale=3.0, sign=True)
+    assert torch.equal(perturbation.vector(signed), 3 * (0.5 * a - 2 * b).sign())
 
 
-def test_restoring_is_exact_when_the_loss_raises(groups):
-    before, perturbation = values(groups), Perturbation(groups)
-    with pytest.raises(RuntimeError, match="out of memory"), perturbation.saved():
-        perturbation.perturb(draw_directions(groups, 0))
+def test_a_stack_holds_the_parameters_of_every_candidate(perturbation):
+    offsets = [perturbation.query(seed) for seed in (1, 2, 3)]
+    stacks = perturbation.stack(offsets)
+    for i, offset in enumerate(offsets):
+        with perturbation.at(offset):
+            assert equal([stack[i] for stack in stacks], values(perturbation))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
+def test_coming_back_is_exact_to_the_bit(kind):
+    perturbation = make(kind)
+    before = values(perturbation)
+    for seed in range(20):
+        with perturbation.at(perturbation.query(seed, (-1) ** seed)):
+            assert not equal(values(perturbation), before)
+    assert equal(values(perturbation), before)
+
+
+def test_coming_back_is_exact_when_the_loss_raises(perturbation):
+    before = values(perturbation)
+    with pytest.raises(RuntimeError, match="out of memory"), perturbation.at(perturbation.query(0)):
         raise RuntimeError("out of memory")
-    assert all(torch.equal(a, b) for a, b in zip(values(groups), before, strict=True))
+    assert equal(values(perturbation), before)
+
+
+def test_groups_of_several_branches_or_sizes_are_refused():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    groups = [ZOGroup("vision", 1, 1e-3, ("a",), (parameter,)), ZOGroup("vision", 2, 1e-2, ("b",), (parameter,))]
+    with pytest.raises(ValueError, match="share their branch and ε"):
+        Perturbation(groups)

@@ -1,0 +1,64 @@
+"""Prompts that begin alike, packed so that their common beginning runs once and padding not at all."""
+
+from __future__ import annotations
+
+import torch
+
+
+# Attention grows with the square of a row's length; about here a longer row stops paying.
+MAX_ROW_TOKENS = 128
+# Fewer tokens than this part of the padded ones, or packing is not worth its indexing.
+WORTHWHILE = 0.8
+
+
+class PackedPrompts:
+    """A causal tower's prompts as rows `[common beginning][ending 1][ending 2]…`, each ending blind to the others.
+
+    In a causal tower a token sees only those before it, so the states of a common beginning ("a photo of a") are the
+    same in every prompt. With a mask that shows each ending the beginning and itself, a packed row gives every token
+    the state that it has in its own prompt.
+
+    Args:
+        input_ids: `(prompts, tokens)`.
+        attention_mask: `(prompts, tokens)`, 1 for the tokens of a prompt and 0 for padding on its right.
+    """
+
+    def __init__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor):
+        ids, lengths = input_ids.cpu(), attention_mask.sum(dim=1).tolist()
+        self.prompts, width = ids.shape
+        alike = (ids == ids[0]).all(dim=0)[: min(lengths) - 1]
+        prefix = int(alike.int().cumprod(dim=0).sum())
+        rows: list[list[int]] = []
+        for prompt, length in enumerate(lengths):
+            used = prefix + sum(lengths[other] - prefix for other in rows[-1]) if rows else MAX_ROW_TOKENS
+            if used + length - prefix > MAX_ROW_TOKENS:
+                rows.append([])
+            rows[-1].append(prompt)
+        longest = max(prefix + sum(lengths[prompt] - prefix for prompt in row) for row in rows)
+        index = torch.zeros(len(rows), longest, dtype=torch.long)
+        # Every token sees itself, padding too: a row of the mask without a token would give no number.
+        mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
+        last = torch.zeros(self.prompts, dtype=torch.long)
+        causal = torch.ones(longest, longest, dtype=torch.bool).tril()
+        for number, row in enumerate(rows):
+            index[number, :prefix] = row[0] * width + torch.arange(prefix)
+            mask[number, 0, :prefix, :prefix] = causal[:prefix, :prefix]
+            start = prefix
+            for prompt in row:
+                stop = start + lengths[prompt] - prefix
+                index[number, start:stop] = prompt * width + torch.arange(prefix, lengths[prompt])
+                mask[number, 0, start:stop, :prefix] = True
+                mask[number, 0, start:stop, start:stop] = causal[start:stop, start:stop]
+                last[prompt] = number * longest + stop - 1
+                start = stop
+        self.index, self.mask, self.last = (tensor.to(input_ids.device) for tensor in (index, mask, last))
+        self.is_worthwhile = index.numel() < WORTHWHILE * ids.numel()
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """`(prompts, tokens, …)` → `(rows, row tokens, …)`."""
+        return states.flatten(0, 1)[self.index]
+
+    def last_states(self, states: torch.Tensor, copies: int = 1) -> torch.Tensor:
+        """The state of every prompt's last token: `(copies · rows, row tokens, d)` → `(copies · prompts, d)`."""
+        flat = states.reshape(copies, -1, states.shape[-1])
+        return flat[:, self.last].flatten(0, 1)

@@ -1,0 +1,492 @@
+"""The zeroth-order engine's benchmark: time, arithmetic and memory of one training step (run by benchmark.py)."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainerCallback, TrainingArguments
+
+from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl.hub.checkpoint import write_json
+from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
+from hf_zocl.sample import sample_path
+from hf_zocl.zo import (
+    ForwardState,
+    LayerAssignment,
+    PlainEvaluation,
+    TowerEvaluation,
+    TowerPlan,
+    ZOEstimator,
+    build_zo_optimizer,
+)
+
+
+SHAPES = {
+    "vit-b-16": ({"hidden_size": 768, "layers": 12, "heads": 12, "patch_size": 16}, {"hidden_size": 512, "heads": 8}),
+    "vit-l-14": (
+        {"hidden_size": 1024, "layers": 24, "heads": 16, "patch_size": 14},
+        {"hidden_size": 768, "heads": 12},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all rows."""
+
+    shape: str = "vit-b-16"
+    batch: int = 32
+    rounds: int = 3
+    device: str = "cpu"
+    threads: int = 2
+
+    @property
+    def bf16(self) -> bool:
+        return self.device != "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train, and the figures measured of it."""
+
+    name: str
+    kind: str = "zocl"  # inference, fo, mezo, zocl or bare
+    adapter: str = "lora"
+    classes: int = 20
+    branch: str = "dual"
+    layers: str = "all"
+    estimator: str = "one-sided"
+    queries: int = 1
+    without: str | None = None  # a shortcut: towers, layers or batches
+    figures: dict[str, float] = field(default_factory=dict, compare=False)
+
+
+DUAL = Row("dual, two-sided", estimator="two-sided")
+ROWS = [
+    Row("inference", "inference"),
+    Row("FO", "fo"),
+    Row("MeZO", "mezo"),
+    DUAL,
+    Row("dual, two-sided, bare loop", "bare", estimator="two-sided"),
+    Row("dual, one-sided"),
+    Row("vision", branch="vision"),
+    Row("language", branch="language"),
+    Row("dual hop-even", layers="hop-even"),
+    Row("vision hop-even", branch="vision", layers="hop-even"),
+    Row("vision prefix-6", branch="vision", layers="prefix-6"),
+    Row("vision suffix-6", branch="vision", layers="suffix-6"),
+    Row("vision suffix-6, q=4", branch="vision", layers="suffix-6", queries=4),
+    Row("  without layer reuse", branch="vision", layers="suffix-6", queries=4, without="layers"),
+    Row("language, q=8", branch="language", queries=8),
+    Row("  one by one", branch="language", queries=8, without="batches"),
+    Row("  without tower reuse", branch="language", queries=8, without="towers"),
+    Row("MeZO, 100 classes", "mezo", classes=100),
+    Row("dual, two-sided, 100 classes", estimator="two-sided", classes=100),
+    Row("inference, MoE", "inference", adapter="moe"),
+    Row("FO, MoE", "fo", adapter="moe"),
+    Row("dual, two-sided, MoE", estimator="two-sided", adapter="moe"),
+    Row("vision, MoE", branch="vision", adapter="moe"),
+    Row("language, MoE", branch="language", adapter="moe"),
+]
+# What --quick leaves out.
+SLOW = {"vision hop-even", "vision prefix-6", "dual hop-even", "  without tower reuse", "vision, MoE", "language, MoE"}
+SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
+
+# (what, the row, the row beside it, the figure, at most)
+BARS = [
+    ("memory over the weights, dual vs inference", DUAL.name, "inference", "activation_bytes", 1.05),
+    (
+        "memory over the weights, dual vs inference, MoE",
+        "dual, two-sided, MoE",
+        "inference, MoE",
+        "activation_bytes",
+        1.05,
+    ),
+    ("time, dual vs FO", DUAL.name, "FO", "seconds", 1.0),
+    ("time, dual vs MeZO, 100 classes", "dual, two-sided, 100 classes", "MeZO, 100 classes", "seconds", 0.7),
+    ("time, language q=8 (vision FO) vs FO", "language, q=8", "FO", "seconds", 1.15),
+    ("ZO part, vision suffix-6 q=4, layer reuse", "vision suffix-6, q=4", "  without layer reuse", "zo_seconds", 0.6),
+    ("ZO part, 8 language queries batched", "language, q=8", "  one by one", "zo_seconds", 0.7),
+    ("time, ZOCLTrainer vs a bare loop", DUAL.name, "dual, two-sided, bare loop", "seconds", 1.03),
+]
+GPU_BARS = [
+    ("peak memory, dual vs FO, LoRA", DUAL.name, "FO", "peak_bytes", 0.115),
+    ("peak memory, dual vs FO, MoE", "dual, two-sided, MoE", "FO, MoE", "peak_bytes", 0.109),
+    ("peak memory, vision vs FO, MoE", "vision, MoE", "FO, MoE", "peak_bytes", 0.347),
+    ("peak memory, language vs FO, MoE", "language, MoE", "FO, MoE", "peak_bytes", 0.621),
+    ("time, dual vs FO, on GPU", DUAL.name, "FO", "seconds", 0.75),
+]
+
+
+def run_engine_benchmark(setting: Setting, quick: bool, output: Path | None) -> None:
+    """Time all rows in turn, round by round; then arithmetic and memory, each row in a process of its own."""
+    rows = [row for row in ROWS if not (quick and row.name in SLOW)]
+    seconds = time_rows(rows, setting)
+    rows = [replace(row, figures=seconds[row.name] | measure_apart(row, setting)) for row in tqdm(rows, desc="memory")]
+    by_name = {row.name: row for row in rows}
+    passes = {row.adapter: row.figures["flops"] for row in rows if row.kind == "inference"}
+    for row in rows:
+        row.figures["passes"] = row.figures["flops"] / passes[row.adapter]
+        row.figures["images_per_second"] = setting.batch / row.figures["seconds"]
+    sweep = {} if quick else time_rows(SWEEP, replace(setting, batch=max(1, setting.batch // 8)))
+    print(format_rows(rows, setting))
+    bars = BARS if setting.device == "cpu" else BARS + GPU_BARS
+    print("\n" + format_bars(bars, by_name))
+    if sweep:
+        print("\n" + format_sweep(sweep))
+    if output is not None:
+        write(output, setting, rows, sweep)
+
+
+# Models and steps.
+
+
+def build_model(setting: Setting, adapter: str, classes: int) -> CLIPClassifier:
+    """A CLIP of random weights with an adapter that is not zero."""
+    vision, text = (dict(shape) for shape in SHAPES[setting.shape])
+    tokenizer = AutoTokenizer.from_pretrained(sample_path("mini-clip"))
+    layers, heads, width = vision.pop("layers"), vision.pop("heads"), text["hidden_size"]
+    config = CLIPConfig(
+        vision_config={
+            **vision, "image_size": 224, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "intermediate_size": 4 * vision["hidden_size"], "projection_dim": width,
+        },
+        text_config={
+            "hidden_size": width, "num_hidden_layers": 12, "num_attention_heads": text["heads"],
+            "intermediate_size": 4 * width, "projection_dim": width, "eos_token_id": tokenizer.eos_token_id,
+        },
+        projection_dim=width,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    clip = add_adapter(CLIPModel(config), AdapterArguments(adapter=adapter))
+    for parameter in clip.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.02)
+    names = [f"{colour} {thing}" for thing in THINGS for colour in COLOURS][:classes]
+    return CLIPClassifier(clip, tokenizer, names).to(setting.device)
+
+
+COLOURS = ("red", "green", "blue", "white", "black", "small", "large", "old", "new", "wooden")
+THINGS = ("cat", "dog", "car", "ship", "bird", "horse", "frog", "truck", "house", "tree")
+
+
+def images(setting: Setting, classes: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(setting.batch, 3, 224, 224, generator=generator)
+    return [{"pixel_values": image, "labels": i % classes} for i, image in enumerate(pixels)]
+
+
+def make_step(row: Row, setting: Setting, model: CLIPClassifier) -> Callable[[], dict[str, float]]:
+    """One training step as a function that returns its seconds, and those of its zeroth-order part."""
+    if row.kind in ("fo", "zocl"):
+        return trainer_step(row, setting, model)
+    data = images(setting, row.classes)
+    inputs = {
+        "pixel_values": torch.stack([example["pixel_values"] for example in data]).to(setting.device),
+        "labels": torch.tensor([example["labels"] for example in data], device=setting.device),
+    }
+    step = {"inference": inference_step, "mezo": mezo_step, "bare": bare_step}[row.kind](row, model, inputs)
+    autocast = torch.autocast(setting.device, torch.bfloat16) if setting.bf16 else nullcontext()
+
+    def timed() -> dict[str, float]:
+        start = now(setting.device)
+        with autocast:
+            step()
+        return {"seconds": now(setting.device) - start}
+
+    return timed
+
+
+class StepTimer(TrainerCallback):
+    def __init__(self, device: str):
+        self.device, self.seconds = device, 0.0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.start = now(self.device)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.seconds = now(self.device) - self.start
+
+
+def trainer_step(row: Row, setting: Setting, model: CLIPClassifier) -> Callable[[], dict[str, float]]:
+    """A step of `transformers.Trainer` (FO) or of `ZOCLTrainer`, from the batch on the device to the new weights."""
+    timer, folder = StepTimer(setting.device), tempfile.mkdtemp(prefix="hf-zocl-benchmark-")
+    options = {
+        "output_dir": folder, "max_steps": 1, "per_device_train_batch_size": setting.batch, "report_to": "none",
+        "save_strategy": "no", "disable_tqdm": True, "bf16": setting.bf16, "use_cpu": setting.device == "cpu",
+        "logging_strategy": "no", "dataloader_pin_memory": False,
+    }  # fmt: skip
+    if row.kind == "fo":
+        trainer_class, args = Trainer, TrainingArguments(**options)
+    else:
+        trainer_class = TimedTrainer
+        args = ZOCLTrainingArguments(
+            **options, zo_branch=row.branch, zo_layers=row.layers, zo_estimator=row.estimator, zo_queries=row.queries
+        )
+    trainer = trainer_class(model=model, args=args, train_dataset=images(setting, row.classes), callbacks=[timer])
+    trainer.without = row.without
+
+    def step() -> dict[str, float]:
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.train()
+        model.zero_grad()
+        zo = {"zo_seconds": trainer.zo_seconds} if row.kind == "zocl" else {}
+        return {"seconds": timer.seconds, **zo}
+
+    return step
+
+
+class TimedTrainer(ZOCLTrainer):
+    """Times its zeroth-order part, and may do without a shortcut."""
+
+    without: str | None = None
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        estimate = self._estimator.estimate
+
+        def timed(*args, **kwargs):
+            start = now(self.args.device.type)
+            result = estimate(*args, **kwargs)
+            self.zo_seconds = now(self.args.device.type) - start
+            return result
+
+        self._estimator.estimate = timed
+        return optimizer
+
+    def _evaluation(self, *args, **kwargs):
+        evaluation = super()._evaluation(*args, **kwargs)
+        if self.without == "towers":
+            return PlainEvaluation(evaluation.forward, evaluation.before)
+        evaluation.reuse_layers = self.without != "layers"
+        evaluation.batch_candidates = self.without != "batches"
+        return evaluation
+
+
+def inference_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    def step() -> None:
+        with torch.no_grad():
+            model(**inputs)
+
+    model.train()
+    return step
+
+
+def bare_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """The estimator without a Trainer: what its machinery costs is the difference."""
+    groups = LayerAssignment(row.branch, row.layers).split(model).zo
+    estimator = ZOEstimator(groups, row.estimator, row.queries)
+    plan = TowerPlan(model, estimator.perturbations.values())
+    optimizer = build_zo_optimizer(groups, lr=1e-4)
+    context = torch.autocast("cuda", torch.bfloat16) if inputs["labels"].is_cuda else nullcontext()
+
+    @torch.no_grad()
+    def forward() -> torch.Tensor:
+        return model(**inputs).loss
+
+    def step() -> None:
+        model.train()
+        before = ForwardState(inputs["labels"].device, model.buffers())
+        evaluation = TowerEvaluation(plan, forward, before, lambda: context)
+        estimate = estimator.estimate(evaluation, step=0)
+        evaluation.close()
+        estimator.write([(estimate, 1.0)])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def mezo_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    """Plain MeZO (Malladi et al. 2023): two full forward passes, prompts of 77 tokens, three loops over parameters."""
+    parameters = [p for group in LayerAssignment("dual", "all").split(model).zo for p in group.parameters]
+    prompts = [model.prompt_template.format(name) for name in model.class_names]
+    tokens = model.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
+    device, eps = inputs["labels"].device, 1e-3
+    input_ids, attention_mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
+
+    def move(factor: float) -> None:
+        torch.manual_seed(0)
+        for parameter in parameters:
+            z = torch.normal(0.0, 1.0, parameter.shape, device=device, dtype=parameter.dtype)
+            parameter.data.add_(z, alpha=factor)
+
+    def loss() -> float:
+        short = model.input_ids, model.attention_mask
+        model.input_ids, model.attention_mask = input_ids, attention_mask
+        try:
+            with torch.no_grad():
+                return model(**inputs).loss.item()
+        finally:
+            model.input_ids, model.attention_mask = short
+
+    def step() -> None:
+        model.train()
+        move(eps)
+        plus = loss()
+        move(-2 * eps)
+        minus = loss()
+        move(eps)
+        move(-1e-4 * (plus - minus) / (2 * eps))
+
+    return step
+
+
+# Measuring.
+
+
+def now(device: str) -> float:
+    if device != "cpu":
+        torch.get_device_module(device).synchronize()
+    return time.perf_counter()
+
+
+def time_rows(rows: list[Row], setting: Setting) -> dict[str, dict[str, float]]:
+    """The median seconds of every row; the rows take turns, so that whatever else the machine does falls on all."""
+    models = {key: build_model(setting, *key) for key in {(row.adapter, row.classes) for row in rows}}
+    steps = {row.name: make_step(row, setting, models[row.adapter, row.classes]) for row in rows}
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
+    for number in tqdm(range(setting.rounds + 1), desc="rounds"):
+        for name, step in tqdm(steps.items(), desc="rows", leave=False):
+            figures = step()
+            if number > 0:  # the first round warms up
+                measured[name].append(figures)
+    del models, steps
+    gc.collect()
+    return {
+        name: {key: statistics.median(figures[key] for figures in rounds) for key in rounds[0]}
+        for name, rounds in measured.items()
+    }
+
+
+def measure_apart(row: Row, setting: Setting) -> dict[str, float]:
+    """Memory and arithmetic of a row, in a process of its own, so that no other row's memory counts."""
+    # Every buffer of some size is the system's own, and goes back to it: what is resident is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    described = {name: value for name, value in asdict(row).items() if name != "figures"}
+    command = [sys.executable, __file__, json.dumps(described), json.dumps(asdict(setting))]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        sys.exit(f"error: row {row.name!r} failed:\n{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure_here(row: Row, setting: Setting) -> dict[str, float]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    torch.set_num_threads(setting.threads)
+    model = build_model(setting, row.adapter, row.classes)
+    step = make_step(row, setting, model)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gc.collect()
+    start = memory_now(setting.device)
+    step()
+    peak = peak_memory(setting.device)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        step()
+    activations = peak - (weights if setting.device != "cpu" else start)
+    return {"peak_bytes": peak, "activation_bytes": activations, "flops": counter.get_total_flops()}
+
+
+def memory_now(device: str) -> int:
+    if device != "cpu":
+        torch.get_device_module(device).reset_peak_memory_stats()
+        return torch.get_device_module(device).memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: building the model does not count
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def peak_memory(device: str) -> int:
+    if device != "cpu":
+        return torch.get_device_module(device).max_memory_allocated()
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+# Showing.
+
+
+def format_rows(rows: list[Row], setting: Setting) -> str:
+    lines = [
+        f"{setting.shape}, batch {setting.batch}, {setting.device}, {setting.threads} threads, "
+        f"{'bf16 autocast' if setting.bf16 else 'float32'}, torch {torch.__version__}, median of {setting.rounds}",
+        "",
+        f"{'':<32}{'s/step':>9}{'ZO part':>9}{'passes':>8}{'peak':>10}{'over weights':>14}{'images/s':>10}",
+    ]
+    for row in rows:
+        figures = row.figures
+        zo = f"{figures['zo_seconds']:.2f}" if "zo_seconds" in figures else ""
+        lines.append(
+            f"{row.name:<32}{figures['seconds']:>9.2f}{zo:>9}{figures['passes']:>8.2f}"
+            f"{figures['peak_bytes'] / 2**20:>6.0f} MiB{figures['activation_bytes'] / 2**20:>10.0f} MiB"
+            f"{figures['images_per_second']:>10.1f}"
+        )
+    return "\n".join(lines)
+
+
+def format_bars(bars: list[tuple], rows: dict[str, Row]) -> str:
+    lines = [f"{'ratio':<52}{'is':>8}{'at most':>9}"]
+    for title, row, beside, figure, limit in bars:
+        if row in rows and beside in rows:
+            ratio = rows[row].figures[figure] / rows[beside].figures[figure]
+            lines.append(f"{title:<52}{ratio:>8.3f}{limit:>9.3f}{'' if ratio <= limit else '   missed'}")
+    return "\n".join(lines)
+
+
+def format_sweep(sweep: dict[str, dict[str, float]]) -> str:
+    """Seconds against q, and the straight line through them."""
+    queries = torch.tensor([float(name.split("=")[1]) for name in sweep])
+    seconds = torch.tensor([figures["seconds"] for figures in sweep.values()])
+    design = torch.stack([torch.ones_like(queries), queries], dim=1)
+    base, slope = torch.linalg.lstsq(design, seconds).solution.tolist()
+    residual = ((seconds - base - slope * queries).square().sum() / (seconds - seconds.mean()).square().sum()).item()
+    points = ", ".join(f"q={int(q)}: {s:.2f} s" for q, s in zip(queries, seconds.tolist(), strict=True))
+    return f"cost against q: {points}\nstraight line: {base:.2f} s + {slope:.3f} s a query, R² = {1 - residual:.4f}"
+
+
+def write(output: Path, setting: Setting, rows: list[Row], sweep: dict[str, dict[str, float]]) -> None:
+    """The figures as JSON, and a bar chart beside it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "setting": asdict(setting),
+        "torch": torch.__version__,
+        "rows": [asdict(row) for row in rows],
+        "sweep": sweep,
+    }
+    write_json(output, content)
+    figure = Figure(figsize=(11, 0.32 * len(rows) + 1.4), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    names = [row.name.strip() for row in rows]
+    positions = range(len(rows))
+    left.barh(positions, [row.figures["seconds"] for row in rows], color="#0072B2")
+    left.set(title="seconds a step", yticks=list(positions), yticklabels=names)
+    right.barh(positions, [row.figures["activation_bytes"] / 2**20 for row in rows], color="#D55E00")
+    right.set(title="peak memory over the weights (MiB)")
+    left.invert_yaxis()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="0.85")
+        axes.set_axisbelow(True)
+    figure.savefig(output.with_suffix(".png"), dpi=120, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    described, settings = (json.loads(argument) for argument in sys.argv[1:3])
+    print(json.dumps(measure_here(Row(**described), Setting(**settings))))

@@ -1,0 +1,183 @@
+"""Choose learning rates and ε on the first task alone, as the paper does, and print every candidate.
+
+    python scripts/tune.py --recipe scripts/recipes/cifar10.yaml --dataset_path path/to/cifar10 --zo_branch none \\
+        --grid learning_rate=5e-4,1e-3,2e-3,5e-3,1e-2 --retention path/to/another/dataset
+
+A candidate is trained on the first task and judged by two figures: A, the accuracy on *training* images of that task
+that were held out, and R, the accuracy on the test images of another dataset that the model knew before (zero-shot
+retention). A alone would choose a rate that forgets all that CLIP knows of the tasks to come, which no image of the
+first task can show. The candidate with the greatest geometric mean √(A·R) wins: a relative gain in one weighs as much
+as the same relative loss in the other. No test image of the stream, and no later task, is looked at.
+
+Further arguments go to every candidate, as on the command line of scripts/train.py.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, DatasetDict
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from hf_zocl.continual import ContinualTaskScheduler, TaskStream
+from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
+from hf_zocl.continual.scheduler import ImageCollator
+from hf_zocl.models import CLIPClassifier
+
+
+def main() -> None:
+    options, further = parse_arguments()
+    grid = [
+        dict(zip(options.grid, values, strict=True))
+        for values in itertools.product(*map(options.grid.get, options.grid))
+    ]
+    retention = retention_stream(options)
+    rows = [measure_zero_shot(options, further, retention)]
+    for candidate in tqdm(grid, desc="candidates"):
+        rows.append(measure(options, further, candidate, retention))
+    best = max(rows[1:], key=lambda row: row["score"])
+    for row in rows:
+        row["chosen"] = row is best
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    print(markdown_table(rows))
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--grid", action="append", required=True, metavar="ARGUMENT=VALUE,VALUE,…")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--held_out", type=int, default=300, help="Held-out training images per class.")
+    parser.add_argument("--retention", required=True, help="Dataset that the model knew: Hub id or folder.")
+    parser.add_argument("--retention_classes", help="JSON file and key of its label ids, FILE:KEY; default: all.")
+    parser.add_argument("--retention_images", type=int, default=20, help="Its test images per class.")
+    parser.add_argument("--output", type=Path, help="Writes the rows as JSON.")
+    options, further = parser.parse_known_args()
+    options.grid = {name: values.split(",") for name, _, values in (item.partition("=") for item in options.grid)}
+    return options, further
+
+
+def measure(
+    options: argparse.Namespace, further: list[str], candidate: dict[str, str], retention: TaskStream
+) -> dict[str, object]:
+    """A, R and √(A·R) of one candidate, each the mean over the seeds."""
+    arguments = [part for name, value in candidate.items() for part in (f"--{name}", value)]
+    first_task, retained = [], []
+    for seed in options.seeds:
+        scheduler = first_task_scheduler(options, [*further, *arguments, "--seed", str(seed)])
+        first_task.append(scheduler.run()["last"])
+        retained.append(accuracy(scheduler.model, scheduler, retention))
+    return as_row(candidate, first_task, retained)
+
+
+def measure_zero_shot(options: argparse.Namespace, further: list[str], retention: TaskStream) -> dict[str, object]:
+    scheduler = first_task_scheduler(options, [*further, "--seed", str(options.seeds[0])])
+    held_out = accuracy(scheduler.model, scheduler, scheduler.stream)
+    return as_row({}, [held_out], [accuracy(scheduler.model, scheduler, retention)])
+
+
+def as_row(candidate: dict[str, str], first_task: list[float], retained: list[float]) -> dict[str, object]:
+    scores = [(a * r) ** 0.5 for a, r in zip(first_task, retained, strict=True)]
+    means = {"first_task": first_task, "retained": retained, "score": scores}
+    return {"candidate": candidate, **{name: statistics.mean(values) for name, values in means.items()}}
+
+
+def first_task_scheduler(options: argparse.Namespace, further: list[str]) -> ContinualTaskScheduler:
+    """A run over the first task alone, tested on training images that are held out."""
+    folder = tempfile.mkdtemp(prefix="hf-zocl-tune-")
+    arguments = ["--recipe", options.recipe, *further, "--output_dir", folder, "--disable_tqdm", "true"]
+    try:
+        recipe = parse_recipe(arguments)
+        scheduler = build_scheduler(recipe)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    stream = first_task_stream(scheduler.stream, recipe, options.held_out)
+    return ContinualTaskScheduler(scheduler.model, scheduler.processor, stream, recipe.training, recipe.to_dict())
+
+
+def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> TaskStream:
+    """The first task's training images, of which `held_out` of each class become the test images."""
+    images = recipe.run.max_train_images_per_class
+    data = stream[0].train if images is None else whole_first_task(recipe)
+    train, test = split_by_class(data, held_out, images, seed=recipe.training.data_seed or 0)
+    return TaskStream.from_dataset(
+        DatasetDict(train=train, test=test),
+        increment=len(stream[0].class_ids),
+        name=f"{stream.name}, first task",
+        class_order=stream[0].class_ids,
+    )
+
+
+def whole_first_task(recipe: Recipe) -> Dataset:
+    """All training images of the first task: the recipe's own cap leaves none to hold out."""
+    arguments = {**recipe.to_dict(), "max_train_images_per_class": None}
+    from hf_zocl.continual.recipe import RunArguments, build_stream
+
+    run = RunArguments(**{name: arguments[name] for name in RunArguments.__dataclass_fields__})
+    return build_stream(run, seed=recipe.training.data_seed or 0)[0][0].train
+
+
+def split_by_class(data: Dataset, held_out: int, images: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    labels = np.asarray(data["label"])
+    train, test = [], []
+    for label in np.unique(labels):
+        rows = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
+        if len(rows) <= held_out:
+            sys.exit(f"error: --held_out {held_out}: class {label} has only {len(rows)} training images.")
+        test.extend(rows[:held_out])
+        train.extend(rows[held_out:][:images])
+    return data.select(train), data.select(test)
+
+
+def retention_stream(options: argparse.Namespace) -> TaskStream:
+    order = None
+    if options.retention_classes is not None:
+        file, _, key = options.retention_classes.rpartition(":")
+        order = json.loads(Path(file).read_text(encoding="utf-8"))[key]
+    stream = TaskStream.from_dataset(
+        options.retention,
+        increment=1,
+        class_order=order,
+        class_order_seed=None,
+        max_train_images_per_class=1,
+        max_test_images_per_class=options.retention_images,
+    )
+    return stream
+
+
+@torch.no_grad()
+def accuracy(model: CLIPClassifier, scheduler: ContinualTaskScheduler, stream: TaskStream) -> float:
+    """The accuracy on all test images of `stream`, among all its classes."""
+    model.set_classes(stream.class_names)
+    collator = ImageCollator(scheduler.processor, stream.arrival_labels)
+    batches = DataLoader(stream.seen_test(len(stream)), batch_size=100, collate_fn=collator)
+    model.eval()
+    hits = [
+        model(batch["pixel_values"].to(scheduler.args.device)).logits.argmax(dim=-1).cpu() == batch["labels"]
+        for batch in batches
+    ]
+    return torch.cat(hits).float().mean().item()
+
+
+def markdown_table(rows: list[dict]) -> str:
+    lines = ["| candidate | A: first task, held out | R: retained | √(A·R) | |", "|---|---|---|---|---|"]
+    for row in rows:
+        name = ", ".join(f"{key}={value}" for key, value in row["candidate"].items()) or "zero-shot"
+        figures = " | ".join(f"{100 * row[key]:.1f}" for key in ("first_task", "retained", "score"))
+        lines.append(f"| {name} | {figures} | {'chosen' if row['chosen'] else ''} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
