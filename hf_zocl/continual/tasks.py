@@ -167,7 +167,7 @@ class TaskStream(Sequence[Task]):
             ValueError: If there is no such task.
         """
         tasks = self._seen(index)
-        if self.scenario in ("class", "domain"):
+        if self.scenario == "class":
             return (Evaluation(tasks, self.seen_class_names(index), prompt_template=tasks[0].prompt_template),)
         return tuple(self._alone(task) for task in tasks)
 

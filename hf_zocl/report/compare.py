@@ -20,6 +20,8 @@ FIGURES = (
     ("forgetting", "forgetting", 100, 1),
     ("backward_transfer", "BWT", 100, 1),
     ("forward_transfer", "FWT", 100, 1),
+    ("mtil.transfer", "Transfer", 100, 1),
+    ("mtil.avg", "MTIL Avg", 100, 1),
     ("zero_shot_retention", "retention", 100, 1),
     ("seconds", "seconds", 1, 0),
     ("peak_memory_bytes", "GB", 1e-9, 2),

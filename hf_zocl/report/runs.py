@@ -36,8 +36,10 @@ class RunGroup:
         return min(len(run["accuracy_matrix"]) for run in self.runs)
 
     def values(self, name: str) -> np.ndarray:
-        """One figure of every seed; NaN where it does not exist. Shape: (seeds,)."""
-        return np.array([np.nan if run.get(name) is None else run[name] for run in self.runs], dtype=float)
+        """One figure of every seed, `mtil.transfer` for one within another; NaN where it is not. Shape: (seeds,)."""
+        *outer, name = name.split(".")
+        holders = [run.get(outer[0], {}) if outer else run for run in self.runs]
+        return np.array([np.nan if one.get(name) is None else one[name] for one in holders], dtype=float)
 
     def curves(self, name: str) -> np.ndarray:
         """One list by task of every seed, up to the last task that all have. Shape: (seeds, tasks)."""

@@ -1,6 +1,7 @@
 """What is predicted among what, by scenario: in streams, and in small runs."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -11,6 +12,7 @@ from PIL import Image as PILImage
 
 from hf_zocl.continual.recipe import build_held_out, build_scheduler, build_stream, parse_recipe
 from hf_zocl.continual.tasks import TaskStream
+from hf_zocl.report import format_results
 
 
 NAMES = ["cat", "dog", "ship", "deer"]
@@ -74,7 +76,7 @@ def test_domains_are_a_columns_values_and_share_their_classes():
     assert [len(task.train) for task in tasks] == [12, 12]
     assert tasks.class_names == tuple(NAMES) and tasks.seen_class_names(1) == tuple(NAMES)
     assert [task.first_label for task in tasks] == [0, 0]
-    assert [asked(one) for one in tasks.evaluations(2)] == [([1, 2], tuple(NAMES), 0)]
+    assert [asked(one) for one in tasks.evaluations(2)] == [([1], tuple(NAMES), 0), ([2], tuple(NAMES), 0)]
     assert tasks[1].train_rows.tolist() == list(range(12, 24))
 
 
@@ -175,6 +177,23 @@ def test_mtils_last_is_the_mean_over_datasets(local, tmp_path):
     assert results["last"] == results["mtil"]["last"]
     assert results["mtil"]["transfer"] == results["future_accuracy"][0][0]
     assert results["tasks"] == ["animals", "more"]
+
+
+def test_what_only_some_runs_measure_is_in_the_closing_table(local, tmp_path):
+    results = run(tmp_path / "run", *arguments(local, "cross-dataset"))
+    text = format_results({**results, "zero_shot_retention": 0.5, "skipped_images": 3})
+    for line in ("forward transfer", "MTIL Transfer", "MTIL Avg"):
+        assert re.search(rf"^{line} +-?[\d.]+ (points|%)$", text, re.MULTILINE)
+    assert "kept on held-out  50.0 % of zero-shot" in text and "images left out   3" in text
+
+
+def test_datasets_as_domains_run_from_the_command_line(local, tmp_path):
+    other = str(save(tmp_path / "other", names=NAMES[::-1]))
+    results = run(tmp_path / "run", "--benchmark", "none", "--scenario", "domain", "--datasets", local[0], other)
+    assert (results["tasks"], sorted(results["classes"])) == (["animals", "other"], sorted(NAMES))
+    assert [len(row) for row in results["accuracy_matrix"]] == [1, 2]
+    card = (tmp_path / "run" / "task-02" / "README.md").read_text()
+    assert "| 1: animals |" in card and "| 2: other |" in card
 
 
 def test_joint_learning_is_one_task_of_all_classes(local, tmp_path):

@@ -64,10 +64,11 @@ def test_both_tables_are_written(runs, tmp_path):
 
 
 def test_figures_that_only_some_runs_have_are_shown_where_they_are(runs, tmp_path):
-    save(tmp_path / "more" / "seed-1", 1, 0.5, 0.6, forward_transfer=0.05)
+    save(tmp_path / "more" / "seed-1", 1, 0.5, 0.6, forward_transfer=0.05, mtil={"transfer": 0.4, "avg": 0.6})
     lines = compare_runs([*runs, tmp_path / "more"]).markdown().splitlines()
-    column = cells(lines[0]).index("FWT")
-    assert [cells(line)[column] for line in lines[3:6]] == ["–", "–", "5.0"]
+    for heading, value in (("FWT", "5.0"), ("Transfer", "40.0"), ("MTIL Avg", "60.0")):
+        column = cells(lines[0]).index(heading)
+        assert [cells(line)[column] for line in lines[3:6]] == ["–", "–", value]
 
 
 def test_an_unknown_baseline_lists_those_there_are(runs):
