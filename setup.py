@@ -38,6 +38,7 @@ setup(
     package_data={
         "hf_zocl.sample": ["mini-clip/*", "cifar10-sample/*", "cifar10-sample/data/*"],
         "hf_zocl.model_cards": ["*.md"],
+        "hf_zocl.report": ["*.html"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

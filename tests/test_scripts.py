@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,3 +81,44 @@ def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line for line in second.stdout.splitlines() if line.startswith("|")] == rows
     assert results.stat().st_mtime_ns == written
+
+
+def test_several_seeds_end_with_a_comparison_and_a_report_reads_them(tmp_path):
+    recipe = ["--recipe", "scripts/recipes/quickstart.yaml", "--output_dir", str(tmp_path / "fo"), "--increment", "5"]
+    recipe += ["--max_steps", "1", "--max_train_images_per_class", "8", "--max_test_images_per_class", "4"]
+    done = launch(*recipe, "--zo_branch", "none", "--seeds", "1993,1996")
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in (tmp_path / "fo").iterdir()) == [
+        "comparison.md",
+        "comparison.tex",
+        "seed-1993",
+        "seed-1996",
+    ]
+    assert "| fo | 2 |" in done.stdout
+    seeds = [json.loads((tmp_path / "fo" / f"seed-{s}" / "results.json").read_text())["seed"] for s in (1993, 1996)]
+    assert seeds == [1993, 1996]
+    command = [
+        sys.executable,
+        "scripts/report.py",
+        "--compare",
+        str(tmp_path / "fo"),
+        "--output_dir",
+        str(tmp_path / "r"),
+    ]
+    report = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert report.returncode == 0, report.stderr
+    assert (tmp_path / "r" / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_data_benchmark_prints_a_table(tmp_path):
+    command = [sys.executable, "scripts/benchmark_data.py", "--recipe", "scripts/recipes/quickstart.yaml"]
+    command += ["--steps", "8", "--max_train_images_per_class", "32", "--max_test_images_per_class", "2"]
+    done = subprocess.run(
+        [*command, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert [line.split("|")[1].strip() for line in done.stdout.splitlines() if line.endswith("% |")] == [
+        "decoded and processed every time",
+        "`image_cache_gb=0`: decoded and resized every time",
+        "from the cache",
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,18 @@ from transformers import AutoProcessor, CLIPModel, HfArgumentParser
 from ..models import AdapterArguments, CLIPClassifier, add_adapter
 from ..sample import resolve
 from ..training_args import ZOCLTrainingArguments
-from .benchmarks import get_benchmark
+from .benchmarks import Benchmark, get_benchmark
+from .images import DEFAULT_CACHE_GB
 from .scheduler import ContinualTaskScheduler
-from .tasks import TaskStream
+from .tasks import SCENARIOS, TaskStream
+
+
+LEARNING = ("sequential", "joint", "none")
+_STREAM_ARGUMENTS = (
+    *("train_split", "test_split", "image_column", "label_column", "name_column", "test_fraction"),
+    *("scenario", "domain_column", "initial_increment", "increment", "class_order", "class_order_seed"),
+    *("max_train_images_per_class", "max_test_images_per_class"),
+)
 
 
 @dataclass
@@ -30,12 +39,29 @@ class RunArguments:
         dataset_name: Hub id of the dataset under `benchmark=none`.
         dataset_path: A local copy of the benchmark's dataset, or the dataset itself under `benchmark=none`.
         dataset_config: The dataset's configuration, where it has several.
+        datasets: Several datasets (Hub ids or folders), each a task, under `benchmark=none` and `scenario=domain` or
+            `cross-dataset`.
         train_split, test_split, image_column, label_column: Chosen by name and feature type unless given.
+        name_column: A column of class names, where the labels are not readable.
+        test_fraction: Share of every class that is tested on, of a dataset with one split only.
+        scenario: `class`, `task`, `domain` or `cross-dataset`: what an image is predicted among.
+        domain_column: The column whose values are the tasks of `scenario=domain`.
+        learning: `sequential`: task by task; `joint`: all classes at once, the upper bound; `none`: zero-shot, the
+            lower bound.
         initial_increment, increment: Classes of the first task, and of every other.
         class_order: Label ids in order of arrival; else drawn by `class_order_seed`.
         class_order_seed: Seed of numpy's permutation; 1993 is the field's.
         max_train_images_per_class, max_test_images_per_class: Caps, drawn at random by `data_seed` or 0.
-        prompt_template: The class prompt, with a `{}` for the name; default: the benchmark's.
+        prompt_template: The class prompt, with a `{}` for the name, or several (the first trains, their average
+            predicts); default: the benchmark's.
+        held_out: Benchmarks to measure before and after every task and never to train on, each a registered name or
+            `name=folder` for a local copy.
+        evaluate_future: Also measure the tasks to come, for forward transfer; default: under `cross-dataset` alone.
+        image_cache_gb: Images are decoded once into a cache if their pixels fit into so many GB; 0: no cache.
+        skip_corrupt: Leave out images that cannot be decoded, and count them, rather than stop.
+        seeds: Run once with each of these as `seed`, `1993,1996,1997`, into `output_dir/seed-1993` and so on.
+        num_seeds: So many seeds, counted up from `seed`, instead.
+        vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
         resume: Go on after the last complete task in `output_dir`.
     """
 
@@ -43,33 +69,79 @@ class RunArguments:
     benchmark: str = field(default="cifar10-sample", metadata={"help": "A registered benchmark, or none."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a dataset (benchmark=none)."})
     dataset_path: str | None = field(default=None, metadata={"help": "Local folder of the dataset."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Several datasets, each a task."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_split: str | None = field(default=None, metadata={"help": "Split to train on."})
     test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels."})
+    name_column: str | None = field(default=None, metadata={"help": "Column of class names."})
+    test_fraction: float | None = field(default=None, metadata={"help": "Share of a single split to test on."})
+    scenario: str | None = field(default=None, metadata={"help": f"What is predicted among: {', '.join(SCENARIOS)}."})
+    domain_column: str | None = field(default=None, metadata={"help": "Column of domains (scenario=domain)."})
+    learning: str = field(default="sequential", metadata={"help": f"{', '.join(LEARNING)}: the bounds, by name."})
     initial_increment: int | None = field(default=None, metadata={"help": "Classes of the first task."})
     increment: int | None = field(default=None, metadata={"help": "Classes of every other task."})
     class_order: list[int] | None = field(default=None, metadata={"help": "Label ids in order of arrival."})
     class_order_seed: int | None = field(default=None, metadata={"help": "Seed of the class order (1993)."})
     max_train_images_per_class: int | None = field(default=None, metadata={"help": "Cap on training images."})
     max_test_images_per_class: int | None = field(default=None, metadata={"help": "Cap on test images."})
-    prompt_template: str | None = field(default=None, metadata={"help": "Prompt with a {} for the class name."})
+    prompt_template: list[str] | None = field(default=None, metadata={"help": "Prompts with a {} for the class."})
+    held_out: list[str] | None = field(default=None, metadata={"help": "Benchmarks never trained on (name=folder)."})
+    evaluate_future: bool | None = field(default=None, metadata={"help": "Measure the tasks to come as well."})
+    image_cache_gb: float = field(default=DEFAULT_CACHE_GB, metadata={"help": "Greatest image cache, GB; 0: none."})
+    skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
+    seeds: str | None = field(default=None, metadata={"help": "Run once with each: 1993,1996,1997."})
+    num_seeds: int | None = field(default=None, metadata={"help": "Run with so many seeds, from seed on."})
+    vary_class_order: bool = field(default=False, metadata={"help": "The seeds draw the class order too."})
     resume: bool = field(default=False, metadata={"help": "Go on after the last complete task in output_dir."})
 
     def __post_init__(self):
-        if self.benchmark == "none" and (self.dataset_name is None) == (self.dataset_path is None):
-            raise ValueError("benchmark=none needs exactly one of dataset_name (Hub id) and dataset_path (folder).")
-        if self.benchmark != "none" and self.dataset_name is not None:
+        if self.learning not in LEARNING:
+            raise ValueError(f"learning={self.learning!r} is unknown: expected one of {', '.join(LEARNING)}.")
+        if self.scenario is not None and self.scenario not in SCENARIOS:
+            raise ValueError(f"scenario={self.scenario!r} is unknown: expected one of {', '.join(SCENARIOS)}.")
+        if isinstance(self.prompt_template, list) and len(self.prompt_template) == 1:
+            self.prompt_template = self.prompt_template[0]
+        given = [self.dataset_name, self.dataset_path, self.datasets]
+        if self.benchmark == "none" and sum(one is not None for one in given) != 1:
             raise ValueError(
-                f"dataset_name={self.dataset_name!r} goes with benchmark=none; "
+                "benchmark=none needs exactly one of dataset_name (Hub id) and dataset_path (folder), or datasets."
+            )
+        if self.seeds is not None and self.num_seeds is not None:
+            raise ValueError(f"seeds={self.seeds!r} and num_seeds={self.num_seeds} were both given: pass one.")
+        self.seed_list(0)  # what is no list of seeds fails here
+        if self.learning == "joint" and self.scenario not in (None, "class"):
+            raise ValueError(f"learning=joint has one task; scenario={self.scenario!r} needs several.")
+        if self.benchmark != "none" and (self.dataset_name or self.datasets) is not None:
+            raise ValueError(
+                f"dataset_name={self.dataset_name or self.datasets!r} goes with benchmark=none; "
                 f"benchmark={self.benchmark!r} takes a local copy as dataset_path."
             )
+
+    def seed_list(self, first: int) -> list[int] | None:
+        """The seeds of `seeds`, or `num_seeds` of them from `first` on; None where one run is all.
+
+        Raises:
+            ValueError: If they are not whole numbers, or one is there twice, or there is none.
+        """
+        if self.seeds is None and self.num_seeds is None:
+            return None
+        if self.num_seeds is not None:
+            seeds = list(range(first, first + self.num_seeds))
+        else:
+            parts = [part.strip() for part in str(self.seeds).split(",")]
+            seeds = [int(part) for part in parts if part.isdigit()]
+            if len(seeds) != len(parts):
+                raise ValueError(f"seeds={self.seeds!r}: expected whole numbers with commas between them.")
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds={self.seeds!r}, num_seeds={self.num_seeds}: expected at least one, each once.")
+        return seeds
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The arguments of one run."""
+    """The arguments of one run, or of one run for each of several seeds."""
 
     run: RunArguments
     adapter: AdapterArguments
@@ -79,15 +151,30 @@ class Recipe:
         """All arguments by name, tokens masked."""
         return {**asdict(self.run), **asdict(self.adapter), **self.training.to_dict()}
 
+    def per_seed(self) -> list[Recipe]:
+        """A recipe for every seed, each with a folder of its own; without `seeds`, this one."""
+        seeds = self.run.seed_list(self.training.seed)
+        if seeds is None:
+            return [self]
+        recipes = []
+        for seed in seeds:
+            folder = str(Path(self.training.output_dir) / f"seed-{seed}")
+            own = {"class_order_seed": seed} if self.run.vary_class_order else {}
+            run = replace(self.run, seeds=None, num_seeds=None, **own)
+            recipes.append(replace(self, run=run, training=replace(self.training, seed=seed, output_dir=folder)))
+        return recipes
+
 
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """Read `--recipe FILE.yaml` and any further `--argument value`, which override the file.
+
+    A recipe may `include` another one, named from its own folder, and override it.
 
     Args:
         argv: The command line without the program's name; default: `sys.argv`.
 
     Raises:
-        ValueError: If the file is missing or no mapping, or names an argument that does not exist.
+        ValueError: If the file is missing or no mapping, names an argument that does not exist, or includes itself.
     """
     parser = HfArgumentParser(
         (RunArguments, AdapterArguments, ZOCLTrainingArguments),
@@ -107,12 +194,19 @@ class _RecipeOnly(HfArgumentParser):
         self.add_argument("--recipe")
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The arguments of a recipe, those of the recipe that it includes first."""
     if not path.is_file():
         raise ValueError(f"--recipe {path}: there is no such file.")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"--recipe {path}: expected a mapping of argument: value, got {type(content).__name__}.")
+    included = content.pop("include", None)
+    if included is not None:
+        base = path.parent / included
+        if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
+            raise ValueError(f"{path}: include={included!r} leads back to itself.")
+        content = {**_read_recipe(base, (*including, path)), **content}
     known = {f.name for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments) for f in fields(cls) if f.init}
     for key in content:
         if key not in known:
@@ -122,25 +216,60 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return content
 
 
-def build_stream(args: RunArguments, seed: int = 0) -> tuple[TaskStream, str]:
-    """The stream of tasks that the arguments describe, and its prompt template.
+def build_stream(args: RunArguments, seed: int = 0) -> tuple[TaskStream, str | tuple[str, ...]]:
+    """The stream of tasks that the arguments describe, and its prompt template or templates.
 
     Raises:
         ValueError: If the benchmark is unknown, or the dataset does not fit (see `TaskStream.from_dataset`).
     """
-    names = ("train_split", "test_split", "image_column", "label_column", "initial_increment", "increment")
-    names += ("class_order", "class_order_seed", "max_train_images_per_class", "max_test_images_per_class")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options["seed"] = seed
+    given = {name: getattr(args, name) for name in _STREAM_ARGUMENTS if getattr(args, name) is not None}
+    options = {**given, "seed": seed}
     if args.dataset_config is not None:
         options["config_name"] = args.dataset_config
+    if args.learning == "joint":
+        options |= {"increment": "all", "initial_increment": None}
     if args.benchmark != "none":
         benchmark = get_benchmark(args.benchmark)
         return benchmark.stream(args.dataset_path, **options), args.prompt_template or benchmark.prompt_template
+    template = args.prompt_template or "a photo of a {}."
+    if args.datasets is not None:
+        return _stream_of_datasets(args, options), template
     if "increment" not in options:
-        raise ValueError("benchmark=none needs increment, the number of classes of a task.")
-    stream = TaskStream.from_dataset(args.dataset_name or args.dataset_path, **options)
-    return stream, args.prompt_template or "a photo of a {}."
+        if args.scenario != "domain":
+            raise ValueError("benchmark=none needs increment, the number of classes of a task.")
+        options["increment"] = "all"
+    return TaskStream.from_dataset(args.dataset_name or args.dataset_path, **options), template
+
+
+def _stream_of_datasets(args: RunArguments, options: dict[str, Any]) -> TaskStream:
+    scenario = options.pop("scenario", "cross-dataset")
+    if scenario not in ("domain", "cross-dataset"):
+        raise ValueError(f"datasets: each is a task of scenario domain or cross-dataset, not of {scenario!r}.")
+    options["increment"] = "all"
+    streams = [TaskStream.from_dataset(dataset, **options) for dataset in args.datasets]
+    return TaskStream.from_streams(streams, "+".join(stream.name for stream in streams), scenario)
+
+
+def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
+    """The held-out benchmarks, each as one task with the prompts of its own.
+
+    Raises:
+        ValueError: If a benchmark is unknown, or a stream of several datasets.
+    """
+    streams = {}
+    for entry in args.held_out or ():
+        name, _, folder = entry.partition("=")
+        benchmark = get_benchmark(name)
+        if not isinstance(benchmark, Benchmark):
+            raise ValueError(f"held_out={entry!r}: a stream of several datasets; name them one by one.")
+        cap = args.max_test_images_per_class
+        stream = benchmark.stream(folder or None, increment="all", max_test_images_per_class=cap, seed=seed)
+        streams[name] = stream.map_tasks(
+            lambda task, prompts=benchmark.prompt_template: replace(
+                task, prompt_template=prompts, train=task.train.select([]), train_rows=None
+            )
+        )
+    return streams
 
 
 def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
@@ -154,4 +283,14 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
     model = CLIPClassifier(clip, processor.tokenizer, stream.class_names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task
-    return ContinualTaskScheduler(model, processor, stream, training, recipe=recipe.to_dict())
+    return ContinualTaskScheduler(
+        model,
+        processor,
+        stream,
+        training,
+        recipe=recipe.to_dict(),
+        held_out=build_held_out(run, seed=training.data_seed or 0),
+        evaluate_future=run.evaluate_future,
+        image_cache_gb=run.image_cache_gb,
+        skip_corrupt=run.skip_corrupt,
+    )

@@ -8,12 +8,11 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from peft import set_peft_model_state_dict
@@ -26,7 +25,9 @@ from ..models import CLIPClassifier, adapter_name
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer
 from ..training_args import ZOCLTrainingArguments
-from .metrics import accuracy_row, average_accuracy, last_accuracy, summarise
+from .evaluation import StreamEvaluator
+from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
+from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .tasks import Task, TaskStream
 
 
@@ -36,6 +37,7 @@ RESULTS_FILE = "results.json"
 _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 # A run may move house, or be watched in another way, and still be the same run.
 _NOT_THE_RUN = {"output_dir", "resume", "report_to", "run_name", "disable_tqdm", "logging_steps", "dataset_path"}
+_NOT_THE_RUN |= {"image_cache_gb", "dataloader_num_workers", "seeds", "num_seeds", "vary_class_order"}
 
 
 class ContinualTaskScheduler:
@@ -50,6 +52,10 @@ class ContinualTaskScheduler:
         recipe: What `results.json` and the model cards say of how the run was made; default: `args`.
         callbacks: Handed to every task's trainer.
         trainer_class: `ZOCLTrainer` or a subclass.
+        held_out: Streams that are never trained on; the first task of each is measured before and after every task.
+        evaluate_future: Also measure the tasks to come after every task, which forward transfer and MTIL's figures
+            need; default: in the `cross-dataset` scenario alone.
+        image_cache_gb, skip_corrupt: See `prepare_images`.
 
     Raises:
         ValueError: If the layer assignment does not fit the model.
@@ -64,6 +70,10 @@ class ContinualTaskScheduler:
         recipe: dict[str, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         trainer_class: type[ZOCLTrainer] = ZOCLTrainer,
+        held_out: Mapping[str, TaskStream] | None = None,
+        evaluate_future: bool | None = None,
+        image_cache_gb: float = DEFAULT_CACHE_GB,
+        skip_corrupt: bool = False,
     ):
         if args.push_to_hub:
             raise ValueError("push_to_hub=True: in this release task checkpoints stay in output_dir.")
@@ -75,55 +85,84 @@ class ContinualTaskScheduler:
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
+        self.held_out = dict(held_out or {})
+        self.evaluate_future = stream.scenario == "cross-dataset" if evaluate_future is None else evaluate_future
+        self.image_cache_gb, self.skip_corrupt = image_cache_gb, skip_corrupt
+        self._codec = PixelCodec(processor.image_processor)
         self.output_dir = Path(args.output_dir)
         split = args.layer_assignment.split(model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
         self._towers = split.describe()
 
-    def run(self, resume: bool = False) -> dict[str, Any]:
+    def run(self, resume: bool = False, train: bool = True) -> dict[str, Any]:
         """Run the stream.
 
         Args:
             resume: Go on after the last task that `output_dir` holds complete; without one, start from the beginning.
+            train: False measures the model as it is: zero-shot, the lower bound, as a run of its own.
 
         Returns:
             The content of `results.json`; accuracies are fractions.
 
         Raises:
-            ValueError: On `resume`, if `output_dir` holds the run of another recipe.
+            ValueError: On `resume`, if `output_dir` holds the run of another recipe; or if an image cannot be decoded.
         """
-        results = self._read_results() if resume else None
+        results = self._read_results() if resume and train else None
+        self._prepare_images()
         if results is None:
             results = self._start()
         else:
             self._load_adapter(len(results["accuracy_matrix"]))
+        if not train:
+            return self._finish_untrained(results)
         started = time.perf_counter() - results["seconds"]
-        for task in self.stream[len(results["accuracy_matrix"]) :]:
-            logger.info(f"Task {task.index} of {len(self.stream)}: {', '.join(task.class_names)}")
+        for task in self._images[len(results["accuracy_matrix"]) :]:
+            logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
             if hasattr(self.model, "begin_task"):
                 self.model.begin_task(task.index)  # before the trainer asks which parameters are trainable
-            trainer = self._train(task)
+            results["training"].append(self._train(task))
             if hasattr(self.model, "end_task"):
                 self.model.end_task(task.index)
-            row, seen = self._evaluate(task, trainer)
-            results["accuracy_matrix"].append(row)
-            results["seen_accuracy"].append(seen)
-            results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
+            self._evaluate(task, results)
             results["seconds"] = time.perf_counter() - started
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], _peak_memory_bytes())
             self._save(task, results)
         self._remove_empty_folders()
         return results
 
+    def _prepare_images(self) -> None:
+        """Decode and resize ahead; the first process fills the cache for the others."""
+        with self.args.main_process_first(desc="decoding images"):
+            options = {
+                "cache_gb": self.image_cache_gb,
+                "skip_corrupt": self.skip_corrupt,
+                "workers": self.args.dataloader_num_workers,
+            }
+            self._images, self._skipped = prepare_images(self.stream, self._codec, **options)
+            held_out = {name: prepare_images(stream, self._codec, **options) for name, stream in self.held_out.items()}
+        self._held_out_images = {name: images for name, (images, _) in held_out.items()}
+
     def _start(self) -> dict[str, Any]:
         """Measure zero-shot, then clear what an earlier run left behind."""
         started = time.perf_counter()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        evaluator = self._evaluator()
+        zero_shot = evaluator.zero_shot(self._images)
+        held_out = {name: evaluator.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
         results = {
             "benchmark": self.stream.name,
+            "scenario": self.stream.scenario,
             "recipe": self.recipe,
+            "tasks": [task.title or task.name for task in self.stream],
             "classes": list(self.stream.class_names),
-            "zero_shot": self._zero_shot(),
+            "zero_shot": zero_shot,
             "accuracy_matrix": [],
             "seen_accuracy": [],
+            "details": [],
+            "future_accuracy": [],
+            "held_out": {name: {"zero_shot": accuracy, "after": []} for name, accuracy in held_out.items()},
+            "training": [],
+            "skipped_images": self._skipped,
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": _peak_memory_bytes(),
             "seed": self.args.seed,
@@ -136,72 +175,73 @@ class ContinualTaskScheduler:
                 shutil.rmtree(folder)
         return results
 
-    def _train(self, task: Task) -> ZOCLTrainer:
-        self.model.set_classes(task.class_names)
+    def _finish_untrained(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The run of a model that is not trained: its zero-shot accuracies are its accuracies."""
+        zero_shot = results["zero_shot"]
+        results.update({name: zero_shot[name] for name in ("accuracy_matrix", "seen_accuracy")})
+        results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
+        if self.args.should_save:
+            write_json(self.output_dir / RESULTS_FILE, results)
+            plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
+        self._remove_empty_folders()
+        return results
+
+    def _train(self, task: Task) -> dict[str, float]:
+        """Train on one task, and return the mean of every figure logged on the way."""
+        template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
+        # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
+        self.model.set_classes(task.class_names, template if isinstance(template, str) else template[0])
         # Every task draws directions of its own.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
-        trainer = self._trainer(task.name, first_label=task.first_label, train_dataset=task.train, zo_seed=zo_seed)
+        trainer = self._trainer(task.name, task, zo_seed=zo_seed)
         trainer.train()
-        return trainer
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        names = {name for entry in logged for name in entry if name == "loss" or name.startswith("zo_")}
+        means = {name: [entry[name] for entry in logged if name in entry] for name in sorted(names)}
+        return {name: float(np.mean(values)) for name, values in means.items()}
 
-    def _evaluate(self, task: Task, trainer: ZOCLTrainer) -> tuple[list[float], float]:
-        """The accuracies on the test images of tasks 1 to `task`, predicting among all their classes."""
-        self.model.set_classes(self.stream.seen_class_names(task.index))
-        trainer.data_collator.first_label = 0
-        trainer.preprocess_logits_for_metrics = lambda logits, labels: _first(logits).argmax(dim=-1)
-        output = trainer.predict(self.stream.seen_test(task.index), metric_key_prefix=task.name)
-        return accuracy_row(output.predictions, output.label_ids, self._tasks_of(output.label_ids))
+    def _evaluator(self) -> StreamEvaluator:
+        return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec)
 
-    def _zero_shot(self) -> dict[str, Any]:
-        """The untrained model by the same protocol; one pass over all test images serves every task."""
-        counts = [len(self.stream.seen_class_names(task.index)) for task in self.stream]
-        self.model.set_classes(self.stream.class_names)
-        trainer = self._trainer("zero-shot", first_label=0)
-        trainer.preprocess_logits_for_metrics = lambda logits, labels: torch.stack(
-            [_first(logits)[:, :count].argmax(dim=-1) for count in counts], dim=-1
-        )
-        output = trainer.predict(self.stream.seen_test(len(self.stream)), metric_key_prefix="zero_shot")
-        labels, matrix, seen = output.label_ids, [], []
-        for index, count in enumerate(counts):
-            rows = labels < count
-            row, accuracy = accuracy_row(output.predictions[rows, index], labels[rows], self._tasks_of(labels[rows]))
-            matrix.append(row)
-            seen.append(accuracy)
-        return {
-            "per_task": matrix[-1],
-            "accuracy_matrix": matrix,
-            "seen_accuracy": seen,
-            "avg": average_accuracy(seen),
-            "last": last_accuracy(seen),
-        }
+    def _evaluate(self, task: Task, results: dict[str, Any]) -> None:
+        """Add what is measured after `task` to the results."""
+        evaluator = self._evaluator()
+        measured = evaluator.after(self._images, task.index)
+        results["accuracy_matrix"].append(measured["row"])
+        results["seen_accuracy"].append(measured["seen"])
+        results["details"].append(measured["details"])
+        results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
+        if self.evaluate_future:
+            results["future_accuracy"].append(evaluator.future(self._images, task.index))
+            rows = [a + b for a, b in zip(results["accuracy_matrix"], results["future_accuracy"], strict=True)]
+            results["forward_transfer"] = forward_transfer(rows, results["zero_shot"]["per_task"])
+            if self.stream.scenario == "cross-dataset":
+                results["mtil"] = mtil_summary(rows)
+        held_out = results["held_out"]
+        for name, images in self._held_out_images.items():
+            held_out[name]["after"].append(evaluator.after(images, 1)["seen"])
+        if held_out:
+            before = [record["zero_shot"] for record in held_out.values()]
+            results["zero_shot_retention"] = zero_shot_retention(before, [r["after"][-1] for r in held_out.values()])
 
-    def _trainer(
-        self,
-        name: str,
-        first_label: int,
-        train_dataset: datasets.Dataset | None = None,
-        zo_seed: int | None = None,
-    ) -> ZOCLTrainer:
+    def _trainer(self, name: str, task: Task | None = None, zo_seed: int | None = None) -> ZOCLTrainer:
+        """A trainer of one task's images, or, without a task, one to evaluate with."""
+        labels = (self.stream.arrival_labels, 0) if task is None else (task.arrival_labels, task.first_label)
         args = dataclasses.replace(
             self.args,
             output_dir=str(self.output_dir / "trainer" / name),
             run_name=f"{self.args.run_name or self.stream.name}-{name}",
             zo_seed=zo_seed,
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
-            report_to=self.args.report_to if train_dataset is not None else "none",
+            report_to=self.args.report_to if task is not None else "none",
         )
         return self.trainer_class(
             model=self.model,
             args=args,
-            train_dataset=train_dataset,
-            data_collator=ImageCollator(self.processor, self.stream.arrival_labels, first_label),
+            train_dataset=None if task is None else task.train,
+            data_collator=ImageCollator(self.processor, *labels, self._codec),
             callbacks=list(self.callbacks),
         )
-
-    def _tasks_of(self, labels: np.ndarray) -> np.ndarray:
-        """The task, counted from 1, of every arrival label."""
-        starts = [task.first_label for task in self.stream]
-        return np.searchsorted(starts, labels, side="right")
 
     def _save(self, task: Task, results: dict[str, Any]) -> None:
         if not self.args.should_save:
@@ -222,12 +262,13 @@ class ContinualTaskScheduler:
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
         """The content of `task.json`."""
         base_model = self.recipe.get("model_name_or_path") or self.model.config.name_or_path
-        seen = self.stream.class_order[: task.first_label + len(task.class_ids)]
+        seen = self.stream.class_order[: len(self.stream.seen_class_names(task.index))]
         measures = ("accuracy_matrix", "seen_accuracy", "last", "avg", "forgetting", "backward_transfer")
         return {
             "task": task.index,
             "num_tasks": len(self.stream),
             "benchmark": self.stream.name,
+            "scenario": self.stream.scenario,
             "dataset": self.stream.dataset_id,
             "base_model": base_model,
             "base_model_is_local": Path(self.model.config.name_or_path).exists(),
@@ -235,6 +276,7 @@ class ContinualTaskScheduler:
             "classes": list(self.stream.seen_class_names(task.index)),
             "task_classes": list(task.class_names),
             "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],
+            "task_titles": [earlier.title for earlier in self.stream[: task.index]],
             "class_order": [int(label) for label in seen],
             "prompt_template": self.model.prompt_template,
             "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
@@ -267,30 +309,6 @@ class ContinualTaskScheduler:
     def _load_adapter(self, task: int) -> None:
         weights = load_peft_weights(str(self.output_dir / task_folder(task)), device=str(self.args.device))
         set_peft_model_state_dict(self.model.clip, weights)
-
-
-class ImageCollator:
-    """Makes a batch of a task's images: the processor's pixel values, and labels in order of arrival.
-
-    Args:
-        processor: The CLIP model's processor.
-        arrival_labels: The position in the class order of every label id of the dataset.
-        first_label: Subtracted from the arrival labels: training sees the task's own classes alone.
-    """
-
-    def __init__(self, processor: ProcessorMixin, arrival_labels: np.ndarray, first_label: int = 0):
-        self.image_processor = processor.image_processor
-        self.arrival_labels, self.first_label = arrival_labels, first_label
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        images = [example["image"] for example in examples]
-        labels = self.arrival_labels[[example["label"] for example in examples]] - self.first_label
-        pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixel_values, "labels": torch.as_tensor(labels, dtype=torch.long)}
-
-
-def _first(logits: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
-    return logits[0] if isinstance(logits, tuple) else logits
 
 
 def _peak_memory_bytes() -> int:

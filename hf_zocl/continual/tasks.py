@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import datasets
 import numpy as np
 
 from ..hub.checkpoint import task_folder
+from .splits import (
+    CLASS_ORDER_SEED,
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    Split,
+    check_names,
+    encode_strings,
+    find_image_column,
+    find_label_column,
+    listed,
+    load_splits,
+    names_from_column,
+    open_split,
+    read_class_names,
+    rows_by_class,
+    split_off,
+)
+from .splits import (
+    clean_class_name as clean_class_name,
+)
 
 
 logger = logging.getLogger(__name__)
 
-TRAIN_SPLITS = ("train",)
-TEST_SPLITS = ("test", "validation", "valid", "val")
-LABEL_COLUMNS = ("label", "labels")
-CLASS_ORDER_SEED = 1993
+SCENARIOS = ("class", "task", "domain", "cross-dataset")
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,11 @@ class Task:
         first_label: How many classes arrived before: the arrival label of `class_ids[0]`.
         train: The training images: columns `image` and `label` (the dataset's own label ids).
         test: The test images of this task's classes, in the same form.
+        arrival_labels: The arrival label of every label id of the task's dataset, -1 for those not in the stream.
+            Shape: (label ids of the dataset,).
+        title: What distinguishes the task, where that is not its classes: the name of a dataset or of a domain.
+        prompt_template: The prompt or prompts of this task's dataset; None: the stream's.
+        train_rows, test_rows: The images' rows in their splits. Shape: (images,).
     """
 
     index: int
@@ -41,11 +63,43 @@ class Task:
     first_label: int
     train: datasets.Dataset
     test: datasets.Dataset
+    arrival_labels: np.ndarray | None = field(default=None, repr=False, compare=False)
+    title: str | None = None
+    prompt_template: str | tuple[str, ...] | None = None
+    train_rows: np.ndarray | None = field(default=None, repr=False, compare=False)
+    test_rows: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """The task's name, and its folder's: `task-01`."""
         return task_folder(self.index)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Test images that are predicted among the same classes.
+
+    Args:
+        tasks: The tasks whose test images these are.
+        class_names: What is predicted among, in order of arrival.
+        first_label: The arrival label of the first of these classes.
+        prompt_template: The prompt or prompts; None: the model's.
+    """
+
+    tasks: tuple[Task, ...]
+    class_names: tuple[str, ...]
+    first_label: int = 0
+    prompt_template: str | tuple[str, ...] | None = None
+
+    @property
+    def test(self) -> datasets.Dataset:
+        """The test images, task by task; columns `image` and `label`."""
+        return concatenate([task.test for task in self.tasks])
+
+    @property
+    def task_indices(self) -> np.ndarray:
+        """The task, counted from 1, of every test image. Shape: (images,)."""
+        return np.repeat([task.index for task in self.tasks], [len(task.test) for task in self.tasks])
 
 
 class TaskStream(Sequence[Task]):
@@ -55,25 +109,37 @@ class TaskStream(Sequence[Task]):
         tasks: The tasks, in order.
         name: What results and model cards call the stream.
         dataset_id: Hub id of the dataset, where there is one.
+        scenario: What an image is predicted among (van de Ven & Tolias 2019; MTIL: Zheng et al., ZSCL, ICCV 2023):
+            `class`: all classes seen; `task`: the classes of its own task; `domain`: the classes that all tasks share;
+            `cross-dataset`: the classes of its own dataset, which is a task, with that dataset's prompts.
 
     Attributes:
-        class_order: Label ids of the dataset in order of arrival.
+        class_order: Label ids of the dataset in order of arrival; of several datasets, one after the other.
         class_names: The names of the classes in order of arrival.
         arrival_labels: `arrival_labels[label id]` is the id's position in `class_order`, which is what a model is
-            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,).
+            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,). Of
+            several datasets: the first one's; every task has its own.
+
+    Raises:
+        ValueError: If there is no task, the scenario is unknown, or tasks of the `domain` scenario differ in classes.
     """
 
-    def __init__(self, tasks: Iterable[Task], name: str, dataset_id: str | None = None):
+    def __init__(self, tasks: Iterable[Task], name: str, dataset_id: str | None = None, scenario: str = "class"):
         self._tasks = tuple(tasks)
-        self.name, self.dataset_id = name, dataset_id
-        self.class_order = tuple(label for task in self._tasks for label in task.class_ids)
+        self.name, self.dataset_id, self.scenario = name, dataset_id, scenario
+        if not self._tasks:
+            raise ValueError(f"stream {name!r} has no task.")
+        if scenario not in SCENARIOS:
+            raise ValueError(f"scenario={scenario!r} is unknown: expected one of {', '.join(SCENARIOS)}.")
+        if scenario == "domain":
+            _check_same_classes(self._tasks)
+        own = self._tasks[:1] if scenario == "domain" else self._tasks
+        self.class_order = tuple(label for task in own for label in task.class_ids)
         self.class_names = self.seen_class_names(len(self._tasks))
-        label_feature = self._tasks[0].train.features["label"]
-        size = max(self.class_order) + 1
-        if isinstance(label_feature, datasets.ClassLabel):
-            size = max(size, label_feature.num_classes)
-        self.arrival_labels = np.full(size, -1, dtype=np.int64)
-        self.arrival_labels[list(self.class_order)] = np.arange(len(self.class_order))
+        if self._tasks[0].arrival_labels is None:
+            shared = _arrival_labels(self._tasks[0].train, self.class_order)
+            self._tasks = tuple(replace(task, arrival_labels=shared) for task in self._tasks)
+        self.arrival_labels = self._tasks[0].arrival_labels
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -83,15 +149,40 @@ class TaskStream(Sequence[Task]):
 
     def __repr__(self) -> str:
         sizes = [len(task.class_ids) for task in self._tasks]
-        return f"TaskStream({self.name!r}, {len(sizes)} tasks of {sizes} classes)"
+        return f"TaskStream({self.name!r}, {len(sizes)} tasks of {sizes} classes, scenario {self.scenario!r})"
 
     def seen_class_names(self, index: int) -> tuple[str, ...]:
         """The names of the classes of tasks 1 to `index`, in order of arrival."""
-        return tuple(name for task in self._seen(index) for name in task.class_names)
+        tasks = self._seen(index)
+        return tuple(name for task in (tasks[:1] if self.scenario == "domain" else tasks) for name in task.class_names)
 
     def seen_test(self, index: int) -> datasets.Dataset:
         """The test images of tasks 1 to `index`, task by task; columns `image` and `label`."""
-        return datasets.concatenate_datasets([task.test for task in self._seen(index)])
+        return concatenate([task.test for task in self._seen(index)])
+
+    def evaluations(self, index: int) -> tuple[Evaluation, ...]:
+        """What is measured after task `index`: the test images seen so far, by what they are predicted among.
+
+        Raises:
+            ValueError: If there is no such task.
+        """
+        tasks = self._seen(index)
+        if self.scenario == "class":
+            return (Evaluation(tasks, self.seen_class_names(index), prompt_template=tasks[0].prompt_template),)
+        return tuple(self._alone(task) for task in tasks)
+
+    def future_evaluations(self, index: int) -> tuple[Evaluation, ...]:
+        """The test images of each task after `index`, predicted among the classes it will have when it arrives."""
+        return tuple(self._alone(task) for task in self._tasks[index:])
+
+    def _alone(self, task: Task) -> Evaluation:
+        if self.scenario in ("class", "domain"):
+            return Evaluation((task,), self.seen_class_names(task.index), prompt_template=task.prompt_template)
+        return Evaluation((task,), task.class_names, task.first_label, task.prompt_template)
+
+    def map_tasks(self, function: Callable[[Task], Task]) -> TaskStream:
+        """The same stream of other tasks."""
+        return TaskStream(map(function, self._tasks), self.name, self.dataset_id, self.scenario)
 
     def _seen(self, index: int) -> tuple[Task, ...]:
         if not 1 <= index <= len(self._tasks):
@@ -99,12 +190,44 @@ class TaskStream(Sequence[Task]):
         return self._tasks[:index]
 
     @classmethod
+    def from_streams(
+        cls, streams: Sequence[TaskStream], name: str, scenario: str = "cross-dataset", titles: Sequence[str] = ()
+    ) -> TaskStream:
+        """One task for each of several streams of one task, that is a stream of whole datasets.
+
+        Args:
+            streams: Streams of one task (`increment="all"`).
+            name: The new stream's name.
+            scenario: `cross-dataset`, or `domain` if all datasets have the same classes, by name.
+            titles: What the tasks are called; default: the streams' names.
+
+        Raises:
+            ValueError: If a stream has several tasks, or the domains differ in classes.
+        """
+        if any(len(stream) != 1 for stream in streams):
+            raise ValueError(f"{name}: every dataset must be one task (increment='all'); got {list(streams)}.")
+        tasks, first = [], 0
+        for index, stream in enumerate(streams, start=1):
+            task = stream[0]
+            arrival = task.arrival_labels
+            if scenario == "domain":
+                arrival = _by_name(task, streams[0][0])
+                task = replace(task, class_names=streams[0][0].class_names)
+            title = titles[index - 1] if titles else stream.name
+            shifted = np.where(arrival < 0, -1, arrival + first)
+            tasks.append(replace(task, index=index, first_label=first, arrival_labels=shifted, title=title))
+            first += 0 if scenario == "domain" else len(task.class_ids)
+        return cls(tasks, name, scenario=scenario)
+
+    @classmethod
     def from_dataset(
         cls,
         dataset: str | os.PathLike[str] | Mapping[str, datasets.Dataset],
         *,
-        increment: int,
+        increment: int | str,
         initial_increment: int | None = None,
+        scenario: str = "class",
+        domain_column: str | None = None,
         name: str | None = None,
         dataset_id: str | None = None,
         config_name: str | None = None,
@@ -113,8 +236,11 @@ class TaskStream(Sequence[Task]):
         test_split: str | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        name_column: str | None = None,
+        test_fraction: float | None = None,
         class_names: Sequence[str] | None = None,
         class_order: Sequence[int] | None = None,
+        partial_order: bool = False,
         class_order_seed: int | None = CLASS_ORDER_SEED,
         max_train_images_per_class: int | None = None,
         max_test_images_per_class: int | None = None,
@@ -126,7 +252,11 @@ class TaskStream(Sequence[Task]):
             dataset: Hub id or local folder, for `datasets.load_dataset`, or a loaded `DatasetDict`, whose formats and
                 transforms are dropped.
             increment: Classes of every task; the last is smaller where they do not divide, and a warning says so.
+                `all`: one task. It does not matter to the `domain` scenario.
             initial_increment: Classes of the first task; None or 0: `increment`.
+            scenario: `class`, `task` or `domain`, see `TaskStream`.
+            domain_column: A column of strings, class labels or integers whose values are the tasks of the `domain`
+                scenario, in alphabetical order.
             name: The stream's name; default: the Hub id, or the folder's name.
             dataset_id: Hub id of the dataset; default: `dataset`, where that is one.
             config_name, revision: Configuration and Hub revision, for `datasets.load_dataset`.
@@ -135,9 +265,13 @@ class TaskStream(Sequence[Task]):
             image_column: Default: the column of type `Image`.
             label_column: Default: the column of type `ClassLabel`, else one named `label` or `labels`. Strings are
                 encoded in alphabetical order; integers are the ids, and their own names.
+            name_column: A column of strings that names every image's class, where the labels themselves do not.
+            test_fraction: Share of each class's training images that become the test images instead of a test split,
+                for datasets with one split only; drawn at random from seed 1993, the same for every run.
             class_names: One name for each label id from 0, taken as they are; default: the dataset's, through
                 `clean_class_name`.
-            class_order: Label ids in order of arrival; those left out are left out of the stream.
+            class_order: Label ids in order of arrival; those left out are left out of the stream, and a warning names
+                them unless `partial_order` says that this is meant.
             class_order_seed: Draws the order when `class_order` is None:
                 `numpy.random.RandomState(seed).permutation(classes)`. Source: PyCIL and LAMDA-PILOT, whose seed is
                 1993. None: the dataset's own order.
@@ -154,214 +288,111 @@ class TaskStream(Sequence[Task]):
         is_path = isinstance(dataset, str | os.PathLike)
         name = name or dataset_id or (os.path.basename(os.path.abspath(dataset)) if is_path else "dataset")
 
-        splits = _load(dataset, config_name, revision)
-        train = _open_split(splits, train_split, "train_split", TRAIN_SPLITS)
-        test = _open_split(splits, test_split, "test_split", TEST_SPLITS)
-        image_column = _image_column(train, image_column)
-        label_column = _label_column(train, label_column)
-        train = train.with_columns(image_column, label_column)
-        test = test.with_columns(_image_column(test, image_column), _label_column(test, label_column))
-
-        train, test = _encode_strings(train, test)
-        names = _class_names(train, test, class_names)
-        order = _class_order(sorted(names), class_order, class_order_seed)
-        _check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
-        sizes = _task_sizes(len(order), initial_increment, increment)
-        train_rows = _rows_by_class(
-            train, order, names, max_train_images_per_class, "max_train_images_per_class", seed
+        splits = load_splits(dataset, config_name, revision)
+        train = open_split(splits, train_split, "train_split", TRAIN_SPLITS)
+        test = train if test_fraction is not None else open_split(splits, test_split, "test_split", TEST_SPLITS)
+        image_column = find_image_column(train, image_column)
+        label_column = find_label_column(train, label_column)
+        named = train
+        if (scenario == "domain") != (domain_column is not None):
+            raise ValueError(f"scenario={scenario!r}, domain_column={domain_column!r}: a domain is a column's value.")
+        train = train.with_columns(image_column, label_column, domain_column)
+        test = test.with_columns(
+            find_image_column(test, image_column), find_label_column(test, label_column), domain_column
         )
-        test_rows = _rows_by_class(test, order, names, max_test_images_per_class, "max_test_images_per_class", seed)
 
-        tasks, first = [], 0
-        for index, size in enumerate(sizes, start=1):
-            ids = order[first : first + size]
-            images = (train.select(train_rows, ids), test.select(test_rows, ids))
-            tasks.append(Task(index, ids, tuple(names[label] for label in ids), first, *images))
-            first += size
-        return cls(tasks, name, dataset_id)
-
-
-def clean_class_name(name: str) -> str:
-    """Make a dataset's class name fit for a prompt.
-
-    WordNet ids go, of synonyms with commas between them the first stays, underscores and repeated blanks become one
-    blank, and a name all in capitals is lowered unless it is as short as an acronym (`CD`, `SUV`). Other names keep
-    their case.
-
-    >>> clean_class_name("n01440764 tench, Tinca tinca")
-    'tench'
-    >>> clean_class_name("golden__retriever")
-    'golden retriever'
-    """
-    name = re.sub(r"\bn\d{8}(?!\d)", " ", name)
-    first = next((part for part in name.split(",") if part.strip(" _")), "")
-    words = " ".join(first.replace("_", " ").split())
-    return words.lower() if words.isupper() and len(words) > 3 else words
+        train, test = encode_strings(train, test)
+        if class_names is None and name_column is not None:
+            class_names = names_from_column(named, name_column, train.labels)
+        if test_fraction is not None:
+            train, test = split_off(train, test_fraction)
+        names = read_class_names(train, test, class_names)
+        order = _class_order(sorted(names), class_order, class_order_seed)
+        if len(order) < len(names) and not partial_order:
+            left_out = [names[label] for label in names if label not in set(order)]
+            logger.warning("class_order leaves out %d of %d classes: %s.", len(left_out), len(names), listed(left_out))
+        check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
+        caps = {
+            "max_train_images_per_class": max_train_images_per_class,
+            "max_test_images_per_class": max_test_images_per_class,
+        }
+        if scenario == "domain":
+            domains = sorted({*train.domains.tolist(), *test.domains.tolist()})
+            parts = {str(domain): (train.in_domain(domain), test.in_domain(domain)) for domain in domains}
+            cuts = [(0, len(order))]
+        else:
+            parts = {None: (train, test)}
+            cuts = itertools.pairwise(np.cumsum([0, *_task_sizes(len(order), initial_increment, increment)]).tolist())
+        return cls(_cut(parts, list(cuts), order, names, caps, seed), name, dataset_id, scenario)
 
 
-@dataclass(frozen=True)
-class _Split:
-    """A split of the dataset: its name, its rows, and its labels once the columns are chosen."""
-
-    name: str
-    data: datasets.Dataset
-    labels: np.ndarray | None = None
-
-    def with_columns(self, image_column: str, label_column: str) -> _Split:
-        data = self.data.with_format(None).select_columns([image_column, label_column])
-        if (image_column, label_column) != ("image", "label"):
-            data = data.rename_columns({image_column: "image", label_column: "label"})
-        # Through Arrow: a million labels take a fraction of a second, and the images are left alone.
-        column = data.select_columns("label").with_format("arrow")[:]["label"]
-        if column.null_count:
-            row = int(np.argmax(column.is_null().to_numpy()))
-            raise ValueError(
-                f"split {self.name!r}: {column.null_count} of {len(column)} images have no label in column "
-                f"{label_column!r}; the first is row {row}."
+def _cut(
+    parts: Mapping[str | None, tuple[Split, Split]],
+    cuts: Sequence[tuple[int, int]],
+    order: tuple[int, ...],
+    names: Mapping[int, str],
+    caps: Mapping[str, int | None],
+    seed: int,
+) -> Iterator[Task]:
+    """A task for every part (a domain, or the whole dataset) and every cut of the class order."""
+    index = 0
+    for title, (train, test) in parts.items():
+        (argument, cap), (test_argument, test_cap) = caps.items()
+        train_rows = rows_by_class(train, order, names, cap, argument, seed)
+        test_rows = rows_by_class(test, order, names, test_cap, test_argument, seed)
+        for first, stop in cuts:
+            index, ids = index + 1, order[first:stop]
+            train_images, test_images = train.select(train_rows, ids), test.select(test_rows, ids)
+            yield Task(
+                index=index,
+                class_ids=ids,
+                class_names=tuple(names[label] for label in ids),
+                first_label=first,
+                train=train_images.data,
+                test=test_images.data,
+                title=title,
+                train_rows=train_images.row_ids,
+                test_rows=test_images.row_ids,
             )
-        labels = column.to_numpy()
-        return _Split(self.name, data, labels if labels.dtype == object else labels.astype(np.int64))
-
-    def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> datasets.Dataset:
-        """The rows of some classes, in the dataset's order."""
-        return self.data.select(np.sort(np.concatenate([rows[label] for label in labels])))
 
 
-def _load(dataset, config_name: str | None, revision: str | None) -> Mapping[str, datasets.Dataset]:
-    splits = dataset
-    if isinstance(dataset, str | os.PathLike):
-        try:
-            splits = datasets.load_dataset(os.fspath(dataset), config_name, revision=revision)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(f"dataset={dataset!r}, a Hub id or a local folder, cannot be loaded: {error}") from error
-    if isinstance(splits, Mapping) and all(isinstance(split, datasets.Dataset) for split in splits.values()):
-        return splits
-    raise ValueError(
-        "dataset: expected a Hub id, a local folder or a DatasetDict that is not streamed, "
-        f"got {type(splits).__name__}."
+def concatenate(images: Sequence[datasets.Dataset]) -> datasets.Dataset:
+    """Several sets of images, one after the other."""
+    return (
+        datasets.concatenate_datasets(images)
+        if isinstance(images[0], datasets.Dataset)
+        else sum(images[1:], images[0])
     )
 
 
-def _open_split(
-    splits: Mapping[str, datasets.Dataset], given: str | None, argument: str, defaults: tuple[str, ...]
-) -> _Split:
-    wanted = defaults if given is None else (given,)
-    name = next((name for name in wanted if name in splits), None)
-    if name is None:
-        which = f"{argument}={given!r}" if given is not None else f"no {' or '.join(map(repr, wanted))}"
-        raise ValueError(f"{which}: the dataset's splits are {_listed(splits)}; choose one by {argument}.")
-    if len(splits[name]) == 0:
-        raise ValueError(f"split {name!r} is empty; choose another by {argument}.")
-    return _Split(str(name), splits[name])
-
-
-def _image_column(split: _Split, given: str | None) -> str:
-    features = split.data.features
-    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
-    return _column(split, given, found, "image_column", "of type Image")
-
-
-def _label_column(split: _Split, given: str | None) -> str:
-    features = split.data.features
-    usable = [name for name, feature in features.items() if _holds_labels(feature)]
-    if given is not None:
-        return _column(split, given, usable, "label_column", "of class labels, integers or strings")
-    found = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
-    found = found or [name for name in usable if name in LABEL_COLUMNS]
-    what = f"of type ClassLabel, nor one of integers or strings named {' or '.join(map(repr, LABEL_COLUMNS))}"
-    return _column(split, given, found, "label_column", what)
-
-
-def _column(split: _Split, given: str | None, found: list[str], argument: str, what: str) -> str:
-    """The one column found, or the given one if it is among those."""
-    columns = ", ".join(f"{name!r} ({_type_name(feature)})" for name, feature in split.data.features.items())
-    if given is not None and given not in found:
-        raise ValueError(f"{argument}={given!r} is not a column {what} of split {split.name!r}; it has {columns}.")
-    if given is None and not found:
-        raise ValueError(f"split {split.name!r} has no column {what}; it has {columns}. {argument} chooses one.")
-    if given is None and len(found) > 1:
-        raise ValueError(f"split {split.name!r} has several such columns, {_listed(found)}: choose one by {argument}.")
-    return given or found[0]
-
-
-def _is_string(feature) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
-
-
-def _holds_labels(feature) -> bool:
-    is_integer = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
-    return isinstance(feature, datasets.ClassLabel) or is_integer or _is_string(feature)
-
-
-def _type_name(feature) -> str:
-    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
-
-
-def _encode_strings(train: _Split, test: _Split) -> tuple[_Split, _Split]:
-    """Replace string labels by ids, in alphabetical order over both splits; other labels stay."""
-    for split, other in ((train, test), (test, train)):
-        feature, expected = split.data.features["label"], other.data.features["label"]
-        if _is_string(feature) != _is_string(expected):
+def _check_same_classes(tasks: tuple[Task, ...]) -> None:
+    for task in tasks[1:]:
+        other = set(task.class_names) ^ set(tasks[0].class_names)
+        if other:
             raise ValueError(
-                f"the labels of split {split.name!r} are {_type_name(feature)}, "
-                f"those of split {other.name!r} {_type_name(expected)}; expected the same type."
+                f"scenario='domain': task {task.index} ({task.title}) and task 1 ({tasks[0].title}) must have the "
+                f"same classes; only one of them has {listed(sorted(other))}."
             )
-    if not _is_string(train.data.features["label"]):
-        return train, test
-    # `Dataset.class_encode_column` would write every image to a new cache file.
-    strings = sorted({*train.labels, *test.labels})
-    ids = {string: label for label, string in enumerate(strings)}
-    feature, encoded = datasets.ClassLabel(names=strings), []
-    for split in (train, test):
-        labels = np.array([ids[string] for string in split.labels], dtype=np.int64)
-        data = split.data.remove_columns("label").add_column("label", labels, feature=feature)
-        encoded.append(_Split(split.name, data, labels))
-    return encoded[0], encoded[1]
 
 
-def _class_names(train: _Split, test: _Split, given: Sequence[str] | None) -> dict[int, str]:
-    """The prompt names by label id; every label of both splits has one."""
-    feature, test_feature = train.data.features["label"], test.data.features["label"]
-    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    test_own = test_feature.names if isinstance(test_feature, datasets.ClassLabel) else None
-    if own != test_own:
-        raise ValueError(
-            f"the label names of split {test.name!r} ({_listed(test_own or [])}) are not those of split "
-            f"{train.name!r} ({_listed(own or [])}): one label id would mean two classes."
-        )
-    if given is not None:
-        if not given or (own is not None and len(given) != len(own)):
-            expected = len(own) if own is not None else "at least one"
-            raise ValueError(f"class_names has {len(given)} names; expected {expected}, one for each class.")
-        names, source = dict(enumerate(given)), "class_names"
-    elif own is not None:
-        names, source = {label: clean_class_name(name) for label, name in enumerate(own)}, "the dataset's label names"
-    else:
-        names, source = {int(label): str(label) for label in np.unique(train.labels)}, f"split {train.name!r}"
-    for split in (train, test):
-        outside = np.flatnonzero(~np.isin(split.labels, list(names)) | (split.labels < 0))
-        if outside.size:
-            row = outside[0]
-            raise ValueError(
-                f"split {split.name!r}, row {row}: label {split.labels[row]} is outside the {len(names)} classes of "
-                f"{source} (ids {min(names)} to {max(names)}); {outside.size} of {len(split.labels)} rows are."
-            )
-    return names
+def _arrival_labels(images: datasets.Dataset, class_order: Sequence[int]) -> np.ndarray:
+    """The position in the class order of every label id, -1 for those left out."""
+    feature = images.features["label"]
+    size = max(class_order) + 1
+    if isinstance(feature, datasets.ClassLabel):
+        size = max(size, feature.num_classes)
+    arrival = np.full(size, -1, dtype=np.int64)
+    arrival[list(class_order)] = np.arange(len(class_order))
+    return arrival
 
 
-def _check_names(names: dict[int, str], feature, are_given: bool) -> None:
-    """Every class of the stream has a name of its own."""
-    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    source = "class_names" if are_given else "the dataset's label names"
-    labels_by_name: dict[str, list[int]] = {}
-    for label, name in names.items():
-        labels_by_name.setdefault(name, []).append(label)
-    for name, labels in labels_by_name.items():
-        shown = ", ".join(f"{label} ({own[label]!r})" if own else str(label) for label in labels)
-        if not name.strip():
-            raise ValueError(f"{source}: nothing is left for a prompt of the name of class {shown}; give class_names.")
-        if len(labels) > 1:
-            raise ValueError(f"{source}: classes {shown} are all called {name!r} in a prompt; give class_names.")
+def _by_name(task: Task, first: Task) -> np.ndarray:
+    """The arrival labels of a domain's own label ids: where the first domain has the class of that name."""
+    _check_same_classes((first, task))
+    positions = {name: position for position, name in enumerate(first.class_names)}
+    arrival = task.arrival_labels.copy()
+    arrival[list(task.class_ids)] = [positions[name] for name in task.class_names]
+    return arrival
 
 
 def _class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | None) -> tuple[int, ...]:
@@ -375,7 +406,7 @@ def _class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | 
     unknown = [label for label in order if label not in known]
     repeated = sorted({label for label in order if order.count(label) > 1})
     if not order or unknown or repeated:
-        what = f"unknown label ids {_listed(unknown)}" if unknown else f"repeated label ids {_listed(repeated)}"
+        what = f"unknown label ids {listed(unknown)}" if unknown else f"repeated label ids {listed(repeated)}"
         raise ValueError(
             f"class_order: {what if order else 'it is empty'}; expected each id once, of the dataset's "
             f"{len(label_ids)} classes (ids {label_ids[0]} to {label_ids[-1]})."
@@ -383,8 +414,10 @@ def _class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | 
     return order
 
 
-def _task_sizes(classes: int, initial_increment: int | None, increment: int) -> list[int]:
+def _task_sizes(classes: int, initial_increment: int | None, increment: int | str) -> list[int]:
     """The number of classes of every task."""
+    if increment == "all":
+        return [classes]
     for argument, value in (("increment", increment), ("initial_increment", initial_increment or increment)):
         if not isinstance(value, int | np.integer) or not 1 <= value <= classes:
             raise ValueError(
@@ -399,36 +432,3 @@ def _task_sizes(classes: int, initial_increment: int | None, increment: int) -> 
             *(increment, classes, sizes[0], len(sizes), sizes[-1]),
         )
     return sizes
-
-
-def _rows_by_class(
-    split: _Split, order: tuple[int, ...], names: dict[int, str], cap: int | None, argument: str, seed: int
-) -> dict[int, np.ndarray]:
-    """The rows of every class of the stream, at most `cap` of each."""
-    if cap is not None and cap < 1:
-        raise ValueError(f"{argument}={cap}: expected at least 1 image per class, or None for all.")
-    by_label = np.argsort(split.labels, kind="stable")
-    ids = np.array(order)
-    ends = [np.searchsorted(split.labels, ids, side=side, sorter=by_label) for side in ("left", "right")]
-    rows = {label: by_label[start:stop] for label, start, stop in zip(order, *ends, strict=True)}
-    empty = [f"{names[label]!r} (id {label})" for label in order if not len(rows[label])]
-    if empty:
-        raise ValueError(
-            f"split {split.name!r} has no image of {len(empty)} classes: {_listed(empty, str)}. "
-            "Every class of the stream needs one; class_order can leave classes out."
-        )
-    if cap is None:
-        return rows
-    return {label: _draw(candidates, cap, (seed, label)) for label, candidates in rows.items()}
-
-
-def _draw(candidates: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
-    if len(candidates) <= count:
-        return candidates
-    return np.random.default_rng(seed).choice(candidates, count, replace=False)
-
-
-def _listed(values: Iterable, show=repr, limit: int = 10) -> str:
-    values = list(values)
-    rest = f" and {len(values) - limit} more" if len(values) > limit else ""
-    return ", ".join(map(show, values[:limit])) + rest

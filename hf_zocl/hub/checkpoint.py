@@ -62,6 +62,25 @@ def save_task_checkpoint(
     return folder
 
 
+def find_task_checkpoint(
+    path: str | Path, task: int | None = None, revision: str | None = None, **hub_kwargs: Any
+) -> Path:
+    """The folder of one task's checkpoint, downloaded if it lies on the Hub; arguments as `load_task_checkpoint`'s.
+
+    Raises:
+        ValueError: If there is no such folder, or `task` and `revision` are both given.
+    """
+    if task is not None and revision is not None:
+        raise ValueError(f"task={task} and revision={revision!r} were both given: they name the same thing, pass one.")
+    folder = Path(path)
+    if not folder.is_dir():
+        _check_repository(str(path))
+        patterns = ["*.json", "*.safetensors"]
+        revision = task_folder(task) if task is not None else revision
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
+    return folder / task_folder(task) if task is not None else folder
+
+
 def load_task_checkpoint(
     path: str | Path, task: int | None = None, revision: str | None = None, **hub_kwargs: Any
 ) -> tuple[CLIPClassifier, ProcessorMixin]:
@@ -79,16 +98,7 @@ def load_task_checkpoint(
     Raises:
         ValueError: If there is no such folder, it holds no task checkpoint, or `task` and `revision` are both given.
     """
-    if task is not None and revision is not None:
-        raise ValueError(f"task={task} and revision={revision!r} were both given: they name the same thing, pass one.")
-    folder = Path(path)
-    if not folder.is_dir():
-        _check_repository(str(path))
-        patterns = ["*.json", "*.safetensors"]
-        revision = task_folder(task) if task is not None else revision
-        folder = Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
-    elif task is not None:
-        folder = folder / task_folder(task)
+    folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
     info = read_task(folder)
     clip = CLIPModel.from_pretrained(_base_model(folder, info))
     processor = AutoProcessor.from_pretrained(folder)

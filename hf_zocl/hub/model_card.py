@@ -105,8 +105,12 @@ def _metadata(task: dict[str, Any], base_model: str, dataset: str | None, title:
 
 
 def _classes_by_task(task: dict[str, Any]) -> dict[str, list[str]]:
+    if task.get("scenario") == "domain":  # all tasks share the classes
+        return {f"{number}: {title}": task["classes"] for number, title in enumerate(task["task_titles"], start=1)}
     names = iter(task["classes"])
-    return {str(number): list(islice(names, size)) for number, size in enumerate(task["task_sizes"], start=1)}
+    titles = [f": {title}" if title else "" for title in task.get("task_titles", [None] * len(task["task_sizes"]))]
+    numbered = enumerate(zip(task["task_sizes"], titles, strict=True), start=1)
+    return {f"{number}{title}": list(islice(names, size)) for number, (size, title) in numbered}
 
 
 def _layer_picture(towers: dict[str, dict[str, str]]) -> str:

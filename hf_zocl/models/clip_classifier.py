@@ -36,10 +36,11 @@ class CLIPClassifier(nn.Module):
         clip: A `CLIPModel`, or one wrapped by PEFT.
         tokenizer: The model's tokenizer.
         class_names: The classes, in the order of their labels; `set_classes` changes them.
-        prompt_template: A prompt with one `{}` for the class name.
+        prompt_template: A prompt with one `{}` for the class name; or several, whose features of unit length are
+            averaged, class by class (prompt ensembling; Radford et al., CLIP, 2021, section 3.1.4).
 
     Raises:
-        ValueError: If the template has not exactly one `{}`.
+        ValueError: If a template has not exactly one `{}`, or there is none.
     """
 
     def __init__(
@@ -47,11 +48,9 @@ class CLIPClassifier(nn.Module):
         clip: CLIPModel,
         tokenizer: PreTrainedTokenizerBase,
         class_names: Sequence[str],
-        prompt_template: str = "a photo of a {}.",
+        prompt_template: str | Sequence[str] = "a photo of a {}.",
     ):
         super().__init__()
-        if prompt_template.count("{}") != 1:
-            raise ValueError(f"prompt_template={prompt_template!r}: expected one '{{}}' for the class name.")
         self.clip = clip
         self.tokenizer = tokenizer
         self.prompt_template = prompt_template
@@ -72,10 +71,17 @@ class CLIPClassifier(nn.Module):
         configs = getattr(self.clip, "peft_config", {}).values()
         return any(getattr(config, "balance_loss", 0) > 0 for config in configs)
 
-    def set_classes(self, class_names: Sequence[str]) -> None:
-        """Set the classes; their prompts are padded to the longest of them, not to the context length."""
+    def set_classes(self, class_names: Sequence[str], prompt_template: str | Sequence[str] | None = None) -> None:
+        """Set the classes; their prompts are padded to the longest of them, not to the context length.
+
+        Args:
+            class_names: The classes, in the order of their labels.
+            prompt_template: Their prompt or prompts, until the next call; default: the classifier's own.
+        """
         self.class_names = tuple(class_names)
-        prompts = [self.prompt_template.format(name) for name in self.class_names]
+        templates = _templates(self.prompt_template if prompt_template is None else prompt_template)
+        self.prompts_per_class = len(templates)
+        prompts = [template.format(name) for name in self.class_names for template in templates]
         tokens = self.tokenizer(
             prompts,
             padding=True,
@@ -111,7 +117,11 @@ class CLIPClassifier(nn.Module):
             outputs = self.clip.get_image_features(pixel_values=pixel_values)
         else:
             outputs = self.clip.get_text_features(input_ids=self.input_ids, attention_mask=self.attention_mask)
-        return F.normalize(outputs.pooler_output, dim=-1)
+        features = F.normalize(outputs.pooler_output, dim=-1)
+        if tower == "language" and self.prompts_per_class > 1:
+            ensemble = features.unflatten(0, (-1, self.prompts_per_class)).mean(dim=1)
+            features = F.normalize(ensemble, dim=-1)
+        return features
 
     def logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """Scaled cosine similarities, in float32 at least, as a difference of two losses needs them.
@@ -180,3 +190,13 @@ class CLIPClassifier(nn.Module):
 
     def _clear_text_cache(self) -> None:
         self._text_cache: tuple[tuple, torch.Tensor] | None = None
+
+
+def _templates(prompt_template: str | Sequence[str]) -> tuple[str, ...]:
+    templates = (prompt_template,) if isinstance(prompt_template, str) else tuple(prompt_template)
+    if not templates:
+        raise ValueError("prompt_template is empty: expected at least one prompt.")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"prompt_template={template!r}: expected one '{{}}' for the class name.")
+    return templates

@@ -1,7 +1,21 @@
-"""Figures and reports of a run, drawn from its `results.json` alone."""
+"""Figures, tables and reports of runs, drawn from their `results.json` alone."""
 
+from .compare import Comparison, compare_groups, compare_runs
 from .figures import draw_accuracy_matrix, plot_accuracy_matrix
-from .table import format_results
+from .html import write_report
+from .runs import RunGroup, load_groups
+from .table import format_evaluation, format_results
 
 
-__all__ = ["draw_accuracy_matrix", "format_results", "plot_accuracy_matrix"]
+__all__ = [
+    "Comparison",
+    "RunGroup",
+    "compare_groups",
+    "compare_runs",
+    "draw_accuracy_matrix",
+    "format_evaluation",
+    "format_results",
+    "load_groups",
+    "plot_accuracy_matrix",
+    "write_report",
+]

@@ -17,10 +17,42 @@ def format_results(results: dict[str, Any]) -> str:
         ("Avg", f"{_percent(results['avg'])} %  (zero-shot {_percent(zero_shot['avg'])} %)"),
         ("forgetting", f"{_percent(results['forgetting'])} points"),
         ("backward transfer", f"{_percent(results['backward_transfer'])} points"),
+        *_further(results),
         ("time", f"{results['seconds']:.1f} s"),
         ("peak memory", f"{results['peak_memory_bytes'] / 2**20:.0f} MiB"),
     ]
     return "\n".join([*_align(rows), "", *(f"{name:<18}{value}" for name, value in figures)])
+
+
+def _further(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """What only some runs measure."""
+    mtil = results.get("mtil", {})
+    values = [
+        ("forward transfer", results.get("forward_transfer"), "points"),
+        ("MTIL Transfer", mtil.get("transfer"), "%"),
+        ("MTIL Avg", mtil.get("avg"), "%"),
+        ("kept on held-out", results.get("zero_shot_retention"), "% of zero-shot"),
+        ("images left out", results.get("skipped_images") or None, ""),
+    ]
+    shown = [(name, value, unit) for name, value, unit in values if value is not None]
+    return [(name, f"{_percent(value)} {unit}" if unit else str(value)) for name, value, unit in shown]
+
+
+def format_evaluation(measured: dict[str, Any]) -> str:
+    """What `scripts/evaluate.py` measured, in percent, as text for a terminal."""
+    row, details = measured["accuracy_row"], measured["details"]
+    by_class = [value for value in details["per_class_accuracy"] if value is not None]
+    figures = [
+        ("benchmark", f"{measured['benchmark']}, after task {measured['task']}, scenario {measured['scenario']}"),
+        ("accuracy", f"{_percent(measured['seen_accuracy'])} %"),
+        ("by task", "  ".join(_percent(value) for value in row)),
+        ("top-5", f"{_percent(details['top_5_accuracy'])} %"),
+        ("worst class", f"{_percent(min(by_class))} %"),
+        ("calibration error", f"{_percent(details['calibration_error'])} points"),
+    ]
+    if measured["skipped_images"]:
+        figures.append(("left out", f"{measured['skipped_images']} images that cannot be decoded"))
+    return "\n".join(f"{name:<18}{value}" for name, value in figures)
 
 
 def _percent(fraction: float | None) -> str:

@@ -165,9 +165,9 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
 class TowerPlan:
     """What holds for all steps: which tower a perturbation runs, from which layer on, and whether in batches.
 
-    Modules may say what they stand, by attributes that default as their absence does: `couples_towers` of the model (its
-    loss is not made of the towers' features alone), `stackable` (its parameters may have a leading dimension of
-    candidates, all of them together; without it, linear layers' may) and `packable` (its rows need not be one prompt).
+    Modules may say what they stand, by attributes: `couples_towers` of the model (its loss is not made of the towers'
+    features alone; default: it is), `stackable` (its parameters may have a leading dimension of candidates, all of
+    them together; default: a linear layer's may) and `packable` (a row may hold several prompts; default: it may).
 
     Args:
         model: The model, unwrapped.

@@ -1,6 +1,8 @@
 """The registry, and each benchmark's stream from a generated local dataset with the Hub's features."""
 
+import json
 import logging
+import re
 from pathlib import Path
 
 import datasets
@@ -8,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from hf_zocl.continual.benchmarks import BENCHMARKS, get_benchmark
+from hf_zocl.continual.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -21,16 +23,88 @@ def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def save(folder: Path, **labels: ClassLabel) -> Path:
-    """One image of every class a split, as parquet files in `folder`."""
-    count = max(feature.num_classes for feature in labels.values())
-    columns = {"img": [PILImage.new("RGB", (2, 2))] * count}
+def save(folder: Path, column: str = "img", splits=("train", "test"), images: int = 1, **labels: ClassLabel) -> Path:
+    """So many images of every class a split, as parquet files in `folder`."""
+    count = max(feature.num_classes for feature in labels.values()) * images
+    columns = {column: [PILImage.new("RGB", (2, 2))] * count}
     columns |= {name: [row % feature.num_classes for row in range(count)] for name, feature in labels.items()}
-    images = Dataset.from_dict(columns, features=Features({"img": Image(), **labels}))
+    data = Dataset.from_dict(columns, features=Features({column: Image(), **labels}))
     (folder / "data").mkdir(parents=True)
-    for name in ("train", "test"):
-        images.to_parquet(str(folder / "data" / f"{name}-00000-of-00001.parquet"))
+    for name in splits:
+        data.to_parquet(str(folder / "data" / f"{name}-00000-of-00001.parquet"))
     return folder
+
+
+def save_imagenet_r(folder: Path) -> Path:
+    """Ten images of every class in one split, with WordNet ids and names as strings."""
+    wnids = [f"n{label:08}" for label in range(200)] * 10
+    names = [f"great_{int(wnid[1:])}_name" for wnid in wnids]
+    rows = {"image": [PILImage.new("RGB", (2, 2))] * len(wnids), "wnid": wnids, "class_name": names}
+    features = Features({"image": Image(), "wnid": datasets.Value("string"), "class_name": datasets.Value("string")})
+    folder.mkdir(exist_ok=True)
+    Dataset.from_dict(rows, features=features).to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    return folder
+
+
+CLASSES = {
+    "cifar10": 10, "cifar100": 100, "tiny-imagenet": 200, "tiny-imagenet-32": 200, "imagenet-r": 200, "cub-200": 200,
+    "stanford-cars": 196, "food-101": 101, "aircraft": 100, "caltech101": 101, "dtd": 47, "eurosat": 10,
+    "flowers102": 102, "mnist": 10, "oxford-pet": 37, "sun397": 397,
+}  # fmt: skip
+
+
+def base_of(name: str) -> str:
+    """The dataset of a benchmark: the longest name there is that it starts with."""
+    return max((dataset for dataset in CLASSES if name.startswith(dataset)), key=len)
+
+
+def save_like_the_hub(name: str, folder: Path) -> Path:
+    """A dataset with the splits, columns and number of classes that the benchmark's Hub copy has."""
+    if name.startswith("imagenet-r"):
+        return save_imagenet_r(folder)
+    benchmark = BENCHMARKS[name]
+    names = [f"{'n' if name.startswith('tiny') else 'class_'}{label:08}" for label in range(CLASSES[base_of(name)])]
+    if name == "tiny-imagenet-32":
+        names = [f"class_{label}" for label in range(200)]
+    single = benchmark.test_fraction is not None
+    splits = (benchmark.train_split,) if single else (benchmark.train_split, benchmark.test_split)
+    label = {benchmark.label_column: ClassLabel(names=names)}
+    return save(folder, benchmark.image_column, splits, images=5 if single else 1, **label)
+
+
+# The first ten ids of each order, as its source has them.
+PYCIL = {
+    10: (4, 2, 7, 6, 0, 3, 5, 8, 9, 1),
+    100: (68, 56, 78, 8, 23, 84, 90, 65, 74, 76),
+    101: (68, 56, 78, 8, 23, 84, 90, 65, 74, 76),
+    196: (59, 134, 162, 9, 42, 72, 118, 99, 109, 79),
+    200: (168, 136, 51, 9, 183, 101, 171, 99, 42, 159),
+}
+TINY = (31, 40, 0, 112, 161, 138, 144, 72, 128, 71)  # n02123394 Persian cat, n02231487 stick insect, …
+ORDERS = {
+    "cifar10": PYCIL[10],
+    "cifar100": PYCIL[100],
+    "cifar100-moe-adapters": (87, 0, 52, 58, 44, 91, 68, 97, 51, 15),
+    "tiny-imagenet": TINY,
+    "tiny-imagenet-32": (114, 135, 120, 19, 100, 133, 160, 108, 60, 151),
+    "imagenet-r": PYCIL[200],
+    "cub-200": PYCIL[200],
+    "stanford-cars": PYCIL[196],
+    "food-101": PYCIL[101],
+}
+SIZES = {
+    "cifar10": [2] * 5, "cifar100": [10] * 10, "cifar100-inc2": [2] * 50, "cifar100-inc5": [5] * 20,
+    "cifar100-inc10": [10] * 10, "cifar100-inc20": [20] * 5, "cifar100-base50-inc2": [50] + [2] * 25,
+    "cifar100-base50-inc5": [50] + [5] * 10, "cifar100-base50-inc10": [50] + [10] * 5,
+    "cifar100-moe-adapters": [10] * 10, "tiny-imagenet": [20] * 10, "tiny-imagenet-inc20": [20] * 10,
+    "tiny-imagenet-base100-inc5": [100] + [5] * 20, "tiny-imagenet-base100-inc10": [100] + [10] * 10,
+    "tiny-imagenet-base100-inc20": [100] + [20] * 5, "tiny-imagenet-32": [10] * 10, "imagenet-r": [20] * 10,
+    "imagenet-r-inc10": [10] * 20, "imagenet-r-inc20": [20] * 10, "cub-200": [20] * 10,
+    "stanford-cars": [20] * 9 + [16], "food-101": [21] + [20] * 4,
+}  # fmt: skip
+MTIL = ("aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers102", "food-101", "mnist", "oxford-pet",
+        "stanford-cars", "sun397")  # fmt: skip
+SINGLE = [name for name, one in BENCHMARKS.items() if isinstance(one, Benchmark) and name != "cifar10-sample"]
 
 
 @pytest.fixture
@@ -45,14 +119,93 @@ def cifar100(tmp_path) -> Path:
 
 
 def test_every_benchmark_is_registered_under_its_name():
-    assert list(BENCHMARKS) == ["cifar10", "cifar10-sample", "cifar100"]
     assert all(BENCHMARKS[name].name == name == get_benchmark(name).name for name in BENCHMARKS)
+    assert set(SIZES) | set(MTIL) | {"cifar10-sample", "mtil", "mtil-order-2"} == set(BENCHMARKS)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
-def test_every_benchmark_has_a_prompt_and_a_source(name):
-    assert BENCHMARKS[name].prompt_template.format("cat").endswith("photo of a cat.")
-    assert "Krizhevsky 2009" in BENCHMARKS[name].source
+def test_every_benchmark_has_prompts_and_a_source(name):
+    prompts = BENCHMARKS[name].prompt_template
+    for prompt in (prompts,) if isinstance(prompts, str) else prompts:
+        assert "cat" in prompt.format("cat") and prompt.count("{}") == 1
+    assert re.search(r"(19|20)\d\d", BENCHMARKS[name].source)  # a year, of whatever it cites
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_every_benchmark_builds_its_stream_from_a_local_folder_in_the_order_its_source_states(name, tmp_path, caplog):
+    folder = save_like_the_hub(name, tmp_path / "data-of-the-benchmark")
+    with caplog.at_level(logging.WARNING):
+        stream = get_benchmark(name).stream(folder)
+    divides = len(set(SIZES.get(name, [0])[1:])) <= 1
+    assert bool(caplog.records) != divides
+    assert (stream.name, stream.dataset_id) == (name, BENCHMARKS[name].dataset_id)
+    assert [len(task.class_ids) for task in stream] == SIZES.get(name, [CLASSES[base_of(name)]])
+    own_order = tuple(range(10))
+    expected = ORDERS.get(name) or ORDERS.get(base_of(name), own_order)
+    assert stream.class_order[:10] == expected
+    assert len(set(stream.class_names)) == len(stream.class_order)
+    assert all(len(task.train) and len(task.test) for task in stream)
+
+
+@pytest.fixture(scope="module")
+def mtil(tmp_path_factory) -> Path:
+    """A local copy of every dataset of MTIL, each in a folder of its name."""
+    folder = tmp_path_factory.mktemp("mtil")
+    for name in MTIL:
+        save_like_the_hub(name, folder / name)
+    return folder
+
+
+ORDER_II = ("stanford-cars", "food-101", "mnist", "oxford-pet", "flowers102", "sun397", "aircraft", "caltech101",
+            "dtd", "eurosat", "cifar100")  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "order"), [("mtil", MTIL), ("mtil-order-2", ORDER_II)])
+def test_mtil_is_a_stream_of_whole_datasets_each_with_its_own_classes_and_prompts(name, order, mtil):
+    stream = get_benchmark(name).stream(mtil)
+    assert stream.scenario == "cross-dataset"
+    assert tuple(task.title for task in stream) == order
+    assert [len(task.class_ids) for task in stream] == [CLASSES[dataset] for dataset in order]
+    pets = stream[order.index("oxford-pet")]
+    assert pets.prompt_template == "a photo of a {}, a type of pet."
+    assert len(stream[order.index("cifar100")].prompt_template) == 18
+    assert pets.arrival_labels.tolist() == list(range(pets.first_label, pets.first_label + 37))
+
+
+def test_mtil_says_what_does_not_apply_to_it(mtil):
+    with pytest.raises(ValueError, match="'mtil' is a stream of whole datasets: increment=10 does not apply"):
+        get_benchmark("mtil").stream(mtil, increment=10)
+
+
+def test_mtil_names_the_dataset_that_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="aircraft': there is no such folder for benchmark 'aircraft'"):
+        get_benchmark("mtil").stream(tmp_path)
+
+
+def test_a_local_benchmark_asks_for_its_folder():
+    with pytest.raises(ValueError, match="'tiny-imagenet-32' is a local dataset: give its folder as dataset_path"):
+        get_benchmark("tiny-imagenet-32").stream()
+
+
+def test_the_two_orders_of_tiny_imagenet_name_the_same_classes_as_their_sources():
+    names = BENCHMARKS["tiny-imagenet"].class_names
+    order = BENCHMARKS["tiny-imagenet"].class_order
+    # By line of wnids.txt the source's order starts 131, 181, 22, 172, 144.
+    expected = ["Persian cat", "stick insect", "goldfish", "kimono", "teddy bear"]
+    assert [names[label] for label in order[:5]] == expected
+    assert sorted(order) == list(range(200))
+
+
+def test_real_tiny_imagenet_32_is_the_hundred_new_classes_in_the_datasets_own_order():
+    folder = SHARED_DATA / "tiny-imagenet-32"
+    if not folder.is_dir():
+        pytest.skip("the shared datasets are not on this machine")
+    order = json.loads((folder / "class_order.json").read_text())
+    stream = get_benchmark("tiny-imagenet-32").stream(folder)
+    assert list(stream.class_order) == order["incremental"]
+    assert [len(task.train) for task in stream] == [5000] * 10
+    assert [len(task.test) for task in stream] == [500] * 10
+    assert stream[0].class_names[0] == "lawn mower"
 
 
 def test_an_unknown_name_is_an_error_with_the_close_ones_and_all_others():
@@ -64,23 +217,22 @@ def test_an_unknown_name_is_an_error_with_the_close_ones_and_all_others():
 
 def test_an_unknown_name_like_no_other_lists_all():
     with pytest.raises(ValueError, match="registered. There are 'cifar10', 'cifar10-sample', 'cifar100'"):
-        get_benchmark("mnist-xyz")
+        get_benchmark("quickdraw-xyz")
 
 
-def test_cifar10_is_five_tasks_of_two_in_the_order_of_seed_1993(cifar10):
-    stream = get_benchmark("cifar10").stream(cifar10)
-    assert (stream.name, stream.dataset_id) == ("cifar10", "uoft-cs/cifar10")
-    assert stream.class_order == (4, 2, 7, 6, 0, 3, 5, 8, 9, 1)
-    assert [task.class_names for task in stream][:2] == [("deer", "bird"), ("horse", "frog")]
-    assert [len(task.class_ids) for task in stream] == [2] * 5
+def test_imagenet_r_is_split_eighty_to_twenty_class_by_class_and_named_by_its_own_column(tmp_path):
+    stream = get_benchmark("imagenet-r").stream(save_imagenet_r(tmp_path))
+    assert stream[0].class_names[0] == "great 168 name"
+    assert [(len(task.train), len(task.test)) for task in stream] == [(160, 40)] * 10
+    rows = [(set(task.train_rows.tolist()), set(task.test_rows.tolist())) for task in stream]
+    assert not any(train & test for train, test in rows)
+    assert [row % 200 for row in stream[0].test_rows.tolist()].count(168) == 2
 
 
-def test_cifar100_is_ten_tasks_of_ten_fine_classes_in_the_order_of_seed_1993(cifar100):
-    stream = get_benchmark("cifar100").stream(str(cifar100))
-    assert stream.dataset_id == "uoft-cs/cifar100"
-    assert stream.class_order[:10] == (68, 56, 78, 8, 23, 84, 90, 65, 74, 76)
-    assert stream[0].class_names[:3] == ("road", "palm tree", "snake")
-    assert [len(task.class_ids) for task in stream] == [10] * 10
+def test_the_test_share_is_drawn_the_same_way_every_time(tmp_path):
+    folder = save_imagenet_r(tmp_path)
+    one, two = (get_benchmark("imagenet-r").stream(folder, seed=seed) for seed in (0, 1))
+    assert [task.test_rows.tolist() for task in one] == [task.test_rows.tolist() for task in two]
 
 
 def test_cifar100s_names_are_the_hubs_with_crab_spelt_right():
@@ -154,3 +306,8 @@ def test_real_cifar10_has_ten_thousand_training_images_a_task():
     stream = get_benchmark("cifar10").stream(SHARED_DATA / "cifar10")
     assert [len(task.train) for task in stream] == [10_000] * 5
     assert [len(task.test) for task in stream] == [2_000] * 5
+
+
+def test_every_benchmark_is_in_the_documentation():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    assert [name for name in BENCHMARKS if f"| `{name}` |" not in text] == []

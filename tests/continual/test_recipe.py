@@ -152,3 +152,58 @@ def test_any_image_classification_dataset_is_a_stream(tmp_path):
 def test_a_dataset_of_ones_own_needs_an_increment(tmp_path):
     with pytest.raises(ValueError, match="needs increment"):
         build_stream(parse(tmp_path, f"benchmark: none\ndataset_path: {tmp_path}\n").run)
+
+
+def test_a_recipe_includes_another_and_overrides_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("zo_branch: vision\nseed: 3\n")
+    recipe = parse(tmp_path, "include: base.yaml\nseed: 4\n")
+    assert (recipe.training.zo_branch, recipe.training.seed) == ("vision", 4)
+
+
+def test_a_recipe_that_includes_itself_is_an_error(tmp_path):
+    (tmp_path / "base.yaml").write_text("include: recipe.yaml\n")
+    with pytest.raises(ValueError, match="base.yaml: include='recipe.yaml' leads back to itself"):
+        parse(tmp_path, "include: base.yaml\n")
+
+
+def test_the_bounds_of_cifar10_are_recipes_of_their_own():
+    joint, zero_shot = (
+        parse_recipe(["--recipe", str(RECIPES / f"cifar10_{name}.yaml")]).run for name in ("joint", "zero_shot")
+    )
+    assert (joint.benchmark, joint.learning, zero_shot.learning) == ("cifar10", "joint", "none")
+
+
+def test_seeds_make_a_recipe_each_with_a_folder_of_its_own(tmp_path):
+    recipes = parse(tmp_path, "seeds: 1993,1996,1997\nvary_class_order: true\n").per_seed()
+    assert [recipe.training.seed for recipe in recipes] == [1993, 1996, 1997]
+    assert [Path(recipe.training.output_dir).name for recipe in recipes] == ["seed-1993", "seed-1996", "seed-1997"]
+    assert [recipe.run.class_order_seed for recipe in recipes] == [1993, 1996, 1997]
+    assert recipes[0].to_dict()["seeds"] is None
+
+
+def test_a_number_of_seeds_counts_up_from_the_seed(tmp_path):
+    recipes = parse(tmp_path, "num_seeds: 3\nseed: 5\n").per_seed()
+    assert [(recipe.training.seed, recipe.run.class_order_seed) for recipe in recipes] == [
+        (5, None),
+        (6, None),
+        (7, None),
+    ]
+
+
+def test_without_seeds_the_recipe_is_the_only_one(tmp_path):
+    recipe = parse(tmp_path)
+    assert recipe.per_seed() == [recipe]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('seeds: "1,two"', "seeds='1,two': expected whole numbers"),
+        ('seeds: "1,1"', "expected at least one, each once"),
+        ("num_seeds: 0", "expected at least one"),
+        ('seeds: "1,2"\nnum_seeds: 2', "both given"),
+    ],
+)
+def test_what_is_no_list_of_seeds_is_an_error(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        parse(tmp_path, text)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from PIL import Image as PILImage
 from hf_zocl.continual.tasks import TaskStream, clean_class_name
 
 
-SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_DATA = ROOT.parent / "shared" / "data"
 NAMES = ["zebra", "ant_eater", "owl", "fox", "cow"]
 
 
@@ -533,6 +536,88 @@ def test_a_million_rows_take_seconds():
     stream = TaskStream.from_dataset(DatasetDict(train=train, test=train), increment=100)
     assert time.perf_counter() - started < 10
     assert sum(len(task.train) for task in stream) == 1_000_000
+
+
+MILLION = """
+import resource, sys, time
+import numpy as np, pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from hf_zocl.continual.tasks import TaskStream
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak()
+rows = 1_000_000
+features = Features({"image": Image(), "label": ClassLabel(num_classes=1000)})
+# Every image is made when it is asked for: its path names it, and there is no such file.
+paths = pa.array([f"lazy://{row}.png" for row in range(rows)])
+images = pa.StructArray.from_arrays([pa.nulls(rows, pa.binary()), paths], names=["bytes", "path"])
+labels = np.random.default_rng(0).integers(0, 1000, rows)
+split = Dataset(pa.table({"image": images, "label": labels}, schema=features.arrow_schema))
+started = time.perf_counter()
+stream = TaskStream.from_dataset(DatasetDict(train=split, test=split), increment=100, max_test_images_per_class=50)
+seconds = time.perf_counter() - started
+assert sum(len(task.train) for task in stream) == rows
+assert len(stream.evaluations(10)[0].test) == 50_000
+print(seconds, (peak() - before) / 1e6)
+"""
+
+
+def test_a_million_images_are_cut_by_index_arithmetic_in_seconds_and_little_memory():
+    done = subprocess.run([sys.executable, "-c", MILLION], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seconds, megabytes = map(float, done.stdout.split())
+    assert seconds <= 10
+    assert megabytes <= 500
+
+
+def test_a_class_order_that_misses_classes_says_which(caplog):
+    with caplog.at_level(logging.WARNING):
+        in_order(class_order=[3, 1], increment=1)
+    assert "class_order leaves out 3 of 5 classes: 'zebra', 'owl', 'cow'" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        in_order(class_order=[3, 1], increment=1, partial_order=True)
+    assert not caplog.records
+
+
+# One split, and names in a column of their own
+
+
+def test_a_share_of_every_class_becomes_the_test_images():
+    data = DatasetDict(train=split([0] * 10 + [1] * 5 + [2] * 2 + [3, 3, 4, 4]))
+    stream = in_order(data, test_fraction=0.2, increment=5)
+    assert np.bincount(labels(stream[0].test)).tolist() == [2, 1, 1, 1, 1]
+    assert sorted([*stream[0].train_rows, *stream[0].test_rows]) == list(range(21))
+    assert rows(stream[0].test) == stream[0].test_rows.tolist()
+
+
+def test_a_class_of_one_image_cannot_be_shared():
+    with pytest.raises(ValueError, match="split 'train' has no image of 1 classes: 'cow'"):
+        in_order(DatasetDict(train=split([0, 0, 1, 1, 2, 2, 3, 3, 4])), test_fraction=0.5)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.2, 1.5])
+def test_a_share_that_is_none_is_an_error(fraction):
+    with pytest.raises(ValueError, match=f"test_fraction={fraction}: expected a share between 0 and 1"):
+        in_order(test_fraction=fraction)
+
+
+def test_names_may_come_from_a_column():
+    wnids = [f"n{label:08}" for label in (2, 0, 1) * 2]
+    names = [f"great_{wnid[-1]}_ape" for wnid in wnids]
+    data = split(wnids, feature=Value("string"), title=(names, Value("string")))
+    stream = in_order(DatasetDict(train=data, test=data), name_column="title", label_column="label", increment=3)
+    assert stream.class_names == ("great 0 ape", "great 1 ape", "great 2 ape")
+
+
+def test_a_name_column_of_another_type_is_an_error():
+    with pytest.raises(ValueError, match="name_column='image' is not a column of strings"):
+        in_order(name_column="image")
+
+
+def test_rows_name_the_images_of_every_task():
+    for task in in_order(class_order=[4, 0, 2, 1, 3]):
+        assert rows(task.train) == task.train_rows.tolist()
+        assert rows(task.test) == task.test_rows.tolist()
 
 
 def test_real_cifar10_in_five_tasks_of_two():

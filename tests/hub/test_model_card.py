@@ -233,3 +233,18 @@ def test_card_admits_a_model_below_zero_shot(task):
     assert "below the zero-shot" not in render_task_card(task).text
     task["metrics"]["seen_accuracy"][-1] = 0.5
     assert "below the zero-shot" in render_task_card(task).text
+
+
+def test_several_prompts_are_listed_and_the_loading_code_says_that_it_takes_the_first(task):
+    task["prompt_template"] = ["a photo of a {}.", "a sketch of a {}."]
+    text = str(render_task_card(task))
+    assert "Prompts, whose features are averaged: `a photo of a {}.`, `a sketch of a {}.`" in text
+    assert "# The first of 2 prompts; load_task_checkpoint, below, averages them all." in text
+
+
+def test_domains_are_listed_by_name_with_the_classes_they_share(task):
+    task["scenario"], task["task_titles"] = "domain", ["photo", "sketch"]
+    text = str(render_task_card(task))
+    names = ", ".join(task["classes"])
+    assert f"| 1: photo | {names} |" in text and f"| 2: sketch | {names} |" in text
+    assert "tested among all classes. Prompt" in text

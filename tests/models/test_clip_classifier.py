@@ -146,3 +146,37 @@ def test_a_template_without_one_place_for_the_name_is_refused(classifier, templa
 def test_bad_adapter_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         AdapterArguments(**options)
+
+
+def test_several_prompts_are_averaged_class_by_class_as_features_of_unit_length(classifier):
+    prompts = ("a photo of a {}.", "a sketch of a {}.", "a {}.")
+    classifier.eval()
+    with torch.no_grad():
+        each = []
+        for prompt in prompts:
+            classifier.set_classes(["cat", "dog"], prompt)
+            each.append(classifier.encode("language"))
+        classifier.set_classes(["cat", "dog"], prompts)
+        together = classifier.encode("language")
+    classifier.set_classes(["cat", "dog", "ship"])
+    torch.testing.assert_close(together, F.normalize(sum(each) / 3, dim=-1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_list_of_one_prompt_is_that_prompt_to_the_last_bit(classifier):
+    classifier.eval()
+    batch = image_batch()
+    with torch.no_grad():
+        classifier.set_classes(["cat", "dog"])
+        one = classifier(batch["pixel_values"]).logits
+        classifier.set_classes(["cat", "dog"], ["a photo of a {}."])
+        other = classifier(batch["pixel_values"]).logits
+    classifier.set_classes(["cat", "dog", "ship"])
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [("a photo", "'a photo'"), ((), "is empty"), (("a {}.", "{} {}"), "'{} {}'")]
+)
+def test_a_prompt_without_its_one_place_for_the_name_is_an_error(classifier, template, message):
+    with pytest.raises(ValueError, match=f"prompt_template.*{message}"):
+        classifier.set_classes(["cat"], template)

@@ -546,13 +546,14 @@ def test_the_trainers_options_work(tmp_path, options):
 
 
 def test_all_losses_of_an_estimate_see_the_same_routing_noise(tmp_path):
+    """With an ε as small as this the gates differ only if the noise does."""
     model, seen = mini_clip_classifier(adapter="moe"), []
-    args = arguments(tmp_path, zo_branch="language", zo_layers="all", zo_queries=3, max_steps=1)
+    args = arguments(tmp_path, zo_branch="language", zo_layers="all", zo_queries=3, zo_eps=1e-12, max_steps=1)
     for name, module in model.named_modules():
-        if name.endswith("vision_model.encoder.layers.0.mlp.moe_adapter_mixtures.default.routers.0"):
+        if name.endswith("text_model.encoder.layers.0.mlp.moe_adapter_mixtures.default.routers.0"):
             module.register_forward_hook(lambda module, args, routing: seen.append(routing.gates.detach().clone()))
     ZOCLTrainer(model=model, args=args, train_dataset=image_examples()).train()
-    assert len(seen) >= 4
+    assert len(seen) == 4
     assert all(torch.equal(gates, seen[0]) for gates in seen)
     assert seen[0].std() > 0
 

@@ -1,0 +1,160 @@
+"""What a model gets right on a stream's test images; the same in a run and in scripts/evaluate.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import ProcessorMixin, Trainer
+
+from ..models import CLIPClassifier
+from .images import ImageCollator, PixelCodec
+from .metrics import (
+    accuracy_row,
+    average_accuracy,
+    calibration_error,
+    last_accuracy,
+    per_class_accuracy,
+    top_k_accuracy,
+)
+from .tasks import Evaluation, TaskStream
+
+
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions on test images.
+
+    Args:
+        labels: True arrival labels, `(n,)`.
+        ranked: Arrival labels by falling score, `(n, at most 5)`.
+        confidences: The probability of the first of them, `(n,)`.
+        tasks: The task, counted from 1, of every image, `(n,)`.
+    """
+
+    labels: np.ndarray
+    ranked: np.ndarray
+    confidences: np.ndarray
+    tasks: np.ndarray
+
+    @property
+    def hits(self) -> np.ndarray:
+        return self.ranked[:, 0] == self.labels
+
+    def by_task(self) -> dict[int, float]:
+        """The accuracy on the images of every task."""
+        return {int(task): float(self.hits[self.tasks == task].mean()) for task in np.unique(self.tasks)}
+
+
+class StreamEvaluator:
+    """Measures a model on a stream's test images, predicting among what the stream's scenario says.
+
+    Args:
+        model: The classifier; its classes are set anew for every evaluation.
+        processor: The CLIP model's processor.
+        trainer: Its `predict` is used, with its arguments; its collator is replaced.
+        codec: Reads images that are bytes.
+    """
+
+    def __init__(
+        self, model: CLIPClassifier, processor: ProcessorMixin, trainer: Trainer, codec: PixelCodec | None = None
+    ):
+        self.model, self.processor, self.trainer, self.codec = model, processor, trainer, codec
+
+    def after(self, stream: TaskStream, index: int) -> dict[str, Any]:
+        """Measure the model as it is to be measured after task `index`.
+
+        Returns:
+            `row` (the accuracy on the test images of tasks 1 to `index`), `seen` (the accuracy on all of them; where
+            datasets are tasks, the mean over the datasets) and `details`: `top_5_accuracy`, `calibration_error` and
+            `per_class_accuracy`, by arrival label.
+        """
+        found = [self.predict(evaluation) for evaluation in stream.evaluations(index)]
+        labels, ranked = np.concatenate([f.labels for f in found]), _stack([f.ranked for f in found])
+        hits, tasks = ranked[:, 0] == labels, np.concatenate([f.tasks for f in found])
+        row, seen = accuracy_row(ranked[:, 0], labels, tasks)
+        classes = len(stream.seen_class_names(index))
+        details = {
+            "top_5_accuracy": top_k_accuracy(ranked, labels, TOP_K),
+            "calibration_error": calibration_error(np.concatenate([f.confidences for f in found]), hits),
+            "per_class_accuracy": per_class_accuracy(ranked[:, 0], labels, classes),
+        }
+        return {"row": row, "seen": _seen(stream, row, seen), "details": details}
+
+    def future(self, stream: TaskStream, index: int) -> list[float]:
+        """The accuracy on each task after `index`, predicted among the classes it will have when it arrives."""
+        return [float(self.predict(evaluation).hits.mean()) for evaluation in stream.future_evaluations(index)]
+
+    def zero_shot(self, stream: TaskStream) -> dict[str, Any]:
+        """The model by the protocol of the whole stream, without training; one pass over all test images."""
+        last = len(stream)
+        if stream.scenario == "class":
+            matrix, seen = self._zero_shot_by_class(stream)
+        else:  # what an image is predicted among does not change with time
+            found = [self.predict(evaluation) for evaluation in stream.evaluations(last)]
+            hits, tasks = np.concatenate([f.hits for f in found]), np.concatenate([f.tasks for f in found])
+            row = [float(hits[tasks == task.index].mean()) for task in stream]
+            matrix = [row[:index] for index in range(1, last + 1)]
+            seen = [_seen(stream, row, float(hits[tasks <= i + 1].mean())) for i, row in enumerate(matrix)]
+        return {
+            "per_task": matrix[-1],
+            "accuracy_matrix": matrix,
+            "seen_accuracy": seen,
+            "avg": average_accuracy(seen),
+            "last": last_accuracy(seen),
+        }
+
+    def _zero_shot_by_class(self, stream: TaskStream) -> tuple[list[list[float]], list[float]]:
+        counts = [len(stream.seen_class_names(task.index)) for task in stream]
+        (everything,) = stream.evaluations(len(stream))
+        predictions, labels = self._run(
+            everything,
+            lambda logits: torch.stack([logits[:, :count].argmax(dim=-1) for count in counts], dim=-1),
+        )
+        matrix, seen = [], []
+        for index, count in enumerate(counts):
+            rows = labels < count
+            row, accuracy = accuracy_row(predictions[rows, index], labels[rows], everything.task_indices[rows])
+            matrix.append(row)
+            seen.append(accuracy)
+        return matrix, seen
+
+    def predict(self, evaluation: Evaluation) -> Predictions:
+        """Predict the images of one evaluation among its classes."""
+        (ranked, confidences), labels = self._run(evaluation, _rank)
+        first = evaluation.first_label
+        return Predictions(labels + first, ranked + first, confidences, evaluation.task_indices)
+
+    def _run(self, evaluation: Evaluation, keep) -> tuple[Any, np.ndarray]:
+        """What `keep` makes of the logits, and the labels counted from the evaluation's first class."""
+        self.model.set_classes(evaluation.class_names, evaluation.prompt_template)
+        self.trainer.data_collator = ImageCollator(
+            self.processor, evaluation.tasks[0].arrival_labels, evaluation.first_label, self.codec
+        )
+        self.trainer.preprocess_logits_for_metrics = lambda logits, labels: keep(
+            logits[0] if isinstance(logits, tuple) else logits
+        )
+        output = self.trainer.predict(evaluation.test, metric_key_prefix="test")
+        return output.predictions, output.label_ids
+
+
+def _rank(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # A stable sort: of equal scores the first class is ranked first, as argmax has it.
+    ranked = logits.sort(dim=-1, descending=True, stable=True).indices[:, :TOP_K]
+    return ranked, logits.softmax(dim=-1).amax(dim=-1)
+
+
+def _stack(ranked: Sequence[np.ndarray]) -> np.ndarray:
+    """Rankings below one another; shorter ones (fewer classes) are filled with -1, which is no label."""
+    width = max(array.shape[1] for array in ranked)
+    return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-1) for a in ranked])
+
+
+def _seen(stream: TaskStream, row: Sequence[float], by_image: float) -> float:
+    """Datasets weigh the same whatever their size, as in MTIL; otherwise images do."""
+    return float(np.mean(row)) if stream.scenario == "cross-dataset" else by_image

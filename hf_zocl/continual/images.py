@@ -1,0 +1,235 @@
+"""A stream's images: decoded and resized once, kept as bytes in a memory-mapped Arrow file, and made into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets.fingerprint import Hasher
+from PIL import Image as PILImage
+from torch.utils.data import Dataset
+from transformers import BaseImageProcessor, ProcessorMixin
+from transformers.utils import logging
+
+from .tasks import Task, TaskStream
+
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_CACHE_GB = 4.0
+# What Pillow raises, by format and by where the file is broken.
+_CORRUPT = (OSError, SyntaxError, ValueError, TypeError, EOFError, PILImage.DecompressionBombError)
+_AS_THEY_ARE = {"do_resize": False, "do_center_crop": False, "do_convert_rgb": False}
+
+
+class PixelCodec:
+    """An image processor in two steps: an image to pixels (8 bits a value), and pixels to the model's values.
+
+    The second step looks each value up in a table that the processor itself has filled, so both steps together give
+    what the processor gives, to the last bit.
+
+    Args:
+        image_processor: A processor that converts, resizes, crops, rescales and normalises, as CLIP's does.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor):
+        self.image_processor = image_processor
+        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+        self.shape = (3, int(size["height"]), int(size["width"]))
+        ramp = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
+        values = image_processor(
+            images=[ramp], input_data_format="channels_first", return_tensors="pt", **_AS_THEY_ARE
+        )
+        self._table = values["pixel_values"][0, :, 0].numpy().ravel()
+        self._channel = (256 * np.arange(3, dtype=np.int32)).reshape(3, 1, 1)
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes that one image takes."""
+        return int(np.prod(self.shape))
+
+    def pixels(self, image: Any) -> bytes:
+        """The pixels of one PIL image, converted, resized and cropped; bytes of `shape`."""
+        pixels = self.image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+        return np.asarray(pixels["pixel_values"][0], dtype=np.uint8).tobytes()
+
+    def values(self, pixels: Iterable[bytes]) -> torch.Tensor:
+        """Rescaled and normalised, float32; `(images, channels, height, width)`."""
+        array = np.frombuffer(b"".join(pixels), dtype=np.uint8).reshape(-1, *self.shape)
+        return torch.from_numpy(np.take(self._table, array + self._channel))
+
+
+class ImageCollator:
+    """Makes a batch of a task's images: the processor's pixel values, and labels in order of arrival.
+
+    Args:
+        processor: The CLIP model's processor.
+        arrival_labels: The position in the class order of every label id of the dataset.
+        first_label: Subtracted from the arrival labels: training sees the task's own classes alone.
+        codec: Reads images that are bytes (see `prepare_images`); PIL images go through the processor.
+    """
+
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        arrival_labels: np.ndarray,
+        first_label: int = 0,
+        codec: PixelCodec | None = None,
+    ):
+        self.image_processor = processor.image_processor
+        self.arrival_labels, self.first_label, self.codec = arrival_labels, first_label, codec
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        images = [example["image"] for example in examples]
+        labels = self.arrival_labels[[example["label"] for example in examples]] - self.first_label
+        if isinstance(images[0], bytes):
+            pixel_values = self.codec.values(images)
+        else:
+            pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "labels": torch.as_tensor(labels, dtype=torch.long)}
+
+
+def prepare_images(
+    stream: TaskStream,
+    codec: PixelCodec,
+    cache_gb: float = DEFAULT_CACHE_GB,
+    skip_corrupt: bool = False,
+    workers: int = 0,
+) -> tuple[TaskStream, int]:
+    """Decode and resize a stream's images ahead of training, if their pixels fit into the cache.
+
+    The cache is an Arrow file in the datasets' cache folder, memory-mapped, one for each task and split; its name is a
+    hash of the images and the processor, so that a later run finds it. Beyond `cache_gb` images are decoded whenever
+    they are needed.
+
+    Args:
+        stream: The tasks.
+        codec: The image processor's two steps.
+        cache_gb: The greatest size of the pixels, in GB (1e9 bytes); 0: no cache.
+        skip_corrupt: Leave out images that cannot be decoded, rather than stop.
+        workers: Processes that decode; 0: this one.
+
+    Returns:
+        The same tasks over images that are bytes, and how many images were left out.
+
+    Raises:
+        ValueError: If an image cannot be decoded, which names its row (without a cache: when it is needed); or if
+            `skip_corrupt` leaves a class without an image.
+    """
+    images = sum(len(task.train) + len(task.test) for task in stream)
+    size = images * codec.image_bytes / 1e9
+    if size > cache_gb:
+        logger.info(
+            f"{images} images take {size:.1f} GB: above image_cache_gb={cache_gb}, so each is decoded on demand."
+        )
+
+    def prepare(task: Task) -> Task:
+        parts = {}
+        for split, data, rows in (("train", task.train, task.train_rows), ("test", task.test, task.test_rows)):
+            source = _Source(data, rows, f"{stream.name}, task {task.index}, {split} images", codec)
+            parts[split] = source.cached(skip_corrupt, workers) if size <= cache_gb else source.lazy(skip_corrupt)
+            if skip_corrupt:
+                _check_classes(task, parts[split], source.where)
+        return replace(task, train_rows=None, test_rows=None, **parts)
+
+    prepared = stream.map_tasks(prepare)
+    skipped = images - sum(len(task.train) + len(task.test) for task in prepared)
+    if skipped:
+        logger.warning(f"skip_corrupt: {skipped} of {images} images cannot be decoded and are left out.")
+    return prepared, skipped
+
+
+class _Source:
+    """The images of one task and split, with the rows they come from."""
+
+    def __init__(self, data: datasets.Dataset, rows: np.ndarray | None, where: str, codec: PixelCodec):
+        self.feature = data.features["image"]
+        self.fingerprint = Hasher.hash(
+            (data._fingerprint, codec.image_processor.to_json_string(), datasets.__version__)
+        )
+        self.data = data.cast_column("image", datasets.Image(decode=False))
+        self.rows = np.arange(len(data)) if rows is None else rows
+        self.where, self.codec = where, codec
+
+    def decode(self, image: dict[str, Any], index: int) -> bytes:
+        """One image's pixels.
+
+        Raises:
+            ValueError: If it cannot be decoded, naming its row in the split.
+        """
+        try:
+            return self.codec.pixels(self.feature.decode_example(image))
+        except _CORRUPT as error:
+            raise ValueError(
+                f"{self.where}: the image in row {self.rows[index]} cannot be decoded ({error}); "
+                "skip_corrupt leaves such images out."
+            ) from error
+
+    def readable(self, image: dict[str, Any], index: int) -> bytes | None:
+        try:
+            return self.decode(image, index)
+        except ValueError:
+            logger.warning(f"{self.where}: the image in row {self.rows[index]} cannot be decoded and is left out.")
+            return None
+
+    def cached(self, skip_corrupt: bool, workers: int) -> datasets.Dataset:
+        """All images, decoded now (or by an earlier run) into a memory-mapped file."""
+        read = self.readable if skip_corrupt else self.decode
+
+        def decode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+            pixels = [read(image, index) for image, index in zip(batch["image"], indices, strict=True)]
+            kept = [index for index, value in enumerate(pixels) if value is not None]
+            return {"image": [pixels[i] for i in kept], "label": [batch["label"][i] for i in kept]}
+
+        return self.data.map(
+            decode,
+            batched=True,
+            batch_size=256,
+            with_indices=True,
+            features=datasets.Features({"image": datasets.Value("binary"), "label": self.data.features["label"]}),
+            new_fingerprint=f"{self.fingerprint}{'-skip' if skip_corrupt else ''}",
+            num_proc=workers or None,
+            desc="Decoding images",
+        )
+
+    def lazy(self, skip_corrupt: bool) -> LazyImages:
+        """All images, each decoded when it is needed; with `skip_corrupt`, once ahead to see whether it can be."""
+        kept = np.arange(len(self.data))
+        if skip_corrupt:
+            kept = np.array([i for i in kept if self.readable(self.data[int(i)]["image"], i) is not None], dtype=int)
+        return LazyImages(self, kept)
+
+
+class LazyImages(Dataset):
+    """Images that are decoded when they are needed: examples of `image` (bytes) and `label`."""
+
+    def __init__(self, source: _Source, kept: np.ndarray):
+        self.source, self.kept = source, kept
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = self.kept[list(indices)]
+        batch = self.source.data[rows.tolist()]
+        pixels = [self.source.decode(image, row) for image, row in zip(batch["image"], rows, strict=True)]
+        return [{"image": image, "label": label} for image, label in zip(pixels, batch["label"], strict=True)]
+
+    @property
+    def labels(self) -> list[int]:
+        return self.source.data.select(self.kept)["label"][:]
+
+
+def _check_classes(task: Task, images: datasets.Dataset | LazyImages, where: str) -> None:
+    """Every class of the task has an image left."""
+    labels = images.labels if isinstance(images, LazyImages) else images["label"][:]
+    lost = [name for label, name in zip(task.class_ids, task.class_names, strict=True) if label not in set(labels)]
+    if lost:
+        raise ValueError(f"skip_corrupt: {where}: no image of {', '.join(map(repr, lost))} can be decoded.")

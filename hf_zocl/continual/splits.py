@@ -1,0 +1,276 @@
+"""A dataset's splits: which columns hold images and labels, what the classes are called, and which rows are whose."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import datasets
+import numpy as np
+
+
+TRAIN_SPLITS = ("train",)
+TEST_SPLITS = ("test", "validation", "valid", "val")
+LABEL_COLUMNS = ("label", "labels")
+CLASS_ORDER_SEED = 1993
+
+
+def clean_class_name(name: str) -> str:
+    """Make a dataset's class name fit for a prompt.
+
+    WordNet ids go, of synonyms with commas between them the first stays, underscores and repeated blanks become one
+    blank, and a name all in capitals is lowered unless it is as short as an acronym (`CD`, `SUV`). Other names keep
+    their case.
+
+    >>> clean_class_name("n01440764 tench, Tinca tinca")
+    'tench'
+    >>> clean_class_name("golden__retriever")
+    'golden retriever'
+    """
+    name = re.sub(r"\bn\d{8}(?!\d)", " ", name)
+    first = next((part for part in name.split(",") if part.strip(" _")), "")
+    words = " ".join(first.replace("_", " ").split())
+    return words.lower() if words.isupper() and len(words) > 3 else words
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of the dataset: its name, its rows, and, once the columns are chosen, each row's number and labels."""
+
+    name: str
+    data: datasets.Dataset
+    labels: np.ndarray | None = None
+    domains: np.ndarray | None = None
+    row_ids: np.ndarray | None = None
+
+    def with_columns(self, image_column: str, label_column: str, domain_column: str | None = None) -> Split:
+        domains = None if domain_column is None else self._domains(domain_column)
+        data = self.data.with_format(None).select_columns([image_column, label_column])
+        if (image_column, label_column) != ("image", "label"):
+            data = data.rename_columns({image_column: "image", label_column: "label"})
+        # Through Arrow: a million labels take a fraction of a second, and the images are left alone.
+        column = data.select_columns("label").with_format("arrow")[:]["label"]
+        if column.null_count:
+            row = int(np.argmax(column.is_null().to_numpy()))
+            raise ValueError(
+                f"split {self.name!r}: {column.null_count} of {len(column)} images have no label in column "
+                f"{label_column!r}; the first is row {row}."
+            )
+        labels = column.to_numpy()
+        labels = labels if labels.dtype == object else labels.astype(np.int64)
+        return Split(self.name, data, labels, domains, np.arange(len(labels)))
+
+    def _domains(self, column: str) -> np.ndarray:
+        usable = [name for name, feature in self.data.features.items() if _holds_labels(feature)]
+        _column(self, column, usable, "domain_column", "of class labels, integers or strings")
+        values = self.data.select_columns(column).with_format("arrow")[:][column].to_numpy()
+        feature = self.data.features[column]
+        return np.array(feature.names)[values] if isinstance(feature, datasets.ClassLabel) else values
+
+    def rows(self, rows: np.ndarray) -> Split:
+        domains = None if self.domains is None else self.domains[rows]
+        return Split(self.name, self.data.select(rows), self.labels[rows], domains, self.row_ids[rows])
+
+    def in_domain(self, domain) -> Split:
+        kept = self.rows(np.flatnonzero(self.domains == domain))
+        return replace(kept, name=f"{self.name} of domain {domain}")
+
+    def select(self, rows: dict[int, np.ndarray], labels: Iterable[int]) -> Split:
+        """The rows of some classes, in the dataset's order."""
+        return self.rows(np.sort(np.concatenate([rows[label] for label in labels])))
+
+
+def load_splits(dataset, config_name: str | None, revision: str | None) -> Mapping[str, datasets.Dataset]:
+    splits = dataset
+    if isinstance(dataset, str | os.PathLike):
+        try:
+            splits = datasets.load_dataset(os.fspath(dataset), config_name, revision=revision)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise ValueError(f"dataset={dataset!r}, a Hub id or a local folder, cannot be loaded: {error}") from error
+    if isinstance(splits, Mapping) and all(isinstance(split, datasets.Dataset) for split in splits.values()):
+        return splits
+    raise ValueError(
+        "dataset: expected a Hub id, a local folder or a DatasetDict that is not streamed, "
+        f"got {type(splits).__name__}."
+    )
+
+
+def open_split(
+    splits: Mapping[str, datasets.Dataset], given: str | None, argument: str, defaults: tuple[str, ...]
+) -> Split:
+    wanted = defaults if given is None else (given,)
+    name = next((name for name in wanted if name in splits), None)
+    if name is None:
+        which = f"{argument}={given!r}" if given is not None else f"no {' or '.join(map(repr, wanted))}"
+        raise ValueError(f"{which}: the dataset's splits are {listed(splits)}; choose one by {argument}.")
+    if len(splits[name]) == 0:
+        raise ValueError(f"split {name!r} is empty; choose another by {argument}.")
+    return Split(str(name), splits[name])
+
+
+def find_image_column(split: Split, given: str | None) -> str:
+    features = split.data.features
+    found = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    return _column(split, given, found, "image_column", "of type Image")
+
+
+def find_label_column(split: Split, given: str | None) -> str:
+    features = split.data.features
+    usable = [name for name, feature in features.items() if _holds_labels(feature)]
+    if given is not None:
+        return _column(split, given, usable, "label_column", "of class labels, integers or strings")
+    found = [name for name in usable if isinstance(features[name], datasets.ClassLabel)]
+    found = found or [name for name in usable if name in LABEL_COLUMNS]
+    what = f"of type ClassLabel, nor one of integers or strings named {' or '.join(map(repr, LABEL_COLUMNS))}"
+    return _column(split, given, found, "label_column", what)
+
+
+def _column(split: Split, given: str | None, found: list[str], argument: str, what: str) -> str:
+    """The one column found, or the given one if it is among those."""
+    columns = ", ".join(f"{name!r} ({_type_name(feature)})" for name, feature in split.data.features.items())
+    if given is not None and given not in found:
+        raise ValueError(f"{argument}={given!r} is not a column {what} of split {split.name!r}; it has {columns}.")
+    if given is None and not found:
+        raise ValueError(f"split {split.name!r} has no column {what}; it has {columns}. {argument} chooses one.")
+    if given is None and len(found) > 1:
+        raise ValueError(f"split {split.name!r} has several such columns, {listed(found)}: choose one by {argument}.")
+    return given or found[0]
+
+
+def _is_string(feature) -> bool:
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string")
+
+
+def _holds_labels(feature) -> bool:
+    is_integer = isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint"))
+    return isinstance(feature, datasets.ClassLabel) or is_integer or _is_string(feature)
+
+
+def _type_name(feature) -> str:
+    return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+
+
+def encode_strings(train: Split, test: Split) -> tuple[Split, Split]:
+    """Replace string labels by ids, in alphabetical order over both splits; other labels stay."""
+    for split, other in ((train, test), (test, train)):
+        feature, expected = split.data.features["label"], other.data.features["label"]
+        if _is_string(feature) != _is_string(expected):
+            raise ValueError(
+                f"the labels of split {split.name!r} are {_type_name(feature)}, "
+                f"those of split {other.name!r} {_type_name(expected)}; expected the same type."
+            )
+    if not _is_string(train.data.features["label"]):
+        return train, test
+    # `Dataset.class_encode_column` would write every image to a new cache file.
+    strings = sorted({*train.labels, *test.labels})
+    ids = {string: label for label, string in enumerate(strings)}
+    feature, encoded = datasets.ClassLabel(names=strings), []
+    for split in (train, test):
+        labels = np.array([ids[string] for string in split.labels], dtype=np.int64)
+        data = split.data.remove_columns("label").add_column("label", labels, feature=feature)
+        encoded.append(replace(split, data=data, labels=labels))
+    return encoded[0], encoded[1]
+
+
+def names_from_column(split: Split, column: str, labels: np.ndarray) -> list[str]:
+    """The prompt names by label id, from the first image of every class."""
+    column = _column(
+        split, column, [c for c, f in split.data.features.items() if _is_string(f)], "name_column", "of strings"
+    )
+    ids, rows = np.unique(labels, return_index=True)
+    if not np.array_equal(ids, np.arange(len(ids))):
+        raise ValueError(f"name_column={column!r}: split {split.name!r} has no image of some class; give class_names.")
+    return [clean_class_name(name) for name in split.data.with_format(None).select(rows)[column]]
+
+
+def split_off(split: Split, fraction: float) -> tuple[Split, Split]:
+    """Cut a split in two, class by class: the rest, and `fraction` of every class (at least one image)."""
+    if not 0 < fraction < 1:
+        raise ValueError(f"test_fraction={fraction}: expected a share between 0 and 1.")
+    is_test = np.zeros(len(split.labels), dtype=bool)
+    by_label = np.argsort(split.labels, kind="stable")
+    ids, starts = np.unique(split.labels[by_label], return_index=True)
+    for label, rows in zip(ids, np.split(by_label, starts[1:]), strict=True):
+        count = max(1, round(fraction * len(rows)))
+        is_test[_draw(rows, count, (CLASS_ORDER_SEED, int(label)))] = True
+    return split.rows(np.flatnonzero(~is_test)), split.rows(np.flatnonzero(is_test))
+
+
+def read_class_names(train: Split, test: Split, given: Sequence[str] | None) -> dict[int, str]:
+    """The prompt names by label id; every label of both splits has one."""
+    feature, test_feature = train.data.features["label"], test.data.features["label"]
+    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    test_own = test_feature.names if isinstance(test_feature, datasets.ClassLabel) else None
+    if own != test_own:
+        raise ValueError(
+            f"the label names of split {test.name!r} ({listed(test_own or [])}) are not those of split "
+            f"{train.name!r} ({listed(own or [])}): one label id would mean two classes."
+        )
+    if given is not None:
+        if not given or (own is not None and len(given) != len(own)):
+            expected = len(own) if own is not None else "at least one"
+            raise ValueError(f"class_names has {len(given)} names; expected {expected}, one for each class.")
+        names, source = dict(enumerate(given)), "class_names"
+    elif own is not None:
+        names, source = {label: clean_class_name(name) for label, name in enumerate(own)}, "the dataset's label names"
+    else:
+        names, source = {int(label): str(label) for label in np.unique(train.labels)}, f"split {train.name!r}"
+    for split in (train, test):
+        outside = np.flatnonzero(~np.isin(split.labels, list(names)) | (split.labels < 0))
+        if outside.size:
+            row = outside[0]
+            raise ValueError(
+                f"split {split.name!r}, row {row}: label {split.labels[row]} is outside the {len(names)} classes of "
+                f"{source} (ids {min(names)} to {max(names)}); {outside.size} of {len(split.labels)} rows are."
+            )
+    return names
+
+
+def check_names(names: dict[int, str], feature, are_given: bool) -> None:
+    """Every class of the stream has a name of its own."""
+    own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    source = "class_names" if are_given else "the dataset's label names"
+    labels_by_name: dict[str, list[int]] = {}
+    for label, name in names.items():
+        labels_by_name.setdefault(name, []).append(label)
+    for name, labels in labels_by_name.items():
+        shown = ", ".join(f"{label} ({own[label]!r})" if own else str(label) for label in labels)
+        if not name.strip():
+            raise ValueError(f"{source}: nothing is left for a prompt of the name of class {shown}; give class_names.")
+        if len(labels) > 1:
+            raise ValueError(f"{source}: classes {shown} are all called {name!r} in a prompt; give class_names.")
+
+
+def rows_by_class(
+    split: Split, order: tuple[int, ...], names: dict[int, str], cap: int | None, argument: str, seed: int
+) -> dict[int, np.ndarray]:
+    """The rows of every class of the stream, at most `cap` of each."""
+    if cap is not None and cap < 1:
+        raise ValueError(f"{argument}={cap}: expected at least 1 image per class, or None for all.")
+    by_label = np.argsort(split.labels, kind="stable")
+    ids = np.array(order)
+    ends = [np.searchsorted(split.labels, ids, side=side, sorter=by_label) for side in ("left", "right")]
+    rows = {label: by_label[start:stop] for label, start, stop in zip(order, *ends, strict=True)}
+    empty = [f"{names[label]!r} (id {label})" for label in order if not len(rows[label])]
+    if empty:
+        raise ValueError(
+            f"split {split.name!r} has no image of {len(empty)} classes: {listed(empty, str)}. "
+            "Every class of the stream needs one; class_order can leave classes out."
+        )
+    if cap is None:
+        return rows
+    return {label: _draw(candidates, cap, (seed, label)) for label, candidates in rows.items()}
+
+
+def _draw(candidates: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    if len(candidates) <= count:
+        return candidates
+    return np.random.default_rng(seed).choice(candidates, count, replace=False)
+
+
+def listed(values: Iterable, show=repr, limit: int = 10) -> str:
+    values = list(values)
+    rest = f" and {len(values) - limit} more" if len(values) > limit else ""
+    return ", ".join(map(show, values[:limit])) + rest

@@ -1,0 +1,157 @@
+"""Several settings side by side: mean ± standard deviation over seeds, and paired differences against a baseline."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .runs import RunGroup, load_groups
+
+
+# name, heading, factor, decimals; accuracies are in percent
+FIGURES = (
+    ("last", "Last", 100, 1),
+    ("avg", "Avg", 100, 1),
+    ("forgetting", "forgetting", 100, 1),
+    ("backward_transfer", "BWT", 100, 1),
+    ("forward_transfer", "FWT", 100, 1),
+    ("mtil.transfer", "Transfer", 100, 1),
+    ("mtil.avg", "MTIL Avg", 100, 1),
+    ("zero_shot_retention", "retention", 100, 1),
+    ("seconds", "seconds", 1, 0),
+    ("peak_memory_bytes", "GB", 1e-9, 2),
+)
+PAIRED = ("last", "avg")
+ALWAYS = ("last", "avg", "forgetting", "seconds", "peak_memory_bytes")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A table of settings.
+
+    Args:
+        headings: Of the columns.
+        rows: Cells as text, a row for each setting, zero-shot first.
+        note: What the columns mean.
+    """
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+
+    def markdown(self) -> str:
+        """A Markdown table and its note."""
+        lines = [self.headings, ("---", *["---:"] * (len(self.headings) - 1)), *self.rows]
+        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{self.note}"
+
+    def latex(self) -> str:
+        """A LaTeX table for the booktabs package, its note as a comment."""
+        lines = [f"{' & '.join(map(_latex, row))} \\\\" for row in (self.headings, *self.rows)]
+        return "\n".join(
+            [
+                f"% {self.note}",
+                f"\\begin{{tabular}}{{l{'r' * (len(self.headings) - 1)}}}",
+                "\\toprule",
+                lines[0],
+                "\\midrule",
+                *lines[1:],
+                "\\bottomrule",
+                "\\end{tabular}",
+            ]
+        )
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write comparison.md and comparison.tex."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for name, text in (("comparison.md", self.markdown()), ("comparison.tex", self.latex())):
+            unfinished = folder / f".{name}.tmp"
+            unfinished.write_text(text + "\n", encoding="utf-8")
+            os.replace(unfinished, folder / name)
+            paths.append(folder / name)
+        return paths
+
+
+def compare_runs(folders: Sequence[str | Path], baseline: str | None = None) -> Comparison:
+    """Compare runs by their `results.json`, see `load_groups` and `compare_groups`."""
+    return compare_groups(load_groups(folders), baseline)
+
+
+def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> Comparison:
+    """Mean ± sample standard deviation over the seeds of each setting, and how far it is from a baseline.
+
+    A paired difference is the mean ± standard deviation, over the seeds that both have, of the difference of the two
+    runs with the same seed: what the seeds have in common cancels out.
+
+    Args:
+        groups: The settings.
+        baseline: The name of the one to subtract; None: no differences.
+
+    Raises:
+        ValueError: If there is no setting of the baseline's name, or a setting has no seed in common with it.
+    """
+    names = [group.name for group in groups]
+    if baseline is not None and baseline not in names:
+        raise ValueError(f"baseline={baseline!r}: there are {', '.join(map(repr, names))}.")
+    reference = next((group for group in groups if group.name == baseline), None)
+    figures = [f for f in FIGURES if f[0] in ALWAYS or any(np.isfinite(g.values(f[0])).any() for g in groups)]
+    headings = ["setting", "seeds", *(heading for _, heading, *_ in figures)]
+    rows = [_zero_shot_row(groups[0], figures)]
+    for group in groups:
+        rows.append(
+            [group.name, str(len(group.runs)), *(_cell(group.values(name) * f, d) for name, _, f, d in figures)]
+        )
+    if reference is not None:
+        headings += [f"Δ {heading}" for name, heading, *_ in figures if name in PAIRED]
+        rows[0] += [""] * len(PAIRED)
+        for row, group in zip(rows[1:], groups, strict=True):
+            row += [
+                "baseline" if group is reference else _cell(100 * _paired(group, reference, name), 1, sign=True)
+                for name in PAIRED
+            ]
+    note = (
+        "Accuracies in percent, mean ± standard deviation over the seeds; zero-shot of the first setting's first seed."
+    )
+    if reference is not None:
+        note += f" Δ: paired differences to {baseline}, seed by seed."
+    return Comparison(tuple(headings), tuple(map(tuple, rows)), note)
+
+
+def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
+    zero_shot = group.first["zero_shot"]
+    return ["zero-shot", "", *(f"{100 * zero_shot[name]:.1f}" if name in zero_shot else "" for name, *_ in figures)]
+
+
+def _paired(group: RunGroup, reference: RunGroup, name: str) -> np.ndarray:
+    """The difference of the runs with the same seed. Shape: (common seeds,)."""
+    theirs = {run["seed"]: run[name] for run in reference.runs}
+    differences = [run[name] - theirs[run["seed"]] for run in group.runs if run["seed"] in theirs]
+    if not differences:
+        seeds = [sorted(run["seed"] for run in each.runs) for each in (group, reference)]
+        raise ValueError(f"{group.name} (seeds {seeds[0]}) has no seed in common with {reference.name} ({seeds[1]}).")
+    return np.array(differences)
+
+
+def _cell(values: np.ndarray, decimals: int, sign: bool = False) -> str:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return "–"
+    mean = f"{values.mean():{'+' if sign else ''}.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{decimals}f}"
+
+
+_LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"±": r"$\pm$", "Δ": r"$\Delta$", "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"},
+}
+
+
+def _latex(cell: str) -> str:
+    text = "".join(_LATEX.get(character, character) for character in cell)
+    return re.sub(r"^-(?=\d)", "$-$", text)

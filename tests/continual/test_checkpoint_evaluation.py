@@ -1,0 +1,108 @@
+"""A checkpoint measured again: the numbers of its run, to the last bit; and on other benchmarks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
+from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def train(output_dir: Path, *arguments: str) -> dict:
+    options = "--class_order 3 8 0 --increment 2 --max_train_images_per_class 24 --max_test_images_per_class 10"
+    options += " --max_steps 3 --learning_rate 1e-2 --zo_learning_rate 1e-2 --zo_sign true --report_to none"
+    options += " --save_strategy no --disable_tqdm true"
+    return build_scheduler(parse_recipe(["--output_dir", str(output_dir), *options.split(), *arguments])).run()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, dict]:
+    output_dir = tmp_path_factory.mktemp("run")
+    return output_dir, train(output_dir)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_numbers_are_those_of_the_run(run, number):
+    output_dir, results = run
+    measured = evaluate_checkpoint(output_dir / f"task-{number:02d}")
+    assert measured["task"] == number
+    assert measured["accuracy_row"] == results["accuracy_matrix"][number - 1]
+    assert measured["seen_accuracy"] == results["seen_accuracy"][number - 1]
+    assert measured["details"] == results["details"][number - 1]
+
+
+def test_a_task_of_a_run_and_a_revision_on_the_hub_name_a_checkpoint(run, monkeypatch):
+    output_dir, results = run
+    assert evaluate_checkpoint(output_dir, task=2)["accuracy_row"] == results["accuracy_matrix"][1]
+    asked = []
+
+    def snapshot_download(repository, revision, **more):
+        asked.append((repository, revision))
+        return str(output_dir / revision)
+
+    monkeypatch.setattr("hf_zocl.hub.checkpoint.snapshot_download", snapshot_download)
+    measured = evaluate_checkpoint("someone/stream", revision="task-01")
+    assert asked == [("someone/stream", "task-01")]
+    assert (measured["checkpoint"], measured["accuracy_row"]) == ("someone/stream", results["accuracy_matrix"][0])
+
+
+def test_another_benchmark_is_measured_whole_with_its_own_prompts_and_classes(run):
+    measured = evaluate_checkpoint(run[0] / "task-01", benchmark="cifar10-sample", max_test_images_per_class=3)
+    assert (measured["task"], len(measured["classes"]), len(measured["accuracy_row"])) == (5, 10, 5)
+
+
+def test_another_scenario_asks_among_other_classes(run):
+    measured = evaluate_checkpoint(run[0] / "task-02", scenario="task")
+    assert measured["scenario"] == "task"
+    assert measured["accuracy_row"][1] == 1.0  # the second task has one class
+
+
+def test_every_scenario_gives_the_same_numbers(tmp_path):
+    results = train(tmp_path, "--scenario", "task", "--prompt_template", "a photo of a {}.", "a {}.")
+    measured = evaluate_checkpoint(tmp_path, task=2)
+    assert measured["accuracy_row"] == results["accuracy_matrix"][1]
+    assert measured["details"] == results["details"][1]
+
+
+def test_classes_that_are_not_the_streams_are_an_error(run):
+    with pytest.raises(ValueError, match="its classes .cat, ship. are not those of TaskStream"):
+        evaluate_checkpoint(run[0] / "task-01", class_order=[1, 2, 3])
+
+
+def test_the_command_prints_and_writes_what_was_measured(run, tmp_path):
+    output_dir, results = run
+    command = [
+        sys.executable,
+        "scripts/evaluate.py",
+        str(output_dir),
+        "--task",
+        "2",
+        "--output",
+        str(tmp_path / "e.json"),
+    ]
+    done = subprocess.run([*command, "--disable_tqdm"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"accuracy          {100 * results['seen_accuracy'][1]:.1f} %" in done.stdout
+    assert json.loads((tmp_path / "e.json").read_text())["accuracy_row"] == results["accuracy_matrix"][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/at/all"], "error: nowhere/at/all is neither a folder nor"),
+        (["{run}", "--task", "1", "--benchmrak", "cifar10"], "--benchmrak is no argument of a recipe's stream"),
+    ],
+)
+def test_the_command_ends_with_one_clear_line(run, arguments, message):
+    arguments = [argument.replace("{run}", str(run[0])) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "scripts/evaluate.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert message in done.stderr.splitlines()[-1]

@@ -1,0 +1,148 @@
+"""Images decoded once: bit for bit what the processor makes, cached, and corrupt ones named or left out."""
+
+import io
+import logging
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor
+
+from hf_zocl.continual.images import ImageCollator, LazyImages, PixelCodec, prepare_images
+from hf_zocl.continual.tasks import TaskStream
+from hf_zocl.sample import sample_path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(sample_path("mini-clip"))
+
+
+def png(seed: int, mode: str = "RGB") -> bytes:
+    size = np.random.default_rng(seed)
+    array = size.integers(0, 256, (20 + seed % 30, 50 - seed % 20, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    PILImage.fromarray(array).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def dataset(corrupt: tuple[int, ...] = (), count: int = 24) -> DatasetDict:
+    """Images of several sizes and modes, of three classes; those in the rows of `corrupt` cannot be decoded."""
+    images = [{"bytes": png(row, ("RGB", "L", "RGBA")[row // 3 % 3]), "path": None} for row in range(count)]
+    for row in corrupt:
+        images[row]["bytes"] = images[row]["bytes"][:60]
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog", "ship"])})
+    rows = {"image": images, "label": [row % 3 for row in range(count)]}
+    split = Dataset.from_dict(rows, features=features)
+    good = Dataset.from_dict({**rows, "image": [{"bytes": png(row), "path": None} for row in range(count)]}, features)
+    return DatasetDict(train=split, test=good)
+
+
+def stream(**options) -> TaskStream:
+    return TaskStream.from_dataset(dataset(**options), increment=2, class_order=[2, 0, 1], name="pets")
+
+
+def batches(images, processor, task, codec=None) -> list[dict[str, torch.Tensor]]:
+    collator = ImageCollator(processor, task.arrival_labels, task.first_label, codec)
+    return list(DataLoader(images, batch_size=5, collate_fn=collator))
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_batches_are_the_processors_own_to_the_last_bit(processor, cache_gb):
+    codec, tasks = PixelCodec(processor.image_processor), stream()
+    prepared, skipped = prepare_images(tasks, codec, cache_gb)
+    assert skipped == 0
+    assert isinstance(prepared[0].train, Dataset if cache_gb else LazyImages)
+    for task, ready in zip(tasks, prepared, strict=True):
+        for one, other in (
+            (task.train, ready.train),
+            (task.test, ready.test),
+        ):
+            for expected, batch in zip(
+                batches(one, processor, task), batches(other, processor, task, codec), strict=True
+            ):
+                assert torch.equal(expected["pixel_values"], batch["pixel_values"])
+                assert torch.equal(expected["labels"], batch["labels"])
+
+
+def test_test_images_of_several_tasks_go_task_by_task_with_and_without_a_cache(processor):
+    codec, tasks = PixelCodec(processor.image_processor), stream()
+    cached, lazy = (prepare_images(tasks, codec, gb)[0].seen_test(2) for gb in (1.0, 0.0))
+    assert [row["label"] for row in cached] == [lazy[i]["label"] for i in range(len(lazy))]
+    assert [row["image"] for row in cached] == [lazy[i]["image"] for i in range(len(lazy))]
+
+
+def test_the_cache_is_an_arrow_file_that_a_second_run_finds(processor, tmp_path, monkeypatch):
+    for name, split in dataset().items():
+        split.to_parquet(str(tmp_path / f"{name}.parquet"))
+    codec = PixelCodec(processor.image_processor)
+
+    def prepare():
+        return prepare_images(TaskStream.from_dataset(tmp_path, increment=3), codec)[0][0].train
+
+    first = prepare()
+    assert first.cache_files and first.cache_files[0]["filename"].endswith(".arrow")
+    monkeypatch.setattr(PixelCodec, "pixels", lambda *_: pytest.fail("an image was decoded again"))
+    assert prepare()["image"][:] == first["image"][:]
+
+
+def test_images_are_decoded_by_several_processes(processor):
+    codec, tasks = PixelCodec(processor.image_processor), stream()
+    alone, together = (prepare_images(tasks, codec, workers=workers)[0] for workers in (0, 2))
+    assert alone[0].train["image"][:] == together[0].train["image"][:]
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_workers_load_the_same_batches(processor, cache_gb):
+    codec = PixelCodec(processor.image_processor)
+    task = prepare_images(stream(), codec, cache_gb)[0][0]
+    collator = ImageCollator(processor, task.arrival_labels, task.first_label, codec)
+    alone, workers = (DataLoader(task.train, 5, collate_fn=collator, num_workers=n) for n in (0, 2))
+    for one, other in zip(alone, workers, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"]) and torch.equal(one["labels"], other["labels"])
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_a_corrupt_image_is_an_error_that_names_its_row(processor, cache_gb):
+    codec, tasks = PixelCodec(processor.image_processor), stream(corrupt=(10,))
+    with pytest.raises(
+        ValueError, match="pets, task 2, train images: the image in row 10 cannot be decoded .*skip_corrupt"
+    ):
+        prepared, _ = prepare_images(tasks, codec, cache_gb)
+        batches(prepared[1].train, processor, prepared[1], codec)
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_skip_corrupt_leaves_corrupt_images_out_and_counts_them(processor, cache_gb, caplog):
+    codec, tasks = PixelCodec(processor.image_processor), stream(corrupt=(10, 11))
+    logging.getLogger("hf_zocl").propagate = True
+    with caplog.at_level(logging.WARNING, logger="hf_zocl"):
+        prepared, skipped = prepare_images(tasks, codec, cache_gb, skip_corrupt=True)
+    assert skipped == 2
+    assert [len(task.train) for task in prepared] == [15, 7]
+    assert sum(len(batch["labels"]) for batch in batches(prepared[0].train, processor, prepared[0], codec)) == 15
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_a_class_of_which_nothing_is_left_is_an_error(processor, cache_gb):
+    codec, tasks = PixelCodec(processor.image_processor), stream(corrupt=tuple(range(1, 24, 3)))
+    with pytest.raises(ValueError, match="skip_corrupt: pets, task 2, train images: no image of 'dog'"):
+        prepare_images(tasks, codec, cache_gb, skip_corrupt=True)
+
+
+def test_a_held_out_stream_without_training_images_is_prepared(processor):
+    codec = PixelCodec(processor.image_processor)
+    empty = stream().map_tasks(lambda task: replace(task, train=task.train.select([]), train_rows=None))
+    for cache_gb in (1.0, 0.0):
+        prepared, _ = prepare_images(empty, codec, cache_gb)
+        assert [(len(task.train), len(task.test)) for task in prepared] == [(0, 16), (0, 8)]

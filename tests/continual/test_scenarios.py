@@ -1,0 +1,283 @@
+"""What is predicted among what, by scenario: in streams, and in small runs."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+from hf_zocl.continual.recipe import build_held_out, build_scheduler, build_stream, parse_recipe
+from hf_zocl.continual.tasks import TaskStream
+from hf_zocl.report import format_results
+
+
+NAMES = ["cat", "dog", "ship", "deer"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def split(names=NAMES, domains=("photo", "sketch"), images: int = 3) -> Dataset:
+    """So many images of every class and domain."""
+    rng = np.random.default_rng(0)
+    cells = [(label, domain) for domain in domains for label in range(len(names)) for _ in range(images)]
+    rows = {
+        "image": [PILImage.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in cells],
+        "label": [label for label, _ in cells],
+        "domain": [domain for _, domain in cells],
+    }
+    return Dataset.from_dict(
+        rows, Features({"image": Image(), "label": ClassLabel(names=names), "domain": Value("string")})
+    )
+
+
+def dataset(**options) -> DatasetDict:
+    return DatasetDict(train=split(**options), test=split(**options))
+
+
+def stream(data=None, **options) -> TaskStream:
+    return TaskStream.from_dataset(data or dataset(), **{"increment": 2, "class_order_seed": None, **options})
+
+
+def save(folder: Path, **options) -> Path:
+    folder.mkdir()
+    for name, data in dataset(**options).items():
+        data.to_parquet(str(folder / f"{name}.parquet"))
+    return folder
+
+
+def asked(evaluation) -> tuple:
+    return [task.index for task in evaluation.tasks], evaluation.class_names, evaluation.first_label
+
+
+def test_class_incremental_predicts_among_all_classes_seen():
+    tasks = stream()
+    assert [asked(one) for one in tasks.evaluations(1)] == [([1], ("cat", "dog"), 0)]
+    assert [asked(one) for one in tasks.evaluations(2)] == [([1, 2], tuple(NAMES), 0)]
+    assert [asked(one) for one in tasks.future_evaluations(1)] == [([2], tuple(NAMES), 0)]
+
+
+def test_task_incremental_predicts_among_the_tasks_own_classes():
+    tasks = stream(scenario="task")
+    expected = [([1], ("cat", "dog"), 0), ([2], ("ship", "deer"), 2)]
+    assert [asked(one) for one in tasks.evaluations(2)] == expected
+    assert [asked(one) for one in tasks.future_evaluations(1)] == expected[1:]
+
+
+def test_domains_are_a_columns_values_and_share_their_classes():
+    tasks = stream(scenario="domain", domain_column="domain")
+    assert [task.title for task in tasks] == ["photo", "sketch"]
+    assert [len(task.train) for task in tasks] == [12, 12]
+    assert tasks.class_names == tuple(NAMES) and tasks.seen_class_names(1) == tuple(NAMES)
+    assert [task.first_label for task in tasks] == [0, 0]
+    assert [asked(one) for one in tasks.evaluations(2)] == [([1], tuple(NAMES), 0), ([2], tuple(NAMES), 0)]
+    assert tasks[1].train_rows.tolist() == list(range(12, 24))
+
+
+def test_domains_are_datasets_with_the_same_classes_whatever_their_label_ids():
+    other = dataset(names=NAMES[::-1])
+    parts = [stream(data, increment="all", name=name) for name, data in (("a", dataset()), ("b", other))]
+    tasks = TaskStream.from_streams(parts, "both", scenario="domain")
+    assert [task.title for task in tasks] == ["a", "b"]
+    assert [task.arrival_labels.tolist() for task in tasks] == [[0, 1, 2, 3], [3, 2, 1, 0]]
+    assert {task.class_names for task in tasks} == {tuple(NAMES)}
+
+
+def test_domains_of_other_classes_are_an_error_that_names_them():
+    parts = [stream(dataset(names=names), increment="all") for names in (NAMES, [*NAMES[:3], "frog"])]
+    with pytest.raises(ValueError, match="must have the same classes; only one of them has 'deer', 'frog'"):
+        TaskStream.from_streams(parts, "both", scenario="domain")
+
+
+def test_a_domain_that_lacks_a_class_is_an_error_that_names_both():
+    data = dataset()
+    data["test"] = data["test"].filter(lambda row: not (row["domain"] == "sketch" and row["label"] == 1))
+    with pytest.raises(ValueError, match="split 'test of domain sketch' has no image of 1 classes: 'dog'"):
+        stream(data, scenario="domain", domain_column="domain")
+
+
+@pytest.mark.parametrize("options", [{"scenario": "domain"}, {"domain_column": "domain"}])
+def test_a_domain_needs_its_column_and_the_other_way_round(options):
+    with pytest.raises(ValueError, match="a domain is a column's value"):
+        stream(**options)
+
+
+def test_an_unknown_scenario_is_an_error():
+    with pytest.raises(ValueError, match="scenario='open' is unknown: expected one of class, task, domain"):
+        stream(scenario="open")
+
+
+def test_datasets_as_tasks_have_classes_of_their_own():
+    parts = [stream(dataset(names=names), increment="all") for names in (NAMES, ["frog", "truck"])]
+    tasks = TaskStream.from_streams(parts, "two")
+    assert tasks.class_names == (*NAMES, "frog", "truck")
+    assert [asked(one) for one in tasks.evaluations(2)] == [([1], tuple(NAMES), 0), ([2], ("frog", "truck"), 4)]
+    assert tasks[1].arrival_labels.tolist() == [4, 5]
+
+
+def test_a_dataset_in_several_tasks_cannot_be_one_task():
+    with pytest.raises(ValueError, match="every dataset must be one task"):
+        TaskStream.from_streams([stream(), stream()], "two")
+
+
+# Runs
+
+OPTIONS = "--per_device_train_batch_size 8 --max_steps 1 --zo_branch language --report_to none --save_strategy no"
+OPTIONS += " --disable_tqdm true --logging_steps 1 --image_cache_gb 0.1"
+
+
+def run(output_dir: Path, *arguments: str) -> dict:
+    recipe = parse_recipe(["--output_dir", str(output_dir), *OPTIONS.split(), *arguments])
+    results = build_scheduler(recipe).run(train=recipe.run.learning != "none")
+    assert json.loads((output_dir / "results.json").read_text()) == json.loads(json.dumps(results))
+    return results
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    return [str(save(folder / "animals")), str(save(folder / "more", names=["frog", "truck", "horse"]))]
+
+
+def arguments(local: list[str], scenario: str) -> list[str]:
+    if scenario == "cross-dataset":
+        return ["--benchmark", "none", "--datasets", *local]
+    options = ["--benchmark", "none", "--dataset_path", local[0], "--scenario", scenario]
+    return [*options, *(["--domain_column", "domain"] if scenario == "domain" else ["--increment", "2"])]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "classes"), [("class", [2, 4]), ("task", [2, 2]), ("domain", [4, 4]), ("cross-dataset", [4, 3])]
+)
+def test_every_scenario_runs_and_its_results_say_what_was_measured(scenario, classes, local, tmp_path):
+    results = run(tmp_path / "run", *arguments(local, scenario), "--evaluate_future", "true")
+    assert results["scenario"] == scenario
+    assert [len(row) for row in results["accuracy_matrix"]] == [1, 2]
+    assert [len(row) for row in results["future_accuracy"]] == [1, 0]
+    assert [len(row) for row in results["zero_shot"]["accuracy_matrix"]] == [1, 2]
+    assert results["forward_transfer"] == pytest.approx(
+        results["future_accuracy"][0][0] - results["zero_shot"]["per_task"][1]
+    )
+    seen = {"class": [2, 4], "task": [2, 4], "domain": [4, 4], "cross-dataset": [4, 7]}[scenario]
+    assert [len(detail["per_class_accuracy"]) for detail in results["details"]] == seen
+    assert all(0 <= detail["calibration_error"] <= 1 for detail in results["details"])
+    assert [set(entry) >= {"loss", "zo_variance_language"} for entry in results["training"]] == [True, True]
+    assert ("mtil" in results) == (scenario == "cross-dataset")
+
+
+def test_mtils_last_is_the_mean_over_datasets(local, tmp_path):
+    results = run(tmp_path / "run", *arguments(local, "cross-dataset"))
+    assert results["mtil"]["last"] == pytest.approx(np.mean(results["accuracy_matrix"][-1]))
+    assert results["last"] == results["mtil"]["last"]
+    assert results["mtil"]["transfer"] == results["future_accuracy"][0][0]
+    assert results["tasks"] == ["animals", "more"]
+
+
+def test_what_only_some_runs_measure_is_in_the_closing_table(local, tmp_path):
+    results = run(tmp_path / "run", *arguments(local, "cross-dataset"))
+    text = format_results({**results, "zero_shot_retention": 0.5, "skipped_images": 3})
+    for line in ("forward transfer", "MTIL Transfer", "MTIL Avg"):
+        assert re.search(rf"^{line} +-?[\d.]+ (points|%)$", text, re.MULTILINE)
+    assert "kept on held-out  50.0 % of zero-shot" in text and "images left out   3" in text
+
+
+def test_datasets_as_domains_run_from_the_command_line(local, tmp_path):
+    other = str(save(tmp_path / "other", names=NAMES[::-1]))
+    results = run(tmp_path / "run", "--benchmark", "none", "--scenario", "domain", "--datasets", local[0], other)
+    assert (results["tasks"], sorted(results["classes"])) == (["animals", "other"], sorted(NAMES))
+    assert [len(row) for row in results["accuracy_matrix"]] == [1, 2]
+    card = (tmp_path / "run" / "task-02" / "README.md").read_text()
+    assert "| 1: animals |" in card and "| 2: other |" in card
+
+
+def test_joint_learning_is_one_task_of_all_classes(local, tmp_path):
+    results = run(tmp_path / "run", *arguments(local, "class"), "--learning", "joint")
+    assert [len(row) for row in results["accuracy_matrix"]] == [1]
+    assert sorted(results["classes"]) == sorted(NAMES)
+    assert results["forgetting"] is None
+
+
+def test_no_learning_is_zero_shot_by_the_same_protocol(local, tmp_path):
+    results = run(tmp_path / "run", *arguments(local, "class"), "--learning", "none")
+    assert results["accuracy_matrix"] == results["zero_shot"]["accuracy_matrix"]
+    assert results["last"] == results["zero_shot"]["last"] and results["avg"] == results["zero_shot"]["avg"]
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {"results.json", "accuracy_matrix.png"}
+
+
+def test_held_out_datasets_are_measured_before_and_after_every_task(local, tmp_path):
+    more = ["--held_out", "cifar10-sample", "--max_test_images_per_class", "5"]
+    results = run(tmp_path / "run", *arguments(local, "task"), *more)
+    record = results["held_out"]["cifar10-sample"]
+    assert len(record["after"]) == 2
+    assert results["zero_shot_retention"] == pytest.approx(record["after"][-1] / record["zero_shot"])
+
+
+def test_an_ensemble_of_prompts_trains_with_the_first_and_is_kept_in_the_checkpoint(local, tmp_path):
+    from hf_zocl import load_task_checkpoint
+
+    prompts = ["a photo of a {}.", "a sketch of a {}."]
+    run(tmp_path / "run", *arguments(local, "class"), "--prompt_template", *prompts)
+    model, _ = load_task_checkpoint(tmp_path / "run" / "task-02")
+    assert (list(model.prompt_template), model.prompts_per_class, len(model.input_ids)) == (prompts, 2, 8)
+    card = (tmp_path / "run" / "task-02" / "README.md").read_text()
+    assert "a sketch of a {}." in card
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--scenario", "open"], "scenario='open' is unknown"),
+        (["--learning", "twice"], "learning='twice' is unknown"),
+        (["--learning", "joint", "--scenario", "task"], "learning=joint has one task"),
+    ],
+)
+def test_what_does_not_go_together_is_said_when_the_recipe_is_read(more, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(["--output_dir", str(tmp_path), *more])
+
+
+def test_a_benchmark_takes_another_scenario(tmp_path):
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--scenario", "task"])
+    assert build_stream(recipe.run)[0].scenario == "task"
+
+
+def test_corrupt_images_stop_a_run_before_training_or_are_left_out_and_counted(tmp_path):
+    data = dataset()["train"].cast_column("image", Image(decode=False))
+    rows = [dict(row) for row in data]
+    rows[4]["image"] = {"bytes": b"no image at all", "path": None}
+    folder = tmp_path / "animals"
+    folder.mkdir()
+    Dataset.from_list(rows, data.features).cast_column("image", Image()).to_parquet(str(folder / "train.parquet"))
+    dataset()["test"].to_parquet(str(folder / "test.parquet"))
+    local = ["--benchmark", "none", "--dataset_path", str(folder), "--increment", "2"]
+    with pytest.raises(ValueError, match="train images: the image in row 4 cannot be decoded .*skip_corrupt"):
+        run(tmp_path / "run", *local)
+    assert not (tmp_path / "run" / "results.json").exists()
+    assert run(tmp_path / "run", *local, "--skip_corrupt", "true")["skipped_images"] == 1
+
+
+def test_a_held_out_benchmark_may_lie_in_a_folder(tmp_path):
+    names = [f"class_{label}" for label in range(10)]
+    folder = save(tmp_path / "copy", names=names, domains=("photo",), images=1)
+    for file in folder.iterdir():
+        Dataset.from_parquet(str(file)).rename_column("image", "img").to_parquet(str(file))
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--held_out", f"cifar10={folder}"])
+    (held_out,) = build_held_out(recipe.run).values()
+    assert [(len(task.class_ids), len(task.train), len(task.test)) for task in held_out] == [(10, 0, 10)]
+    assert held_out[0].prompt_template == "a photo of a {}."
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [("cifar-10", "'cifar-10' is not registered"), ("mtil", "held_out='mtil': a stream of several")],
+)
+def test_a_held_out_benchmark_that_is_none_is_named(entry, message, tmp_path):
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--held_out", entry])
+    with pytest.raises(ValueError, match=message):
+        build_held_out(recipe.run)
