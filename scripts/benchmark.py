@@ -1,6 +1,11 @@
-"""Times this package's parts against a straightforward way to the same result; both interleaved in one run.
+"""Times this package's parts against a straightforward way to the same result, side by side in one run.
 
-python scripts/benchmark.py --moe [--threads 2] [--device cuda]
+    python scripts/benchmark.py [--quick] [--output docs/benchmarks/engine.json]    # a step of FO, MeZO and ours
+    python scripts/benchmark.py --moe                                                # the MoE adapter of one block
+
+The first prints time, arithmetic and memory of a step on a CLIP of random weights at 224×224 (`--shape`, `--batch`),
+the ratios that it must keep, and writes JSON and a bar chart. `--rows bars` leaves out the rows that no ratio needs;
+`--quick` takes a small batch too.
 """
 
 from __future__ import annotations
@@ -9,9 +14,11 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from benchmark_engine import SHAPES, Setting, run_engine_benchmark
 
 from hf_zocl import MoEAdapterConfig
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
@@ -19,19 +26,28 @@ from hf_zocl.models.moe_adapter.layer import MoEAdapter
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--moe", action="store_true", help="the MoE adapter of one ViT-B/16 block")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--repeats", type=int, default=15, help="runs of each, of which the median is shown")
-    args = parser.parse_args()
-    if not args.moe:
-        parser.error("say what to time: --moe")
-    torch.set_num_threads(args.threads)
-    print(
-        f"torch {torch.__version__}, {args.device}, {torch.get_num_threads()} threads, median of {args.repeats} runs"
+    parser.add_argument("--moe", action="store_true", help="only the MoE adapter of one ViT-B/16 block")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small batch and fewer rows: about 3 minutes on 2 cores"
     )
+    parser.add_argument("--rows", choices=("all", "bars"), default="all", help="bars: those that the ratios need")
+    parser.add_argument("--shape", choices=SHAPES, default="vit-b-16", help="the CLIP's shape")
+    parser.add_argument("--batch", type=int, help="images; default: 32 on a CPU, 128 on a GPU, 2 with --quick")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of all rows, of which the median is shown")
+    parser.add_argument("--repeats", type=int, default=15, help="the same with --moe")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--output", type=Path, help="a JSON file; the chart is written beside it")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     if args.moe:
+        print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, median of {args.repeats} runs")
         benchmark_moe(args.device, args.repeats)
+        return
+    batch = args.batch or (2 if args.quick else 32 if args.device == "cpu" else 128)
+    rounds = 1 if args.quick else args.rounds
+    setting = Setting(args.shape, batch, rounds, args.device, args.threads)
+    run_engine_benchmark(setting, "quick" if args.quick else args.rows, args.output)
 
 
 def interleaved_medians(runs: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:

@@ -105,8 +105,6 @@ ROWS = [
     Row("vision, MoE", branch="vision", adapter="moe"),
     Row("language, MoE", branch="language", adapter="moe"),
 ]
-# What --quick leaves out.
-SLOW = {"vision hop-even", "vision prefix-6", "dual hop-even", "  without tower reuse", "vision, MoE", "language, MoE"}
 SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
 
 # (what, the row, the row beside it, the figure, at most)
@@ -135,9 +133,19 @@ GPU_BARS = [
 ]
 
 
-def run_engine_benchmark(setting: Setting, quick: bool, output: Path | None) -> None:
-    """Time all rows in turn, round by round; then arithmetic and memory, each row in a process of its own."""
-    rows = [row for row in ROWS if not (quick and row.name in SLOW)]
+def choose_rows(which: str, bars: list[tuple]) -> list[Row]:
+    """`all` rows, those that the `bars` need, or of these the `quick` ones: one adapter, 20 classes, no bare loop."""
+    needed = {name for _, *names, _, _ in bars for name in names} | {"inference, MoE"}
+    chosen = [row for row in ROWS if which == "all" or row.name in needed]
+    if which != "quick":
+        return chosen
+    return [row for row in chosen if row.adapter == "lora" and row.classes == 20 and row.kind != "bare"]
+
+
+def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> None:
+    """Time the rows in turn, round by round; then arithmetic and memory, each row in a process of its own."""
+    bars = BARS if setting.device == "cpu" else BARS + GPU_BARS
+    rows = choose_rows(which, bars)
     seconds = time_rows(rows, setting)
     rows = [replace(row, figures=seconds[row.name] | measure_apart(row, setting)) for row in tqdm(rows, desc="memory")]
     by_name = {row.name: row for row in rows}
@@ -145,9 +153,8 @@ def run_engine_benchmark(setting: Setting, quick: bool, output: Path | None) -> 
     for row in rows:
         row.figures["passes"] = row.figures["flops"] / passes[row.adapter]
         row.figures["images_per_second"] = setting.batch / row.figures["seconds"]
-    sweep = {} if quick else time_rows(SWEEP, replace(setting, batch=max(1, setting.batch // 8)))
+    sweep = time_rows(SWEEP, replace(setting, batch=max(1, setting.batch // 8))) if which == "all" else {}
     print(format_rows(rows, setting))
-    bars = BARS if setting.device == "cpu" else BARS + GPU_BARS
     print("\n" + format_bars(bars, by_name))
     if sweep:
         print("\n" + format_sweep(sweep))
@@ -397,12 +404,10 @@ def measure_here(row: Row, setting: Setting) -> dict[str, float]:
     step = make_step(row, setting, model)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     gc.collect()
-    start = memory_now(setting.device)
-    step()
-    peak = peak_memory(setting.device)
-    counter = FlopCounterMode(display=False)
+    start, counter = memory_now(setting.device), FlopCounterMode(display=False)
     with counter:
         step()
+    peak = peak_memory(setting.device)
     activations = peak - (weights if setting.device != "cpu" else start)
     return {"peak_bytes": peak, "activation_bytes": activations, "flops": counter.get_total_flops()}
 

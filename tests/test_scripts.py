@@ -51,7 +51,8 @@ def test_a_misspelt_key_ends_the_command_with_one_clear_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys):
+def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
     script["MOE_SHAPES"].clear()
     script["MOE_SHAPES"]["small block"] = (4, 5, 16)
@@ -122,3 +123,35 @@ def test_the_data_benchmark_prints_a_table(tmp_path):
         "`image_cache_gb=0`: decoded and resized every time",
         "from the cache",
     ]
+
+
+def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import benchmark_engine as engine
+
+    tiny = {"hidden_size": 32, "layers": 2, "heads": 2, "patch_size": 112}, {"hidden_size": 32, "heads": 2}
+    monkeypatch.setitem(engine.SHAPES, "vit-b-16", tiny)
+    rows = [
+        engine.Row("inference", "inference"),
+        engine.Row("FO", "fo"),
+        engine.Row("MeZO", "mezo"),
+        engine.Row("dual, two-sided", estimator="two-sided"),
+        engine.Row("bare", "bare", estimator="two-sided"),
+        engine.Row("language, q=8", branch="language", queries=8),
+        engine.Row("  one by one", branch="language", queries=8, without="batches"),
+        engine.Row("  without towers", branch="language", queries=8, without="towers"),
+    ]
+    monkeypatch.setattr(engine, "ROWS", rows)
+    monkeypatch.setattr(engine, "SWEEP", engine.SWEEP[:3])
+    monkeypatch.setattr(engine, "measure_apart", engine.measure_here)
+    engine.run_engine_benchmark(engine.Setting(batch=4, rounds=1, threads=1), "all", tmp_path / "engine.json")
+    printed = capsys.readouterr().out
+    assert "time, dual vs FO" in printed
+    assert "straight line" in printed
+    measured = {row["name"]: row["figures"] for row in json.loads((tmp_path / "engine.json").read_text())["rows"]}
+    assert set(measured) == {row.name for row in rows}
+    assert measured["MeZO"]["passes"] > 2
+    # Two passes a tower, of which MeZO's have longer prompts.
+    assert measured["dual, two-sided"]["passes"] == pytest.approx(2, abs=0.1)
+    assert measured["language, q=8"]["flops"] < measured["  without towers"]["flops"]
+    assert (tmp_path / "engine.png").stat().st_size > 10_000
