@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.utils import logging
 
 from .training_args import ZOCLTrainingArguments
 from .zo import (
@@ -25,8 +25,6 @@ from .zo import (
     build_zo_optimizer,
 )
 
-
-logger = logging.get_logger(__name__)
 
 # More zeroth-order parameters than this, in number and as a part of the model, are moved in place, layer by layer.
 STREAMED_PARAMETERS = 1 << 24
@@ -54,6 +52,7 @@ class ZOCLTrainer(Trainer):
         self._estimator: ZOEstimator | None = None
         self._plan: TowerPlan | None = None
         self._hybrid: HybridOptimizer | None = None
+        self._is_detached = False
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
         self._zo_logs: dict[str, torch.Tensor | float] = {}
@@ -86,9 +85,17 @@ class ZOCLTrainer(Trainer):
         return self.split is not None and bool(self.split.zo)
 
     def _split_is_current(self) -> bool:
-        """Whether the split is of this model: `model_init` makes a new one."""
-        mine = {id(parameter) for parameter in self.model.parameters()}
-        return self.split is not None and all(id(parameter) in mine for parameter in self.split.zo_parameters)
+        """Whether the split is of what this model trains: `model_init` makes a new one, and parameters get frozen."""
+        if self.split is None:
+            return False
+        mine = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        return mine == {id(parameter) for parameter in [*self.split.fo.values(), *self.split.zo_parameters]}
+
+    def _detach_zo_parameters(self, value: bool) -> None:
+        """Take the zeroth-order parameters out of autograd, or put them back."""
+        for parameter in self.split.zo_parameters:
+            parameter.requires_grad_(not value)
+        self._is_detached = value
 
     def _assign_layers(self) -> None:
         args: ZOCLTrainingArguments = self.args
@@ -99,8 +106,8 @@ class ZOCLTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            if self.has_zo_parameters:
-                _require_grad(self.split.zo_parameters, True)
+            if self._is_detached:
+                self._detach_zo_parameters(False)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The Trainer's optimizer over the first-order parameters, and `zo_optim` over the others, as one.
@@ -110,14 +117,17 @@ class ZOCLTrainer(Trainer):
         """
         if self.args.zo_branch == "none":
             return super().create_optimizer(model)
+        if self._is_detached:  # called anew within `train`, for example with a smaller batch
+            self._detach_zo_parameters(False)
         if not self._split_is_current():
             self._assign_layers()
+            self.optimizer = None
         if not self.split.fo and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             raise ValueError(
                 "zo_layers='all' leaves nothing first-order, which several CPU processes cannot train yet."
             )
-        args, zo_parameters = self.args, self.split.zo_parameters
-        _require_grad(zo_parameters, False)
+        args = self.args
+        self._detach_zo_parameters(True)
         if self.optimizer is None:
             zo = build_zo_optimizer(
                 self.split.zo, args.zo_optim, args.zo_learning_rate, args.zo_momentum, args.zo_weight_decay
@@ -157,6 +167,7 @@ class ZOCLTrainer(Trainer):
         if self.split.fo:
             with evaluation.recording():
                 base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
+            evaluation.check(base_loss)
         else:
             model.train()
         estimate = self._estimator.estimate(
@@ -194,7 +205,7 @@ class ZOCLTrainer(Trainer):
 
         def forward() -> torch.Tensor:
             with torch.no_grad(), self.compute_loss_context_manager():
-                return self.compute_loss(module, dict(inputs), num_items_in_batch=num_items_in_batch).mean()
+                return self.compute_loss(module, copy(inputs), num_items_in_batch=num_items_in_batch).mean()
 
         before = ForwardState(self.args.device, model.buffers())
         if not self._plan.towers:
@@ -268,8 +279,3 @@ class _InstallEstimate(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._install_estimates()
-
-
-def _require_grad(parameters: list[nn.Parameter], value: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(value)

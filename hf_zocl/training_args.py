@@ -91,7 +91,14 @@ class ZOCLTrainingArguments(TrainingArguments):
         for name in ("zo_learning_rate", "zo_momentum", "zo_weight_decay", "zo_max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.zo_estimator == "conservative" and self.zo_max_grad_norm > 0:
+            raise ValueError(
+                f"zo_max_grad_norm={self.zo_max_grad_norm}: zo_estimator='conservative' judges its steps unclipped; "
+                "expected 0."
+            )
         super().__post_init__()
+        if self.zo_branch != "none" and ("lomo" in self.optim or "layerwise" in self.optim):
+            raise ValueError(f"optim={self.optim!r} steps within the backward pass, before the zeroth-order losses.")
 
     @property
     def queries_by_branch(self) -> dict[str | None, int]:

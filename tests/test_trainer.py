@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import (
+    BatchEncoding,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
@@ -125,6 +126,33 @@ def test_zo_parameters_require_a_gradient_again_after_a_failure(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, model, data=rows(), zo_layers=[1], callbacks=[Fails()])
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_what_is_frozen_after_the_trainer_was_made_stays(tmp_path):
+    model = Mlp()
+    trainer = ZOCLTrainer(model=model, args=arguments(tmp_path, zo_layers="all"), train_dataset=rows())
+    for _ in range(2):
+        frozen = model.layers[0].weight.requires_grad_(False)
+        before = frozen.detach().clone()
+        trainer.train()
+        assert torch.equal(frozen, before)
+        assert not frozen.requires_grad
+
+
+def test_a_batch_keeps_its_type_in_every_pass(tmp_path):
+    seen = []
+
+    class Reads(ZOCLTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append(type(inputs))
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def collate(examples):
+        return BatchEncoding({"x": torch.stack([e["x"] for e in examples]), "labels": torch.zeros(len(examples))})
+
+    args = arguments(tmp_path, zo_layers=[1])
+    Reads(model=Mlp(), args=args, train_dataset=rows(), data_collator=collate).train()
+    assert set(seen) == {BatchEncoding}
 
 
 def test_the_optimizer_and_pefts_saving_see_the_zo_parameters(tmp_path):
@@ -509,6 +537,8 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
         ({"zo_direction": "sparse"}, "zo_direction='sparse'"),
         ({"zo_optim": "lion"}, "zo_optim='lion'"),
         ({"zo_learning_rate": -1.0}, "zo_learning_rate=-1.0"),
+        ({"zo_estimator": "conservative", "zo_max_grad_norm": 1.0}, "'conservative' judges its steps unclipped"),
+        ({"optim": "lomo"}, "steps within the backward pass"),
     ],
 )
 def test_bad_arguments_are_named_before_anything_else(tmp_path, options, message):
@@ -541,14 +571,21 @@ class CountGraphs(TrainerCallback):
     """How many graphs torch.compile has made by the end of every step."""
 
     def __init__(self):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
         self.graphs: list[int] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("layers", ["hop-even", "all"])
 @pytest.mark.parametrize("how", ["torch_compile", "layers"])
 def test_a_compiled_model_is_not_compiled_again_when_weights_are_perturbed(tmp_path, how, layers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -100,15 +99,20 @@ class CLIPClassifier(nn.Module):
             pixel_values: `(batch, channels, height, width)`.
             labels: Indices into the classes, `(batch,)`.
         """
-        balance = collect_balance_losses(self.clip) if self.training and self.has_balance_loss else nullcontext([])
-        with balance as balance_losses:
-            image_embeds = self.encode("vision", pixel_values)
-            text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
+        if not (self.training and self.has_balance_loss):
+            return self._classify(pixel_values, labels)
+        with collect_balance_losses(self.clip) as balance_losses:
+            output = self._classify(pixel_values, labels)
+        if output.loss is not None:
+            output.loss = output.loss + sum(balance_losses)
+        return output
+
+    def _classify(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> CLIPClassifierOutput:
+        image_embeds = self.encode("vision", pixel_values)
+        text_embeds = self.encode("language") if self.training else self._cached_text_embeds()
         logits = self.logits(image_embeds, text_embeds)
-        loss = F.cross_entropy(logits, labels) if labels is not None else None
         return CLIPClassifierOutput(
-            loss=loss + sum(balance_losses) if balance_losses and labels is not None else loss,
-            logits=logits,
+            loss=F.cross_entropy(logits, labels) if labels is not None else None, logits=logits
         )
 
     def encode(self, tower: str, pixel_values: torch.Tensor | None = None) -> torch.Tensor:

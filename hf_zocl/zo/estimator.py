@@ -122,15 +122,16 @@ class ZOEstimator:
             numbers = range(first, first + count)
             seeds[branch] = tuple(direction_seed(self.seed, step, micro_step, number) for number in numbers)
             first += count
-        if self.estimator == "two-sided":
-            estimate = self._two_sided(evaluation, seeds)
-        else:
+        try:
+            if self.estimator == "two-sided":
+                return self._two_sided(evaluation, seeds)
             estimate = self._one_sided(evaluation, seeds, base_loss)
-        if self.estimator == "conservative":
-            self._choose(estimate, evaluation, learning_rate)
-        for perturbation in self.perturbations.values():
-            perturbation.forget()
-        return estimate
+            if self.estimator == "conservative":
+                self._choose(estimate, evaluation, learning_rate)
+            return estimate
+        finally:
+            for perturbation in self.perturbations.values():
+                perturbation.forget()
 
     @torch.no_grad()
     def write(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[str | None, Moments]:
@@ -171,10 +172,7 @@ class ZOEstimator:
             mine = torch.stack(losses[first : first + len(seeds[branch])])
             first += len(mine)
             differences = estimate.differences[branch] = mine - base_loss
-            if self.estimator == "fzoo":
-                divisor = mine.std().clamp_min(torch.finfo(mine.dtype).tiny)
-            else:
-                divisor = perturbation.eps
+            divisor = _finite_std(mine) if self.estimator == "fzoo" else perturbation.eps
             estimate.gradient[branch] = Combination(seeds[branch], _finite(differences / divisor) / len(mine))
         return estimate
 
@@ -214,7 +212,8 @@ class ZOEstimator:
             losses = [_wide(loss) for loss in evaluation.losses([{perturbation: step} for step in steps])]
             losses = torch.cat([estimate.loss.view(1), self.reduce(torch.stack(losses))]).nan_to_num(nan=torch.inf)
             # Indexing with the winner stays on the device; "no update" is a row of zeros.
-            estimate.gradient[branch] = Combination(mean.seeds, torch.stack(rows)[losses.argmin()])
+            winner = torch.stack(rows).index_select(0, losses.argmin().view(1))[0]
+            estimate.gradient[branch] = Combination(mean.seeds, winner)
 
 
 def _gradient(estimates: Sequence[tuple[Estimate, float]], branch: str | None) -> list[Combination]:
@@ -224,6 +223,14 @@ def _gradient(estimates: Sequence[tuple[Estimate, float]], branch: str | None) -
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
     """In float32 at least: a difference of two losses needs it."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _finite_std(losses: torch.Tensor) -> torch.Tensor:
+    """The standard deviation of the finite losses, above zero, without waiting for a count of them."""
+    finite = losses.isfinite()
+    count, known = finite.sum(), losses.nan_to_num(0.0, 0.0, 0.0) * finite
+    squares = ((known - known.sum() / count) * finite).square().sum()
+    return (squares / (count - 1)).sqrt().nan_to_num(0.0).clamp_min(torch.finfo(losses.dtype).tiny)
 
 
 def _finite(weights: torch.Tensor) -> torch.Tensor:

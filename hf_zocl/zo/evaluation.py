@@ -11,6 +11,9 @@ is shadowed by another. Every loss equals that of the plain forward pass, to rou
 
 from __future__ import annotations
 
+import logging
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -25,36 +28,53 @@ from .perturbation import Combination, Perturbation
 from .streaming import StreamedPerturbation
 
 
+logger = logging.getLogger(__name__)
+
 # Elements of hidden state that a batch of candidates may always have; beyond it, as many as the largest tower has.
 MIN_BATCH_ELEMENTS = 1 << 20
 
 
 class ForwardState:
-    """What a forward pass reads and changes besides its parameters: torch's global generators, and a model's buffers.
+    """What a forward pass reads and changes besides its parameters: global random generators, and a model's buffers.
+
+    The generators are torch's, Python's, and numpy's where it is loaded (SpecAugment draws its masks there).
 
     Args:
         device: Its generator is kept beside the CPU's.
         buffers: For example the running statistics of batch normalisation.
+        earlier: A state of the same buffers, whose copies serve where nothing has changed since.
     """
 
-    def __init__(self, device: torch.device, buffers: Iterable[torch.Tensor] = ()):
-        self.device = device
-        self.buffers = [(buffer, buffer.clone()) for buffer in buffers]
+    @torch.compiler.disable
+    def __init__(
+        self, device: torch.device, buffers: Iterable[torch.Tensor] = (), earlier: ForwardState | None = None
+    ):
+        self.device, self.buffers = device, list(buffers)
         # Counted by torch at every change in place; comparing values would wait for the accelerator.
-        self.versions = [buffer._version for buffer, _ in self.buffers]
-        self.cpu = torch.get_rng_state()
+        self.versions = [buffer._version for buffer in self.buffers]
+        known = [None] * len(self.buffers) if earlier is None else earlier.versions
+        self.values = [
+            earlier.values[number] if version == known[number] else self.buffers[number].clone()
+            for number, version in enumerate(self.versions)
+        ]
+        self.cpu, self.python = torch.get_rng_state(), random.getstate()
+        self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self.accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
 
     def now(self) -> ForwardState:
         """The present state of the same generators and buffers."""
-        return ForwardState(self.device, [buffer for buffer, _ in self.buffers])
+        return ForwardState(self.device, self.buffers, earlier=self)
 
+    @torch.compiler.disable
     def restore(self) -> None:
-        for number, (buffer, value) in enumerate(self.buffers):
+        for number, (buffer, value) in enumerate(zip(self.buffers, self.values, strict=True)):
             if buffer._version != self.versions[number]:
                 buffer.copy_(value)
                 self.versions[number] = buffer._version
         torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
         if self.accelerator is not None:
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
 
@@ -62,9 +82,15 @@ class ForwardState:
         return self.versions == other.versions
 
     def same_random_state(self, other: ForwardState) -> bool:
-        if not torch.equal(self.cpu, other.cpu):
+        if not torch.equal(self.cpu, other.cpu) or self.python != other.python:
+            return False
+        if self.numpy is not None and not all(map(_equal, self.numpy, other.numpy)):
             return False
         return self.accelerator is None or torch.equal(self.accelerator, other.accelerator)
+
+
+def _equal(some: Any, others: Any) -> bool:
+    return bool((some == others).all()) if hasattr(some, "all") else some == others
 
 
 class PlainEvaluation:
@@ -90,6 +116,9 @@ class PlainEvaluation:
         """Watch a whole forward pass at θ, such as the first-order one."""
         yield
         self.after = self.before.now()
+
+    def check(self, loss: torch.Tensor) -> None:
+        """There is no shortcut to check."""
 
     def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
         """The loss at every point, scalars."""
@@ -178,20 +207,26 @@ class TowerPlan:
         self.towers = {} if getattr(model, "couples_towers", False) else find_towers(model)
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
         self.packing = Packing()
+        self.is_checked = False
         self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
         self.stacked: dict[str, list[tuple[nn.Module, str, int]] | None] = {}
         self.packable = all(
             getattr(module, "packable", True) for tower in self.towers.values() for module in tower.module.modules()
         )
         self.within_towers: set[Perturbation] = set()
-        owners = {id(p): (m, name) for m in model.modules() for name, p in m._parameters.items() if p is not None}
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                owners.setdefault(id(parameter), []).append((module, name))
         for perturbation in perturbations:
             for name, tower in self.towers.items():
                 inside = {id(p) for p in tower.module.parameters()}
                 mine = [id(p) in inside for p in perturbation.parameters]
                 if not any(mine):
                     continue
-                if self.perturbations[name] is not None:  # two branches in one tower
+                units = perturbation.units if isinstance(perturbation, StreamedPerturbation) else []
+                moves_with_tower = any(tower.module in unit.modules for unit in units)
+                if self.perturbations[name] is not None or moves_with_tower:  # two branches in one tower, or its call
                     self.towers = {}
                     return
                 self.perturbations[name] = perturbation
@@ -209,7 +244,7 @@ class Packing:
     """The packed prompts of the language tower, once they have stayed the same for two steps and were seen to work."""
 
     def __init__(self):
-        self._ids: torch.Tensor | None = None
+        self._key: tuple | None = None
         self._prompts: PackedPrompts | None = None
         self._works: bool | None = None
 
@@ -221,10 +256,14 @@ class Packing:
             run: The tower's output by way of packed prompts, where the recorded one was taken.
         """
         ids, mask = record.kwargs.get("input_ids"), record.kwargs.get("attention_mask")
-        if self._works is False or record.draws or record.hidden is None or mask is None or mask.dim() != 2:
+        if record.draws or record.hidden is None or mask is None or mask.dim() != 2:
             return None
-        if ids is not self._ids:
-            self._ids, self._prompts = ids, None
+        # The tensors themselves, which live as long as this, and how often each was changed in place.
+        key = (ids, ids._version, mask, mask._version)
+        if self._key is None or any(mine is not theirs for mine, theirs in zip(self._key, key, strict=True)):
+            self._key, self._prompts, self._works = key, None, None
+            return None
+        if self._works is False:
             return None
         if self._prompts is None:
             self._prompts = PackedPrompts(ids, mask)
@@ -239,11 +278,11 @@ def _is_close(output: Any, expected: Any) -> bool:
     """Equal up to rounding in the precision of the features; a tower that is not causal is far from it."""
     mine, theirs = output["pooler_output"], expected["pooler_output"]
     error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
-    return error.item() < 10 * torch.finfo(theirs.dtype).eps ** 0.75
+    return error.item() < min(10 * torch.finfo(theirs.dtype).eps ** 0.75, 0.05)
 
 
 def _stackable(
-    perturbation: Perturbation, tower: nn.Module, owners: dict[int, tuple[nn.Module, str]]
+    perturbation: Perturbation, tower: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]]
 ) -> list[tuple[nn.Module, str, int]] | None:
     """The module that holds each parameter, and its name there; None if one cannot hold candidates' side by side."""
     if isinstance(perturbation, StreamedPerturbation):
@@ -253,8 +292,12 @@ def _stackable(
         inside = [id(parameter) in mine for parameter in module.parameters()]
         if hasattr(module, "stackable") and any(inside) and not (module.stackable and all(inside)):
             return None
-    found = [(*owners[id(parameter)], index) for index, parameter in enumerate(perturbation.parameters)]
-    is_able = all(isinstance(module, nn.Linear) or hasattr(module, "stackable") for module, _, _ in found)
+    holders = [owners[id(parameter)] for parameter in perturbation.parameters]
+    if any(len(holder) > 1 for holder in holders):  # tied weights
+        return None
+    found = [(*holder[0], index) for index, holder in enumerate(holders)]
+    # A subclass may have its weight read by another module, as `nn.MultiheadAttention` does.
+    is_able = all(type(module) is nn.Linear or hasattr(module, "stackable") for module, _, _ in found)
     return found if is_able else None
 
 
@@ -272,6 +315,7 @@ class _TowerRecord:
     exit: ForwardState | None = None
     outputs: dict[Combination | None, Any] = field(default_factory=dict)  # by offset; None: at θ
     packed: PackedPrompts | None = None
+    has_asked_for_packing: bool = False
 
     @property
     def draws(self) -> bool:
@@ -307,6 +351,7 @@ class TowerEvaluation:
         self.records = {name: _TowerRecord() for name in plan.towers}
         self.after: ForwardState | None = None
         self.plain: PlainEvaluation | None = None
+        self.draws = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -322,16 +367,33 @@ class TowerEvaluation:
             self.before.restore()
             with at(point), self._watching(point):
                 losses.append(self.forward())
+            self.check(losses[0], point)
         if self.plain is not None:
             return losses + self.plain.losses(points)
         for name in self.records:
             self._run_tower(name, dict.fromkeys(self.plan.offset(name, point) for point in points))
         return losses + [self._combine(point) for point in points]
 
+    def check(self, loss: torch.Tensor, point: Point | None = None) -> None:
+        """See once whether replayed towers give the loss of the recorded pass; if not, passes are full from then on.
+
+        A model that looks like a dual encoder may read more of its towers than their pooled features.
+        """
+        if self.plan.is_checked or self.plain is not None:
+            return
+        self.plan.is_checked = True
+        try:
+            replayed, why = self._combine(point or {}), "another loss"
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            replayed, why = None, f"{type(error).__name__}: {error}"
+        if replayed is None or not torch.allclose(replayed.float(), loss.float(), rtol=1e-2, atol=1e-4):
+            logger.warning(f"The towers of this model cannot be replayed ({why}): every loss is a full forward pass.")
+            self.plan.towers, self.plain = {}, PlainEvaluation(self.forward, self.before, self.after)
+
     def close(self) -> None:
         if self.plain is not None:
             self.plain.close()
-        elif self.after is not None and not self.before.same_random_state(self.after):
+        elif self.draws:
             self.after.restore()
         self.records.clear()
 
@@ -343,6 +405,7 @@ class TowerEvaluation:
                 stack.enter_context(self._watching_tower(name, self.plan.offset(name, point)))
             yield
         self.after = self.before.now()
+        self.draws = not self.before.same_random_state(self.after)
         is_dual = all(record.calls == 1 and record.outputs for record in self.records.values())
         if not is_dual or not self.before.same_buffers(self.after):
             self.plain = PlainEvaluation(self.forward, self.before, self.after)
@@ -362,7 +425,7 @@ class TowerEvaluation:
             return output
 
         def watch(hidden, *args, **kwargs):
-            if record.elements == 0:  # gradient checkpointing comes by again
+            if record.elements == 0:
                 record.elements = hidden.numel()
                 if self._keeps_hidden(name):
                     record.hidden, record.resume = hidden.detach(), ForwardState(device)
@@ -399,7 +462,8 @@ class TowerEvaluation:
             record.outputs[None] = self._tower_output(name)
         if not missing:
             return
-        if name == "language" and self.pack_prompts and self.plan.packable:
+        if name == "language" and self.pack_prompts and self.plan.packable and not record.has_asked_for_packing:
+            record.has_asked_for_packing = True
             record.packed = self.plan.packing.prompts(record, lambda packed: self._recorded_again(name, packed))
         size = self._batch_size(name, len(missing))
         for first in range(0, len(missing), size):
@@ -408,8 +472,13 @@ class TowerEvaluation:
                 with perturbation.at(chunk[0]):
                     record.outputs[chunk[0]] = self._tower_output(name)
                 continue
-            with self._stacked(name, perturbation.stack(chunk)):
-                output = self._tower_output(name, copies=len(chunk))
+            try:
+                with self._stacked(name, perturbation.stack(chunk)):
+                    output = self._tower_output(name, copies=len(chunk))
+            except (RuntimeError, TypeError) as error:
+                logger.warning(f"Candidates cannot go through the {name} tower as one batch ({error}): one by one.")
+                self.plan.stacked[name] = None
+                return self._run_tower(name, missing)
             record.outputs.update(zip(chunk, _split(output, len(chunk)), strict=True))
 
     def _recorded_again(self, name: str, packed: PackedPrompts) -> Any:
@@ -438,22 +507,22 @@ class TowerEvaluation:
     def _tower_output(self, name: str, copies: int = 1, packed: PackedPrompts | None = None) -> Any:
         """Run a tower on its recorded inputs, from the first perturbed layer on where that is possible."""
         tower, record = self.plan.towers[name], self.records[name]
-        kwargs, hidden = record.kwargs, record.hidden
+        kwargs, hidden, rows = record.kwargs, record.hidden, _rows((record.args, record.kwargs))
         packed = packed or record.packed
         if packed is not None:
             kwargs = {**kwargs, "input_ids": packed.pack(kwargs["input_ids"]), "attention_mask": packed.mask}
-            hidden = packed.pack(hidden)
-        hidden = _repeat(hidden, copies)
+            hidden, rows = packed.pack(hidden), len(packed.index)
+        hidden = _repeat(hidden, copies, rows)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.context())
-            stack.enter_context(shadowed(tower.module, _compiled_call_impl=None))
             if hidden is not None:
                 stack.enter_context(self._layers(tower, lambda *_, **__: hidden, self.plan.first_layer[name]))
                 stack.enter_context(shadowed(tower.module, embeddings=lambda *_, **__: hidden))
             if record.draws:
                 (record.entry if hidden is None else record.resume).restore()
-            output = tower.module(*_repeat(record.args, copies), **_repeat(kwargs, copies))
+            # What was recorded has been through the module's hooks, and its output will go through them.
+            output = tower.module.forward(*_repeat(record.args, copies, rows), **_repeat(kwargs, copies, rows))
             if packed is not None:
                 output.pooler_output = packed.last_states(output.last_hidden_state, copies)
             return _pooled(output)
@@ -474,10 +543,12 @@ class TowerEvaluation:
         Parameters outside the towers, such as a projection's, are where the point says.
         """
         outside = {p: offset for p, offset in point.items() if p not in self.plan.within_towers}
+        if self.draws:
+            self.before.restore()
         with ExitStack() as stack:
             stack.enter_context(at(outside))
             for name, record in self.records.items():
-                replay = _Replay(record.outputs[self.plan.offset(name, point)], record.exit if record.draws else None)
+                replay = _Replay(record.outputs[self.plan.offset(name, point)], record.exit if self.draws else None)
                 stack.enter_context(_forward_of(self.plan.towers[name].module, replay))
             return self.forward()
 
@@ -557,14 +628,22 @@ def _split(output: Any, parts: int) -> list[Any]:
     return [type(output)(pooler_output=piece) for piece in output["pooler_output"].chunk(parts)]
 
 
-def _repeat(value: Any, copies: int) -> Any:
+def _rows(value: Any) -> int | None:
+    """The rows of the first tensor that is found in a tower's inputs."""
+    if isinstance(value, torch.Tensor):
+        return len(value) if value.dim() else None
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return next((rows for rows in map(_rows, items) if rows is not None), None)
+
+
+def _repeat(value: Any, copies: int, rows: int | None) -> Any:
     """Tensors with the rows of a batch once per candidate, in candidate order; anything else as it is."""
-    if copies == 1 or value is None:
+    if copies == 1:
         return value
     if isinstance(value, torch.Tensor):
-        return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() else value
+        return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() and len(value) == rows else value
     if isinstance(value, tuple):
-        return tuple(_repeat(item, copies) for item in value)
+        return tuple(_repeat(item, copies, rows) for item in value)
     if isinstance(value, dict):
-        return {name: _repeat(item, copies) for name, item in value.items()}
+        return {name: _repeat(item, copies, rows) for name, item in value.items()}
     return value

@@ -75,6 +75,21 @@ def test_fzoo_divides_by_the_deviation_of_the_losses():
     torch.testing.assert_close(model.theta.grad, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_fzoo_leaves_a_query_without_a_finite_loss_out_of_the_deviation():
+    model, calls = Quadratic(), []
+
+    def loss():
+        calls.append(1)
+        return torch.tensor(float("inf")) if len(calls) == 3 else model()
+
+    accumulate(estimator_of(model, estimator="fzoo", queries=4), loss)
+    theta, directions = model.theta.detach(), directions_of(model, 4)
+    kept = [d for i, d in enumerate(directions) if i != 1]
+    losses = torch.stack([model.at(theta + EPS * d) for d in kept])
+    expected = sum((loss - model.at(theta)) * d for loss, d in zip(losses, kept, strict=True)) / 4 / losses.std()
+    torch.testing.assert_close(model.theta.grad, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_fzoo_needs_two_queries():
     with pytest.raises(ValueError, match="zo_queries=1.*'fzoo' needs at least 2"):
         estimator_of(Quadratic(), estimator="fzoo")

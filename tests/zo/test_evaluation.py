@@ -1,5 +1,8 @@
 """Every shortcut gives the losses and the gradients of the plain forward pass."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -7,6 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
+from hf_zocl.models import CLIPClassifierOutput
 from hf_zocl.zo import (
     ForwardState,
     LayerAssignment,
@@ -203,7 +207,7 @@ def test_prompts_that_change_from_step_to_step_are_not_packed():
 
     model.set_classes(MANY_CLASSES)
     assert_same(model, inputs, "language", "all", make, queries=2)
-    assert plans[0].packing._prompts is None
+    assert plans[0].packing._works is None
 
 
 @pytest.mark.parametrize(
@@ -301,11 +305,12 @@ def test_the_model_is_as_it_was_afterwards():
 
 def test_the_model_is_as_it_was_when_a_pass_raises():
     model, inputs = classifier()
-    layer = model.clip.base_model.model.text_model.encoder.layers[2]
+    layer, calls = model.clip.base_model.model.text_model.encoder.layers[2], []
     before, names = {n: p.clone() for n, p in model.named_parameters()}, [set(vars(m)) for m in model.modules()]
 
     def fail(module, args):
-        if len(args[0]) > 3:
+        calls.append(1)
+        if len(calls) > 1:
             raise RuntimeError("out of memory")
 
     handle = layer.register_forward_pre_hook(fail)
@@ -314,6 +319,95 @@ def test_the_model_is_as_it_was_when_a_pass_raises():
     handle.remove()
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert names == [set(vars(m)) for m in model.modules()]
+
+
+class Head(nn.Module):
+    """A model around the classifier, with what a user's own may do before and after the towers."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.dropout = model, nn.Dropout(0.3)
+
+    def forward(self, pixel_values, labels):
+        output = self.model(pixel_values * (1 + 0.1 * np.random.rand()), labels)
+        logits = self.dropout(output.logits) * (1 + 0.1 * torch.rand(1)) + random.random()
+        return CLIPClassifierOutput(loss=nn.functional.cross_entropy(logits, labels))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_drawn_before_and_after_the_towers_is_drawn_again(dropout):
+    model, inputs = classifier(lora_dropout=dropout)
+    np.random.seed(0)
+    random.seed(0)
+    states = []
+
+    def gradients_of(make):
+        np.random.seed(0)
+        random.seed(0)
+        result = gradients(Head(model), inputs, make, "dual", "hop-even", queries=2)
+        states.append((np.random.rand(), random.random()))
+        return result
+
+    (expected, expected_grads, _), (found, grads, _) = gradients_of(plain), gradients_of(towers())
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+    for mine, theirs in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+    assert states[0] == states[1]
+
+
+def test_tied_weights_are_perturbed_wherever_they_are_used():
+    model, inputs = classifier()
+    layers = model.clip.base_model.model.text_model.encoder.layers
+    layers[2].self_attn.q_proj.lora_A.default.weight = layers[0].self_attn.q_proj.lora_A.default.weight
+    assert_same(model, inputs, "language", "all", queries=3)
+
+
+def test_prompts_that_are_overwritten_in_place_are_packed_anew():
+    model, inputs = classifier()
+    model.set_classes(MANY_CLASSES)
+
+    def make(model, estimator, forward, before):
+        evaluation = packed(model, estimator, forward, before)
+        model.input_ids.copy_(model.input_ids.flip(0))
+        model.attention_mask.copy_(model.attention_mask.flip(0))
+        return evaluation
+
+    found = gradients(model, inputs, make, "language", "all", queries=3)
+    expected = gradients(model, inputs, plain, "language", "all", queries=3)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=0)
+
+
+def test_a_hook_that_changes_a_towers_output_is_applied_once():
+    model, inputs = dual_encoder("clip")
+
+    def squash(module, args, output):
+        output.pooler_output = output.pooler_output.tanh()
+        return output
+
+    model.base_model.model.text_model.register_forward_hook(squash)
+    assert_same(model, inputs, "dual", "all", queries=3)
+
+
+def test_a_model_that_reads_more_than_pooled_features_takes_full_passes(caplog):
+    class ReadsHidden(nn.Module):
+        def __init__(self, clip):
+            super().__init__()
+            self.clip = clip
+
+        def forward(self, pixel_values, input_ids, return_loss):
+            states = self.clip.base_model.model.vision_model(pixel_values=pixel_values).last_hidden_state
+            text = self.clip.base_model.model.text_model(input_ids=input_ids).pooler_output
+            return CLIPClassifierOutput(loss=(states.mean(dim=(1, 2)) * text.mean(dim=1)).sum())
+
+    clip, inputs = dual_encoder("clip")
+    assert_same(ReadsHidden(clip), inputs, "dual", "all", queries=2)
+    assert "every loss is a full forward pass" in caplog.text
+
+
+def test_weights_that_another_module_reads_go_one_by_one():
+    model, inputs = dual_encoder("siglip")
+    model.base_model.model.vision_model.head.attention.out_proj.weight.requires_grad_(True)
+    assert_same(model, inputs, "vision", "all", queries=3)
 
 
 def test_a_model_without_two_towers_has_none():
