@@ -147,12 +147,16 @@ def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> N
     bars = BARS if setting.device == "cpu" else BARS + GPU_BARS
     rows = choose_rows(which, bars)
     seconds = time_rows(rows, setting)
-    rows = [replace(row, figures=seconds[row.name] | measure_apart(row, setting)) for row in tqdm(rows, desc="memory")]
+    compared = {name for _, *names, figure, _ in bars for name in names if figure.endswith("bytes")}
+    for row in tqdm(rows, desc="memory"):
+        row.figures.update(seconds[row.name], images_per_second=setting.batch / seconds[row.name]["seconds"])
+        if which == "all" or row.name in compared or row.kind == "inference":
+            row.figures.update(measure_apart(row, setting))
     by_name = {row.name: row for row in rows}
     passes = {row.adapter: row.figures["flops"] for row in rows if row.kind == "inference"}
     for row in rows:
-        row.figures["passes"] = row.figures["flops"] / passes[row.adapter]
-        row.figures["images_per_second"] = setting.batch / row.figures["seconds"]
+        if "flops" in row.figures:
+            row.figures["passes"] = row.figures["flops"] / passes[row.adapter]
     sweep = time_rows(SWEEP, replace(setting, batch=max(1, setting.batch // 8))) if which == "all" else {}
     print(format_rows(rows, setting))
     print("\n" + format_bars(bars, by_name))
@@ -435,17 +439,18 @@ def format_rows(rows: list[Row], setting: Setting) -> str:
         f"{setting.shape}, batch {setting.batch}, {setting.device}, {setting.threads} threads, "
         f"{'bf16 autocast' if setting.bf16 else 'float32'}, torch {torch.__version__}, median of {setting.rounds}",
         "",
-        f"{'':<32}{'s/step':>9}{'ZO part':>9}{'passes':>8}{'peak':>10}{'over weights':>14}{'images/s':>10}",
+        f"{'':<32}{'s/step':>9}{'ZO part':>9}{'passes':>8}{'peak MiB':>10}{'over weights':>14}{'images/s':>10}",
     ]
     for row in rows:
-        figures = row.figures
-        zo = f"{figures['zo_seconds']:.2f}" if "zo_seconds" in figures else ""
-        lines.append(
-            f"{row.name:<32}{figures['seconds']:>9.2f}{zo:>9}{figures['passes']:>8.2f}"
-            f"{figures['peak_bytes'] / 2**20:>6.0f} MiB{figures['activation_bytes'] / 2**20:>10.0f} MiB"
-            f"{figures['images_per_second']:>10.1f}"
-        )
+        cells = [("seconds", 9, ".2f", 1), ("zo_seconds", 9, ".2f", 1), ("passes", 8, ".2f", 1)]
+        cells += [("peak_bytes", 10, ".0f", 2**20), ("activation_bytes", 14, ".0f", 2**20)]
+        cells += [("images_per_second", 10, ".1f", 1)]
+        lines.append(f"{row.name:<32}" + "".join(_cell(row.figures, *cell) for cell in cells))
     return "\n".join(lines)
+
+
+def _cell(figures: dict[str, float], name: str, width: int, form: str, unit: int) -> str:
+    return (format(figures[name] / unit, form) if name in figures else "").rjust(width)
 
 
 def format_bars(bars: list[tuple], rows: dict[str, Row]) -> str:
@@ -484,7 +489,7 @@ def write(output: Path, setting: Setting, rows: list[Row], sweep: dict[str, dict
     positions = range(len(rows))
     left.barh(positions, [row.figures["seconds"] for row in rows], color="#0072B2")
     left.set(title="seconds a step", yticks=list(positions), yticklabels=names)
-    right.barh(positions, [row.figures["activation_bytes"] / 2**20 for row in rows], color="#D55E00")
+    right.barh(positions, [row.figures.get("activation_bytes", 0) / 2**20 for row in rows], color="#D55E00")
     right.set(title="peak memory over the weights (MiB)")
     left.invert_yaxis()
     for axes in (left, right):
