@@ -209,17 +209,18 @@ def make_step(row: Row, setting: Setting, model: CLIPClassifier) -> Callable[[],
     if row.kind in ("fo", "zocl"):
         return trainer_step(row, setting, model)
     data = images(setting, row.classes)
-    inputs = {
-        "pixel_values": torch.stack([example["pixel_values"] for example in data]).to(setting.device),
-        "labels": torch.tensor([example["labels"] for example in data], device=setting.device),
-    }
+    inputs: dict[str, torch.Tensor] = {}
     step = {"inference": inference_step, "mezo": mezo_step, "bare": bare_step}[row.kind](row, model, inputs)
     autocast = torch.autocast(setting.device, torch.bfloat16) if setting.bf16 else nullcontext()
 
     def timed() -> dict[str, float]:
+        # The batch is the step's own, as a Trainer's is; making it is not timed.
+        inputs["pixel_values"] = torch.stack([example["pixel_values"] for example in data]).to(setting.device)
+        inputs["labels"] = torch.tensor([example["labels"] for example in data], device=setting.device)
         start = now(setting.device)
         with autocast:
             step()
+        inputs.clear()
         return {"seconds": now(setting.device) - start}
 
     return timed
@@ -307,7 +308,8 @@ def bare_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tensor]) 
     estimator = ZOEstimator(groups, row.estimator, row.queries)
     plan = TowerPlan(model, estimator.perturbations.values())
     optimizer = build_zo_optimizer(groups, lr=1e-4)
-    context = torch.autocast("cuda", torch.bfloat16) if inputs["labels"].is_cuda else nullcontext()
+    device = model.clip.logit_scale.device
+    context = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
     @torch.no_grad()
     def forward() -> torch.Tensor:
@@ -315,7 +317,7 @@ def bare_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tensor]) 
 
     def step() -> None:
         model.train()
-        before = ForwardState(inputs["labels"].device, model.buffers())
+        before = ForwardState(device, model.buffers())
         evaluation = TowerEvaluation(plan, forward, before, lambda: context)
         estimate = estimator.estimate(evaluation, step=0)
         evaluation.close()
@@ -331,7 +333,7 @@ def mezo_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tensor]) 
     parameters = [p for group in LayerAssignment("dual", "all").split(model).zo for p in group.parameters]
     prompts = [model.prompt_template.format(name) for name in model.class_names]
     tokens = model.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt")
-    device, eps = inputs["labels"].device, 1e-3
+    device, eps = model.clip.logit_scale.device, 1e-3
     input_ids, attention_mask = tokens["input_ids"].to(device), tokens["attention_mask"].to(device)
 
     def move(factor: float) -> None:

@@ -122,16 +122,12 @@ class ZOEstimator:
             numbers = range(first, first + count)
             seeds[branch] = tuple(direction_seed(self.seed, step, micro_step, number) for number in numbers)
             first += count
-        try:
-            if self.estimator == "two-sided":
-                return self._two_sided(evaluation, seeds)
-            estimate = self._one_sided(evaluation, seeds, base_loss)
-            if self.estimator == "conservative":
-                self._choose(estimate, evaluation, learning_rate)
-            return estimate
-        finally:
-            for perturbation in self.perturbations.values():
-                perturbation.forget()
+        if self.estimator == "two-sided":
+            return self._two_sided(evaluation, seeds)
+        estimate = self._one_sided(evaluation, seeds, base_loss)
+        if self.estimator == "conservative":
+            self._choose(estimate, evaluation, learning_rate)
+        return estimate
 
     @torch.no_grad()
     def write(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[str | None, Moments]:
@@ -146,7 +142,6 @@ class ZOEstimator:
         moments = {}
         for branch, perturbation in self.perturbations.items():
             moments[branch] = perturbation.write(_gradient(estimates, branch), self.sign)
-            perturbation.forget()
         return moments
 
     @torch.no_grad()

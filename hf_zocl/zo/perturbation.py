@@ -101,7 +101,6 @@ class Perturbation:
         self.groups, self.direction = tuple(groups), direction
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         self._sizes = [parameter.numel() for parameter in self.parameters]
-        self._drawn: tuple[int, torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return sum(self._sizes)
@@ -161,14 +160,7 @@ class Perturbation:
         split = zip(vectors.split(self._sizes, dim=1), self._data, strict=True)
         return [data + piece.view(len(offsets), *data.shape).to(data.device, data.dtype) for piece, data in split]
 
-    def forget(self) -> None:
-        """Free the direction that was drawn last."""
-        self._drawn = None
-
     def _draw(self, seed: int) -> torch.Tensor:
-        # The two sides of a query, and its share of the estimate, use one direction in a row.
-        if self._drawn is None or self._drawn[0] != seed:
-            drawn = draw_direction(len(self), seed, self.direction, self.parameters[0].device)
-            dtype = torch.promote_types(self.parameters[0].dtype, torch.float32)
-            self._drawn = (seed, drawn.to(dtype))
-        return self._drawn[1]
+        # Drawn again whenever it is needed: none is in memory while a forward pass runs.
+        drawn = draw_direction(len(self), seed, self.direction, self.parameters[0].device)
+        return drawn.to(torch.promote_types(self.parameters[0].dtype, torch.float32))

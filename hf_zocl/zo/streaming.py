@@ -57,7 +57,6 @@ class StreamedPerturbation(Perturbation):
             yield unit.perturbation.write([unit.own(term) for term in gradient], sign, factor)
             for parameter in unit.perturbation.parameters:
                 parameter.grad = None
-            unit.perturbation.forget()
 
 
 class _Unit:
@@ -79,7 +78,6 @@ class _Unit:
             depth += 1
             if depth == 1:
                 moved.enter_context(self.perturbation.at(offset))
-                self.perturbation.forget()
 
         def leave(*_):
             nonlocal depth
