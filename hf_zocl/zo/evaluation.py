@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -244,7 +245,8 @@ class Packing:
     """The packed prompts of the language tower, once they have stayed the same for two steps and were seen to work."""
 
     def __init__(self):
-        self._key: tuple | None = None
+        self._key: tuple[int, ...] | None = None
+        self._tensors: tuple[torch.Tensor, ...] = ()
         self._prompts: PackedPrompts | None = None
         self._works: bool | None = None
 
@@ -258,10 +260,10 @@ class Packing:
         ids, mask = record.kwargs.get("input_ids"), record.kwargs.get("attention_mask")
         if record.draws or record.hidden is None or mask is None or mask.dim() != 2:
             return None
-        # The tensors themselves, which live as long as this, and how often each was changed in place.
-        key = (ids, ids._version, mask, mask._version)
-        if self._key is None or any(mine is not theirs for mine, theirs in zip(self._key, key, strict=True)):
-            self._key, self._prompts, self._works = key, None, None
+        # How often each was changed in place, too. Both are kept, so that no other tensor takes their identity.
+        key = (id(ids), ids._version, id(mask), mask._version)
+        if key != self._key:
+            self._key, self._tensors, self._prompts, self._works = key, (ids, mask), None, None
             return None
         if self._works is False:
             return None
@@ -317,7 +319,7 @@ class _TowerRecord:
     packed: PackedPrompts | None = None
     has_asked_for_packing: bool = False
 
-    @property
+    @cached_property
     def draws(self) -> bool:
         """Whether the tower draws random numbers: dropout masks, routing noise."""
         return not self.entry.same_random_state(self.exit)
