@@ -204,24 +204,26 @@ def images(setting: Setting, classes: int) -> list[dict[str, Any]]:
     return [{"pixel_values": image, "labels": i % classes} for i, image in enumerate(pixels)]
 
 
-def make_step(row: Row, setting: Setting, model: CLIPClassifier) -> Callable[[], dict[str, float]]:
-    """One training step as a function that returns its seconds, and those of its zeroth-order part."""
+def make_step(row: Row, setting: Setting, model: CLIPClassifier, steps: int) -> Callable[[], dict[str, float]]:
+    """`steps` training steps as a function that returns the last one's seconds, and those of its zeroth-order part."""
     if row.kind in ("fo", "zocl"):
-        return trainer_step(row, setting, model)
+        return trainer_step(row, setting, model, steps)
     data = images(setting, row.classes)
     inputs: dict[str, torch.Tensor] = {}
     step = {"inference": inference_step, "mezo": mezo_step, "bare": bare_step}[row.kind](row, model, inputs)
     autocast = torch.autocast(setting.device, torch.bfloat16) if setting.bf16 else nullcontext()
 
     def timed() -> dict[str, float]:
-        # The batch is the step's own, as a Trainer's is; making it is not timed.
-        inputs["pixel_values"] = torch.stack([example["pixel_values"] for example in data]).to(setting.device)
-        inputs["labels"] = torch.tensor([example["labels"] for example in data], device=setting.device)
-        start = now(setting.device)
-        with autocast:
-            step()
-        inputs.clear()
-        return {"seconds": now(setting.device) - start}
+        for _ in range(steps):
+            # The batch is the step's own, as a Trainer's is; making it is not timed.
+            inputs["pixel_values"] = torch.stack([example["pixel_values"] for example in data]).to(setting.device)
+            inputs["labels"] = torch.tensor([example["labels"] for example in data], device=setting.device)
+            start = now(setting.device)
+            with autocast:
+                step()
+            seconds = now(setting.device) - start
+            inputs.clear()
+        return {"seconds": seconds}
 
     return timed
 
@@ -237,11 +239,11 @@ class StepTimer(TrainerCallback):
         self.seconds = now(self.device) - self.start
 
 
-def trainer_step(row: Row, setting: Setting, model: CLIPClassifier) -> Callable[[], dict[str, float]]:
+def trainer_step(row: Row, setting: Setting, model: CLIPClassifier, steps: int) -> Callable[[], dict[str, float]]:
     """A step of `transformers.Trainer` (FO) or of `ZOCLTrainer`, from the batch on the device to the new weights."""
     timer, folder = StepTimer(setting.device), tempfile.mkdtemp(prefix="hf-zocl-benchmark-")
     options = {
-        "output_dir": folder, "max_steps": 1, "per_device_train_batch_size": setting.batch, "report_to": "none",
+        "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": setting.batch, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, "bf16": setting.bf16, "use_cpu": setting.device == "cpu",
         "logging_strategy": "no", "dataloader_pin_memory": False,
     }  # fmt: skip
@@ -373,15 +375,16 @@ def now(device: str) -> float:
 
 
 def time_rows(rows: list[Row], setting: Setting) -> dict[str, dict[str, float]]:
-    """The median seconds of every row; the rows take turns, so that whatever else the machine does falls on all."""
+    """The median seconds of every row; the rows take turns, so that whatever else the machine does falls on all.
+
+    A turn is two steps, of which the second is timed: the first warms up, and packs the prompts.
+    """
     models = {key: build_model(setting, *key) for key in {(row.adapter, row.classes) for row in rows}}
-    steps = {row.name: make_step(row, setting, models[row.adapter, row.classes]) for row in rows}
+    steps = {row.name: make_step(row, setting, models[row.adapter, row.classes], steps=2) for row in rows}
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
-    for number in tqdm(range(setting.rounds + 1), desc="rounds"):
+    for _ in tqdm(range(setting.rounds), desc="rounds"):
         for name, step in tqdm(steps.items(), desc="rows", leave=False):
-            figures = step()
-            if number > 0:  # the first round warms up
-                measured[name].append(figures)
+            measured[name].append(step())
     del models, steps
     gc.collect()
     return {
@@ -407,7 +410,7 @@ def measure_here(row: Row, setting: Setting) -> dict[str, float]:
 
     torch.set_num_threads(setting.threads)
     model = build_model(setting, row.adapter, row.classes)
-    step = make_step(row, setting, model)
+    step = make_step(row, setting, model, steps=1)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     gc.collect()
     start, counter = memory_now(setting.device), FlopCounterMode(display=False)
