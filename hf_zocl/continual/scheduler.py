@@ -246,7 +246,7 @@ class ContinualTaskScheduler:
     def _save(self, task: Task, results: dict[str, Any]) -> None:
         if not self.args.should_save:
             return
-        save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results))
+        save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results), results)
         write_json(self.output_dir / RESULTS_FILE, results)
         plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
 
@@ -281,6 +281,7 @@ class ContinualTaskScheduler:
             "prompt_template": self.model.prompt_template,
             "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
             "metrics": {name: results[name] for name in measures},
+            **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get(name)},
             **{
                 name: results[name]
                 for name in ("zero_shot", "recipe", "seed", "seconds", "peak_memory_bytes", "versions")
