@@ -156,6 +156,7 @@ def load_task_checkpoint(
     Raises:
         ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
             file of the checkpoint is damaged, missing, or belongs to another one.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub has no such repository or revision.
     """
     folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
     info = read_task(folder)
@@ -207,12 +208,12 @@ def _read_adapter_config(folder: Path, info: dict[str, Any]) -> PeftConfig:
 
 
 def _base_model(folder: Path, info: dict[str, Any], config: PeftConfig) -> str | Path:
-    """The base model's folder or name: embedded in this package, beside the adapter, or as PEFT recorded it."""
+    """The base model's folder or name: beside the adapter, embedded in this package, or as PEFT recorded it."""
+    if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
+        return folder
     embedded = resolve(info["base_model"])
     if embedded != info["base_model"]:
         return embedded
-    if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
-        return folder
     name, file = config.base_model_name_or_path, folder / ADAPTER_CONFIG
     if not isinstance(name, str):
         raise ValueError(f"{file}: it names no base model ({name!r}): give base_model.")

@@ -100,7 +100,7 @@ def put_back(request):
 
 
 @settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(mutation=mutations())
 @example(mutation=("task.json", lambda content, _: content.replace(b"\n", b"\n ")))
@@ -121,7 +121,7 @@ def test_a_mutated_checkpoint_is_refused_by_name_or_means_the_same(original, exp
 
 
 @settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(mutation=mutations())
 def test_without_checksums_a_mutated_checkpoint_loads_or_is_refused_with_one_error(unsealed, put_back, mutation):
