@@ -238,6 +238,21 @@ def test_a_base_model_of_another_shape_is_refused_before_its_weights_are_read(ch
         load_task_checkpoint(checkpoint, base_model=tmp_path / "base")
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "clip", "vision_config": {"hidden_size": "wide"}}'),
+        ("model.safetensors", b"not a tensor"),
+    ],
+)
+def test_a_damaged_base_model_is_refused_by_name(checkpoint, tmp_path, name, content):
+    base = Path(shutil.copytree(sample_path("mini-clip"), tmp_path / "base"))
+    (base / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"the base model '.*base' cannot be read"):
+        load_task_checkpoint(checkpoint, base_model=base)
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "task.json"])
 def test_a_link_out_of_the_folder_is_refused(checkpoint, tmp_path, name):
     shutil.move(checkpoint / name, tmp_path / name)
