@@ -97,6 +97,8 @@ class TaskCardData(ModelCardData):
         if not self.dataset_id:
             return []
         notes = f"hf_zocl, after task {task['task']} of {task['num_tasks']}, among {self.among}"
+        if cap := task["recipe"].get("max_test_images_per_class"):
+            notes += f", at most {cap} test images of a class"
         values = {"all-seen": metrics["last"], "average": metrics["avg"]}
         values |= {task_folder(number): value for number, value in enumerate(self.accuracies, start=1)}
         return [
