@@ -167,7 +167,12 @@ class Recipe:
             folder = str(Path(self.training.output_dir) / f"seed-{seed}")
             own = {"class_order_seed": seed} if self.run.vary_class_order else {}
             run = replace(self.run, seeds=None, num_seeds=None, **own)
-            recipes.append(replace(self, run=run, training=replace(self.training, seed=seed, output_dir=folder)))
+            hub = {}
+            if self.training.push_to_hub:
+                repository = self.training.hub_model_id or Path(self.training.output_dir).absolute().name
+                hub = {"hub_model_id": f"{repository}-seed-{seed}"}
+            training = replace(self.training, seed=seed, output_dir=folder, **hub)
+            recipes.append(replace(self, run=run, training=training))
         return recipes
 
 

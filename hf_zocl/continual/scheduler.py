@@ -21,6 +21,10 @@ from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
 from ..hub.checkpoint import save_task_checkpoint, task_folder, write_json
+from ..hub.fetch import fetch_run
+from ..hub.public import public_recipe
+from ..hub.push import QUEUE_FILE, HubPusher
+from ..hub.push_on_save import PushOnSave
 from ..models import CLIPClassifier, adapter_name
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer
@@ -38,6 +42,8 @@ _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate
 # A run may move house, or be watched in another way, and still be the same run.
 _NOT_THE_RUN = {"output_dir", "resume", "report_to", "run_name", "disable_tqdm", "logging_steps", "dataset_path"}
 _NOT_THE_RUN |= {"image_cache_gb", "dataloader_num_workers", "seeds", "num_seeds", "vary_class_order"}
+_NOT_THE_RUN |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"}
+_NOT_THE_RUN |= {"hub_always_push", "hub_revision"}
 
 
 class ContinualTaskScheduler:
@@ -58,7 +64,7 @@ class ContinualTaskScheduler:
         image_cache_gb, skip_corrupt: See `prepare_images`.
 
     Raises:
-        ValueError: If the layer assignment does not fit the model.
+        ValueError: If the layer assignment does not fit the model, or, with `push_to_hub`, the Hub refuses the token.
     """
 
     def __init__(
@@ -75,8 +81,6 @@ class ContinualTaskScheduler:
         image_cache_gb: float = DEFAULT_CACHE_GB,
         skip_corrupt: bool = False,
     ):
-        if args.push_to_hub:
-            raise ValueError("push_to_hub=True: in this release task checkpoints stay in output_dir.")
         if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
             raise ValueError(
                 "The scheduler evaluates after every task: leave eval_strategy, eval_on_start and "
@@ -92,6 +96,9 @@ class ContinualTaskScheduler:
         self.output_dir = Path(args.output_dir)
         split = args.layer_assignment.split(model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
         self._towers = split.describe()
+        # Last, for it may create a repository.
+        pushes = args.push_to_hub and args.process_index == 0
+        self._pusher = HubPusher.from_arguments(args) if pushes else None
 
     def run(self, resume: bool = False, train: bool = True) -> dict[str, Any]:
         """Run the stream.
@@ -106,12 +113,15 @@ class ContinualTaskScheduler:
         Raises:
             ValueError: On `resume`, if `output_dir` holds the run of another recipe; or if an image cannot be decoded.
         """
+        if resume and train:
+            self._fetch_run()
         results = self._read_results() if resume and train else None
         self._prepare_images()
         if results is None:
             results = self._start()
         else:
             self._load_adapter(len(results["accuracy_matrix"]))
+            self._push(*range(1, len(results["accuracy_matrix"]) + 1))  # what is there already stays as it is
         if not train:
             return self._finish_untrained(results)
         started = time.perf_counter() - results["seconds"]
@@ -126,8 +136,22 @@ class ContinualTaskScheduler:
             results["seconds"] = time.perf_counter() - started
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], _peak_memory_bytes())
             self._save(task, results)
+            self._push(task.index)
         self._remove_empty_folders()
+        if self._pusher is not None:
+            self._pusher.finish()
         return results
+
+    def _push(self, *tasks: int) -> None:
+        if self._pusher is not None:
+            at_end_only = self.args.hub_strategy == "end"
+            self._pusher.push(*(task for task in tasks if not at_end_only or task == len(self.stream)))
+
+    def _fetch_run(self) -> None:
+        """Where `output_dir` holds no run yet, go on from the one in the repository."""
+        with self.args.main_process_first(desc="fetching the run"):
+            if self._pusher is not None and not (self.output_dir / RESULTS_FILE).is_file():
+                fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
 
     def _prepare_images(self) -> None:
         """Decode and resize ahead; the first process fills the cache for the others."""
@@ -171,6 +195,7 @@ class ContinualTaskScheduler:
         if self.args.should_save:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             (self.output_dir / RESULTS_FILE).unlink(missing_ok=True)
+            (self.output_dir / QUEUE_FILE).unlink(missing_ok=True)
             for folder in self.output_dir.glob("task-[0-9][0-9]*"):
                 shutil.rmtree(folder)
         return results
@@ -234,19 +259,24 @@ class ContinualTaskScheduler:
             zo_seed=zo_seed,
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
             report_to=self.args.report_to if task is not None else "none",
+            push_to_hub=False,  # tasks are pushed as a whole
+            hub_token=None,  # the Trainer writes its arguments into its checkpoints
         )
+        callbacks = list(self.callbacks)
+        if task is not None and self._pusher is not None and self.args.hub_strategy not in ("every_task", "end"):
+            callbacks.append(PushOnSave(self._pusher, self.args.hub_strategy, task.index))
         return self.trainer_class(
             model=self.model,
             args=args,
             train_dataset=None if task is None else task.train,
             data_collator=ImageCollator(self.processor, *labels, self._codec),
-            callbacks=list(self.callbacks),
+            callbacks=callbacks,
         )
 
     def _save(self, task: Task, results: dict[str, Any]) -> None:
         if not self.args.should_save:
             return
-        save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results))
+        save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results), results)
         write_json(self.output_dir / RESULTS_FILE, results)
         plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
 
@@ -294,13 +324,15 @@ class ContinualTaskScheduler:
             logger.warning(f"resume: {file} does not exist, so the run starts from the beginning.")
             return None
         results = json.loads(file.read_text(encoding="utf-8"))
-        mine = json.loads(json.dumps(self.recipe))
-        keys = sorted((mine.keys() | results["recipe"].keys()) - _NOT_THE_RUN)
-        different = [key for key in keys if mine.get(key) != results["recipe"].get(key)]
+        is_local = Path(self.model.config.name_or_path).exists()
+        # A run that was fetched from the Hub has no local paths.
+        mine, theirs = (
+            public_recipe(recipe, is_local) for recipe in (json.loads(json.dumps(self.recipe)), results["recipe"])
+        )
+        keys = sorted((mine.keys() | theirs.keys()) - _NOT_THE_RUN)
+        different = [key for key in keys if mine.get(key) != theirs.get(key)]
         if different:
-            details = ", ".join(
-                f"{key}: {results['recipe'].get(key)!r} there, {mine.get(key)!r} here" for key in different
-            )
+            details = ", ".join(f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here" for key in different)
             raise ValueError(f"resume: {file} is the run of another recipe ({details}).")
         if results["classes"] != list(self.stream.class_names):
             raise ValueError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")

@@ -15,11 +15,13 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoProcessor, CLIPModel, ProcessorMixin
 
 from ..models import CLIPClassifier
+from ..report import plot_accuracy_matrix
 from ..sample import resolve
 from .model_card import render_task_card
 
 
 TASK_FILE = "task.json"
+RESULTS_FILE = "results.json"
 FORMAT_VERSION = 1
 
 
@@ -36,7 +38,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def save_task_checkpoint(
-    output_dir: str | Path, model: CLIPClassifier, processor: ProcessorMixin, task: dict[str, Any]
+    output_dir: str | Path,
+    model: CLIPClassifier,
+    processor: ProcessorMixin,
+    task: dict[str, Any],
+    results: dict[str, Any] | None = None,
 ) -> Path:
     """Save the adapter, the processor, `task.json` and the model card into `output_dir/task-NN`.
 
@@ -45,6 +51,7 @@ def save_task_checkpoint(
         model: A classifier whose CLIP is wrapped by PEFT.
         processor: The CLIP model's processor.
         task: The content of `task.json`, see `hf_zocl.hub.model_card.render_task_card`.
+        results: The run's results so far, for `results.json` and `accuracy_matrix.png`.
 
     Returns:
         The checkpoint's folder; one of that name is replaced once the new one is complete.
@@ -56,6 +63,9 @@ def save_task_checkpoint(
     processor.save_pretrained(unfinished)
     write_json(unfinished / TASK_FILE, {"format_version": FORMAT_VERSION, **task})
     (unfinished / "README.md").write_text(str(render_task_card(task)), encoding="utf-8")
+    if results is not None:
+        write_json(unfinished / RESULTS_FILE, results)
+        plot_accuracy_matrix(results, unfinished / "accuracy_matrix.png")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(unfinished, folder)

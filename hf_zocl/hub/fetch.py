@@ -1,0 +1,82 @@
+"""A run's folder, restored from the Hub."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from transformers.utils import logging
+
+from .checkpoint import RESULTS_FILE, read_task
+from .public import redact
+from .push import is_task_name, task_number
+
+
+logger = logging.get_logger(__name__)
+
+FETCHED = ["*.json", "*.safetensors", "*.png", "*.md", "*.yaml", "*.txt"]
+
+
+def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **hub_kwargs: Any) -> int:
+    """Restore the folder of a run from the repository that it was pushed to.
+
+    Args:
+        repo_id: The repository, `name` or `user/name`.
+        output_dir: Receives the folders `task-NN`, as the tags `task-NN` have them, and the last one's `results.json`.
+        token: A token that may read; default: the one of `HF_TOKEN` or `hf auth login`.
+        hub_kwargs: Further arguments for `huggingface_hub.snapshot_download`.
+
+    Returns:
+        The last task that was fetched; 0 if the repository holds no task, or does not exist.
+
+    Raises:
+        OSError: If the Hub cannot be reached.
+        ValueError: If a tag holds something else than its task's checkpoint.
+    """
+    output_dir = Path(output_dir)
+    api = HfApi(token=token, library_name="hf_zocl")
+    try:
+        if "/" not in repo_id:
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags if is_task_name(ref.name)}
+    except RepositoryNotFoundError:
+        return 0
+    except Exception as error:
+        raise OSError(f"{repo_id}: the run cannot be fetched from the Hub: {redact(error, token)}") from None
+    names = sorted(tags, key=task_number)
+    if not names:
+        return 0
+    output_dir.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        _fetch_task(api, repo_id, name, tags[name], output_dir, token, hub_kwargs)
+    unfinished = output_dir / f".{RESULTS_FILE}.tmp"
+    shutil.copyfile(output_dir / names[-1] / RESULTS_FILE, unfinished)
+    os.replace(unfinished, output_dir / RESULTS_FILE)
+    logger.info(f"Fetched from {repo_id}: {', '.join(names)}")
+    return task_number(names[-1])
+
+
+def _fetch_task(
+    api: HfApi, repo_id: str, name: str, commit: str, output_dir: Path, token: str | None, hub_kwargs: dict[str, Any]
+) -> None:
+    """Fetch one task's folder; it is complete or absent."""
+    unfinished = output_dir / f".{name}.tmp"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        for path in api.list_repo_files(repo_id, revision=commit):
+            if path.startswith("/") or "\\" in path or ".." in PurePosixPath(path).parts:
+                raise ValueError(f"{repo_id}, {name}: the file name {path!r} leads out of the folder.")
+        options = {"allow_patterns": FETCHED, "ignore_patterns": ["checkpoints/*"], "token": token, **hub_kwargs}
+        snapshot_download(repo_id, revision=commit, local_dir=unfinished, **options)
+    except HfHubHTTPError as error:
+        raise OSError(f"{repo_id}, {name}: it cannot be fetched from the Hub: {redact(error, token)}") from None
+    shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the client's notes
+    found = read_task(unfinished)["task"]
+    if found != task_number(name) or not (unfinished / RESULTS_FILE).is_file():
+        raise ValueError(f"{repo_id}: the tag {name} does not hold that task's checkpoint (it is of task {found}).")
+    shutil.rmtree(output_dir / name, ignore_errors=True)
+    os.replace(unfinished, output_dir / name)

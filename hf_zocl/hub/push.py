@@ -1,0 +1,441 @@
+"""Every task's checkpoint to the Hub: in order, in the background, and from a queue that outlives the run.
+
+One repository holds a run. A task is one commit on `main`, whose files are exactly the task's checkpoint, and one tag,
+`task-01`, `task-02` and so on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+from transformers.utils import logging
+
+from ..training_args import ZOCLTrainingArguments
+from .checkpoint import read_task, task_folder, write_json
+from .public import public_files, redact
+
+
+logger = logging.get_logger(__name__)
+
+QUEUE_FILE = "push_queue.json"
+WAITS = (1, 2, 4, 8, 16)
+LONGEST_WAIT = 300
+CHECK_PATIENCE = 60
+PATIENCE = 1800
+# Asking again changes nothing until somebody does something about it.
+REFUSALS = {400, 401, 402, 403, 413, 422}
+# What may stand in a repository beside a task's checkpoint: Git's own file, and the checkpoints within tasks.
+KEPT = (".gitattributes", "checkpoints/")
+
+
+@dataclass
+class PushQueue:
+    """The tasks that wait to be pushed, kept in `output_dir/push_queue.json` as long as there are any; no token.
+
+    Args:
+        output_dir: The run's folder.
+        repo_id: The repository as it was asked for, with or without a user's name before it.
+        private: Whether the repository is private, if it has to be created.
+        pending: The names of the tasks' folders, the next one first.
+        error: Why the next one could not be pushed.
+    """
+
+    output_dir: Path
+    repo_id: str
+    private: bool | None = None
+    pending: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @classmethod
+    def read(cls, output_dir: Path) -> PushQueue | None:
+        """The queue that an earlier run left, if it left one.
+
+        Raises:
+            ValueError: If the file is no queue.
+        """
+        file = output_dir / QUEUE_FILE
+        if not file.is_file():
+            return None
+        try:
+            return cls(output_dir, **json.loads(file.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: expected a queue of tasks to push, as a run leaves it ({error}).") from error
+
+    def write(self) -> None:
+        """Write it, or remove an empty one; on a full disk it lives on in memory, and a resumed run makes it anew."""
+        file = self.output_dir / QUEUE_FILE
+        try:
+            if self.pending:
+                content = asdict(self)
+                del content["output_dir"]
+                write_json(file, content)
+            else:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(f"{file} could not be written ({error}); run again with --resume to push what is left.")
+
+
+@dataclass
+class Save:
+    """What is pushed from within a task.
+
+    Args:
+        files: Path in the repository → file or content.
+        replaces: Folders of the repository, ending in `/`, whose other files are deleted.
+        message: The commit's message.
+        scratch: A folder to remove afterwards.
+    """
+
+    files: dict[str, Path | bytes]
+    replaces: tuple[str, ...]
+    message: str
+    scratch: Path | None = None
+
+    def clear(self) -> None:
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+class HubPusher:
+    """Pushes a run's task checkpoints to one repository, in order, in a thread of its own.
+
+    A push that fails is tried again after a while; one that keeps failing stays in the queue, with those after it, and
+    has its next chance with the next task, the next run or `scripts/push.py`.
+
+    Args:
+        output_dir: The run's folder.
+        repo_id: The repository, `name` or `user/name`; default: the folder's name.
+        token: A token that may write; default: the one of `HF_TOKEN` or `hf auth login`.
+        private: Whether a new repository is private; None: as the user's or organization's default is.
+        waits: Seconds before each further attempt; `Retry-After` makes one longer.
+        always_push: Also push a checkpoint within a task while another push is under way.
+
+    Raises:
+        ValueError: If `repo_id` is no name of a repository.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        repo_id: str | None = None,
+        token: str | None = None,
+        private: bool | None = None,
+        waits: Sequence[float] = WAITS,
+        always_push: bool = False,
+    ):
+        self.output_dir = Path(output_dir)
+        name = repo_id or self.output_dir.absolute().name
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(f"hub_model_id={name!r}: expected name or user/name ({error})") from None
+        self.token, self.waits, self.always_push = token, waits, always_push
+        self.repo_id: str | None = None  # in full, once the Hub has said it
+        self.queue = PushQueue(self.output_dir, name, private)
+        self._saves: deque[Save] = deque()
+        self._lock = threading.Lock()
+        self._worker: threading.Thread | None = None
+        disable_progress_bars("huggingface_hub.lfs_upload")  # they would run into the training's own
+
+    @classmethod
+    def from_arguments(cls, args: ZOCLTrainingArguments) -> HubPusher:
+        """The pusher that `push_to_hub` and its like ask for; the repository is created, if the Hub can be reached.
+
+        Raises:
+            ValueError: If `hub_model_id`, `hub_revision` or the token will not do.
+        """
+        if args.hub_revision not in (None, "main"):
+            raise ValueError(f"hub_revision={args.hub_revision!r}: a run's tasks are commits on main; leave it out.")
+        pusher = cls(
+            args.output_dir,
+            args.hub_model_id,
+            token=args.hub_token,
+            private=args.hub_private_repo,
+            always_push=args.hub_always_push,
+        )
+        pusher.check()
+        return pusher
+
+    def check(self) -> None:
+        """Create the repository, so that what is wrong with the token or the name is known before any work is done.
+
+        A Hub that is down or switched off (`HF_HUB_OFFLINE`) is no reason not to train: what is pushed then waits.
+
+        Raises:
+            ValueError: If there is no token, or the Hub refuses it.
+        """
+        if hub_constants.is_offline_mode():
+            logger.warning(f"HF_HUB_OFFLINE is set: checkpoints wait in {self.output_dir / QUEUE_FILE}.")
+            return
+        if self.token is None and get_token() is None:
+            raise ValueError(
+                "push_to_hub=True: there is no token: pass hub_token, set HF_TOKEN or run `hf auth login`."
+            )
+        errors: list[Exception] = []
+        probe = threading.Thread(target=self._probe, args=(errors,), daemon=True)
+        probe.start()
+        probe.join(CHECK_PATIENCE)  # the client waits for an answer without end
+        if errors and _status(errors[0]) in REFUSALS:
+            raise ValueError(f"push_to_hub=True, hub_model_id={self.queue.repo_id!r}: {self._describe(errors[0])}")
+        if errors or probe.is_alive():
+            reason = self._describe(errors[0]) if errors else "no answer"
+            logger.warning(f"The Hub cannot be reached ({reason}). Training goes on; checkpoints wait to be pushed.")
+
+    def _probe(self, errors: list[Exception]) -> None:
+        try:
+            self._repository()
+        except Exception as error:
+            errors.append(error)
+
+    def push(self, *tasks: int) -> None:
+        """Put tasks into the queue, and push in the background; returns at once."""
+        with self._lock:
+            names = [task_folder(task) for task in tasks]
+            # A task that is trained again is pushed again, after those before it.
+            self.queue.pending = sorted({*self.queue.pending, *names}, key=task_number)
+            self.queue.write()
+            self._start()
+
+    def push_save(self, save: Save) -> None:
+        """Push what was saved within a task, in the background and once: the task's end pushes what matters of it.
+
+        As with the Trainer, it is left out while another push is under way, unless `always_push` is set.
+        """
+        with self._lock:
+            if self._worker is not None and not self.always_push:
+                return save.clear()
+            self._saves.append(save)
+            self._start()
+
+    def finish(self, patience: float = PATIENCE) -> list[str]:
+        """Wait until all is pushed or has failed, try once more what failed before, and report.
+
+        Args:
+            patience: Seconds after which an upload that is still going on is left to the next run.
+
+        Returns:
+            The names of the task folders that are not pushed.
+        """
+        with self._lock:
+            self._start()
+            worker = self._worker
+        if worker is not None:
+            worker.join(patience)
+        with self._lock:
+            left = list(self.queue.pending)
+        where = f"{self.output_dir}"
+        if left:
+            reason = self.queue.error or f"still going on after {patience:.0f} s"
+            logger.warning(
+                f"Not on the Hub yet: {', '.join(left)} ({reason}). They are complete in {where}; push them with "
+                f"`python scripts/push.py {where}`, or run again with --resume."
+            )
+        elif self.repo_id is not None:
+            logger.info(f"All tasks are on the Hub: {hub_constants.ENDPOINT}/{self.repo_id}")
+        return left
+
+    def drain(self) -> dict[str, str]:
+        """Push what is in the queue, in order, until it is empty or one push has failed for good.
+
+        Returns:
+            Task folder → `pushed`, `unchanged` (it was there already), or why it could not be pushed.
+        """
+        outcomes: dict[str, str] = {}
+        while True:
+            with self._lock:
+                if not self.queue.pending:
+                    return outcomes
+                name = self.queue.pending[0]
+            try:
+                outcomes[name] = self._attempt(lambda name=name: self._push_task(name))
+            except Exception as error:
+                outcomes[name] = self._describe(error)
+                logger.warning(f"{name} could not be pushed: {outcomes[name]}")
+                with self._lock:
+                    self.queue.error = outcomes[name]
+                    self.queue.write()
+                return outcomes
+            with self._lock:
+                self.queue.pending.remove(name)
+                self.queue.error = None
+                self.queue.write()
+
+    def _start(self) -> None:
+        """Start the worker where there is work and none at work; the caller holds the lock."""
+        if self._worker is None and (self.queue.pending or self._saves):
+            # A daemon: a hanging upload must not keep a finished run from ending.
+            self._worker = threading.Thread(target=self._work, name="push to the Hub", daemon=True)
+            self._worker.start()
+
+    def _work(self) -> None:
+        while True:
+            self.drain()
+            with self._lock:
+                if not self._saves:
+                    self._worker = None
+                    return
+                save = self._saves.popleft()
+            self._push_save(save)
+
+    def _push_save(self, save: Save) -> None:
+        try:
+            api, repo_id = self._api(), self._repository()
+            operations = _operations(api, repo_id, "main", save.files, lambda path: path.startswith(save.replaces))
+            if operations:
+                api.create_commit(repo_id, operations, commit_message=save.message)
+        except Exception as error:
+            logger.warning(f"{save.message} could not be pushed: {self._describe(error)}")
+        finally:
+            save.clear()
+
+    def _attempt(self, action: Callable[[], str]) -> str:
+        """Do `action`, and again after each of the waits, unless the Hub refuses it."""
+        for wait in [*self.waits, None]:
+            try:
+                return action()
+            except Exception as error:
+                if isinstance(error, RepositoryNotFoundError):
+                    self.repo_id = None  # it was deleted: the next attempt creates it
+                after = _retry_after(error)
+                is_final = _status(error) in REFUSALS or isinstance(error, (FileNotFoundError, OfflineModeIsEnabled))
+                if wait is None or is_final or after > LONGEST_WAIT:
+                    raise
+                logger.warning(f"Pushing failed ({self._describe(error)}); again in {max(wait, after):g} s.")
+                time.sleep(max(wait, after))
+
+    def _push_task(self, name: str) -> str:
+        repo_id = self._repository()
+        folder = self.output_dir / name
+        return push_files(self._api(), repo_id, name, public_files(folder, repo_id), _message(folder))
+
+    def _api(self) -> HfApi:
+        return HfApi(token=self.token, library_name="hf_zocl")
+
+    def _repository(self) -> str:
+        """The repository's full name; it is created if it is not there."""
+        if self.repo_id is None:
+            created = self._api().create_repo(self.queue.repo_id, private=self.queue.private, exist_ok=True)
+            self.repo_id = created.repo_id
+        return self.repo_id
+
+    def _describe(self, error: BaseException) -> str:
+        """One line that says what happened and, where the user can do something about it, what."""
+        status = _status(error)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        text = " ".join(lines[:3]) or "no message"
+        if isinstance(error, RuntimeError) and error.__cause__ is not None:
+            text += f" {str(error.__cause__).strip().splitlines()[0]}" if str(error.__cause__).strip() else ""
+        if status in (401, 403):
+            text += f" The token needs the right to write to {self.queue.repo_id}: hub_token, HF_TOKEN, hf auth login."
+        return redact(f"{type(error).__name__}: {text}", self.token or get_token())
+
+
+def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes], message: str) -> str:
+    """Make `files` the tree of one commit on `main` and let `tag` name it; does nothing if they are that already.
+
+    A tag that names other files moves, and the tags of later tasks go: they belong to a run that this one replaces,
+    whose commits stay in the history.
+
+    Args:
+        api: The client.
+        repo_id: The repository.
+        tag: The tag, `task-03`.
+        files: Path in the repository → file or content.
+        message: The commit's message.
+
+    Returns:
+        `pushed`, or `unchanged`.
+    """
+    refs = api.list_repo_refs(repo_id)
+    tags = {ref.name: ref.target_commit for ref in refs.tags}
+    if tag in tags and not _operations(api, repo_id, tags[tag], files, _of_a_task):
+        return "unchanged"
+    head = next(ref.target_commit for ref in refs.branches if ref.name == "main")
+    operations = _operations(api, repo_id, head, files, _of_a_task)
+    commit = head  # a commit whose answer was lost is there already
+    if operations:
+        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head).oid
+    stale = [name for name in tags if name == tag or (is_task_name(name) and task_number(name) > task_number(tag))]
+    for name in stale:
+        logger.warning(f"{repo_id}: tag {name} was that of other files, at {tags[name]}; it is replaced.")
+        api.delete_tag(repo_id, tag=name)
+    api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+    return "pushed"
+
+
+def _operations(
+    api: HfApi, repo_id: str, revision: str, files: dict[str, Path | bytes], is_ours: Callable[[str], bool]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """What turns the tree at `revision` into `files`, as far as its paths are ours."""
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+    gone = [CommitOperationDelete(path) for path in there if path not in files and is_ours(path)]
+    changed = [(path, content) for path, content in files.items() if not _is_same(content, there.get(path))]
+    return gone + [CommitOperationAdd(path, content) for path, content in changed]
+
+
+def _of_a_task(path: str) -> bool:
+    return not path.startswith(KEPT)
+
+
+def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
+    if entry is None or entry.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
+        return False
+    if entry.lfs is None:
+        return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == entry.blob_id
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
+        return sha_fileobj(file).hex() == entry.lfs.sha256
+
+
+def complete_tasks(output_dir: Path) -> list[int]:
+    """The tasks whose checkpoints `output_dir` holds, in order."""
+    return sorted(task_number(folder.name) for folder in output_dir.glob("task-*") if is_task_name(folder.name))
+
+
+def is_task_name(name: str) -> bool:
+    number = name.removeprefix("task-")
+    return number.isdigit() and name == task_folder(int(number))
+
+
+def task_number(name: str) -> int:
+    return int(name.removeprefix("task-"))
+
+
+def _message(folder: Path) -> str:
+    info = read_task(folder)
+    return f"Task {info['task']} of {info['num_tasks']}"
+
+
+def _response(error: BaseException | None) -> Any:
+    """The answer of the Hub behind an error, which the client may have wrapped."""
+    while error is not None:
+        if getattr(error, "response", None) is not None:
+            return error.response
+        error = error.__cause__
+    return None
+
+
+def _status(error: BaseException) -> int | None:
+    response = _response(error)
+    return None if response is None else response.status_code
+
+
+def _retry_after(error: BaseException) -> float:
+    response = _response(error)
+    value = "" if response is None else response.headers.get("Retry-After", "")
+    return float(value) if value.isdigit() else 0.0
