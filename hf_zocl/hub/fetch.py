@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
 from .checkpoint import RESULTS_FILE, read_task
@@ -67,12 +67,13 @@ def _fetch_task(
     unfinished = output_dir / f".{name}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        for path in api.list_repo_files(repo_id, revision=commit):
+        paths = api.list_repo_files(repo_id, revision=commit)
+        for path in paths:
             if path.startswith("/") or "\\" in path or ".." in PurePosixPath(path).parts:
-                raise ValueError(f"{repo_id}, {name}: the file name {path!r} leads out of the folder.")
+                raise PermissionError(f"the file name {path!r} leads out of the folder")
         options = {"allow_patterns": FETCHED, "ignore_patterns": ["checkpoints/*"], "token": token, **hub_kwargs}
         snapshot_download(repo_id, revision=commit, local_dir=unfinished, **options)
-    except HfHubHTTPError as error:
+    except Exception as error:  # the client's errors have no common class
         raise OSError(f"{repo_id}, {name}: it cannot be fetched from the Hub: {redact(error, token)}") from None
     shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the client's notes
     found = read_task(unfinished)["task"]

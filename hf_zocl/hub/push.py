@@ -12,7 +12,8 @@ import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.utils import logging
 
@@ -38,7 +44,7 @@ LONGEST_WAIT = 300
 CHECK_PATIENCE = 60
 PATIENCE = 1800
 # Asking again changes nothing until somebody does something about it.
-REFUSALS = {400, 401, 402, 403, 413, 422}
+REFUSALS = {400, 401, 402, 403, 413}
 # What may stand in a repository beside a task's checkpoint: Git's own file, and the checkpoints within tasks.
 KEPT = (".gitattributes", "checkpoints/")
 
@@ -150,7 +156,6 @@ class HubPusher:
         self._saves: deque[Save] = deque()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
-        disable_progress_bars("huggingface_hub.lfs_upload")  # they would run into the training's own
 
     @classmethod
     def from_arguments(cls, args: ZOCLTrainingArguments) -> HubPusher:
@@ -283,14 +288,15 @@ class HubPusher:
             self._worker.start()
 
     def _work(self) -> None:
-        while True:
-            self.drain()
-            with self._lock:
-                if not self._saves:
-                    self._worker = None
-                    return
-                save = self._saves.popleft()
-            self._push_save(save)
+        with _no_progress_bars():
+            while True:
+                self.drain()
+                with self._lock:
+                    if not self._saves:
+                        self._worker = None
+                        return
+                    save = self._saves.popleft()
+                self._push_save(save)
 
     def _push_save(self, save: Save) -> None:
         try:
@@ -400,6 +406,19 @@ def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
         return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == entry.blob_id
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         return sha_fileobj(file).hex() == entry.lfs.sha256
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Bars of the background would run into the training's own."""
+    shown = not are_progress_bars_disabled()
+    if shown:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def complete_tasks(output_dir: Path) -> list[int]:
