@@ -311,6 +311,7 @@ class ContinualTaskScheduler:
             "prompt_template": self.model.prompt_template,
             "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
             "metrics": {name: results[name] for name in measures},
+            **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get(name)},
             **{
                 name: results[name]
                 for name in ("zero_shot", "recipe", "seed", "seconds", "peak_memory_bytes", "versions")
