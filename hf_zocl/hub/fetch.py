@@ -11,14 +11,16 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
-from .checkpoint import RESULTS_FILE, read_task
+from .checkpoint import RESULTS_FILE
 from .public import redact
 from .push import is_task_name, task_number
+from .seal import check_seal
+from .task_file import read_task
 
 
 logger = logging.get_logger(__name__)
 
-FETCHED = ["*.json", "*.safetensors", "*.png", "*.md", "*.yaml", "*.txt"]
+FETCHED = ["*.json", "*.safetensors", "*.png", "*.md", "*.yaml", "*.txt", "*.jinja"]
 
 
 def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **hub_kwargs: Any) -> int:
@@ -35,7 +37,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
 
     Raises:
         OSError: If the Hub cannot be reached.
-        ValueError: If a tag holds something else than its task's checkpoint.
+        ValueError: If a tag holds something else than its task's checkpoint, whole.
     """
     output_dir = Path(output_dir)
     api = HfApi(token=token, library_name="hf_zocl")
@@ -76,7 +78,9 @@ def _fetch_task(
     except Exception as error:  # the client's errors have no common class
         raise OSError(f"{repo_id}, {name}: it cannot be fetched from the Hub: {redact(error, token)}") from None
     shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the client's notes
-    found = read_task(unfinished)["task"]
+    info = read_task(unfinished)
+    check_seal(unfinished, info)
+    found = info["task"]
     if found != task_number(name) or not (unfinished / RESULTS_FILE).is_file():
         raise ValueError(f"{repo_id}: the tag {name} does not hold that task's checkpoint (it is of task {found}).")
     shutil.rmtree(output_dir / name, ignore_errors=True)

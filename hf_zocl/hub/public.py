@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..sample import resolve
-from .checkpoint import RESULTS_FILE, TASK_FILE, read_task
+from .checkpoint import RESULTS_FILE
+from .model_card import render_task_card
+from .seal import ADAPTER_CONFIG, BASE_CONFIG, BASE_WEIGHTS, seal
+from .task_file import TASK_FILE, read_json, read_task
 
 
-ADAPTER_CONFIG = "adapter_config.json"
-MODEL_CONFIG = "config.json"
 LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 # Arguments that are always paths, so also where a relative one reads like the name of a repository.
 PATH_ARGUMENTS = {"output_dir", "logging_dir", "dataset_path", "resume_from_checkpoint", "deepspeed"}
@@ -32,7 +33,8 @@ def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         repo_id: The repository, which `adapter_config.json` names as the place of a base model that comes along.
 
     Returns:
-        Path in the repository → a file, or the content of one from which local paths were taken out.
+        Path in the repository → a file, or the content of one from which local paths were taken out; the model card
+        says how to load the task from `repo_id`.
 
     Raises:
         ValueError: If `folder` is no task checkpoint.
@@ -49,15 +51,21 @@ def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     if is_local:
         files = {path.name: path for path in base_model_files(folder, info)} | files
     for name, path in list(files.items()):
-        if name in (TASK_FILE, RESULTS_FILE) or (name.endswith("config.json") and "/" not in name):
-            content = json.loads(path.read_text(encoding="utf-8"))
-            is_record = name in (TASK_FILE, RESULTS_FILE)
-            public = public_record(content, is_local) if is_record else _public_config(content)
+        if name == RESULTS_FILE or (name.endswith("config.json") and "/" not in name):
+            content = read_json(path)
+            public = public_record(content, is_local) if name == RESULTS_FILE else _public_config(content)
             if name == ADAPTER_CONFIG and is_local:
                 public["base_model_name_or_path"] = repo_id
             if public != content:
-                files[name] = (json.dumps(public, indent=2, ensure_ascii=False) + "\n").encode()
+                files[name] = _json(public)
+    task = public_record(info, is_local)
+    files["README.md"] = str(render_task_card(task, repo_id)).encode()
+    files[TASK_FILE] = _json(seal(task, files))
     return files
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def base_model_files(folder: Path, info: dict[str, Any]) -> list[Path]:
@@ -66,14 +74,14 @@ def base_model_files(folder: Path, info: dict[str, Any]) -> list[Path]:
     Raises:
         FileNotFoundError: If they are no longer there, or are no safetensors.
     """
-    recorded = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     # A checkpoint that came from the Hub holds its base model; the embedded sample is known by its name.
     for place in (folder, Path(resolve(info["base_model"])), Path(recorded or ".")):
-        if (place / MODEL_CONFIG).is_file():
-            weights = sorted(place.glob("model*.safetensors")) + sorted(place.glob("model.safetensors.index.json"))
+        if (place / BASE_CONFIG).is_file():
+            weights = sorted(place.glob(BASE_WEIGHTS)) + sorted(place.glob("model.safetensors.index.json"))
             if not weights:
                 raise FileNotFoundError(f"{place}: the base model has no model.safetensors; save it again.")
-            return [place / MODEL_CONFIG, *weights]
+            return [place / BASE_CONFIG, *weights]
     raise FileNotFoundError(
         f"{folder / ADAPTER_CONFIG}: its local base model, {recorded}, is not there; it is pushed along."
     )

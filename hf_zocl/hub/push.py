@@ -32,8 +32,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.utils import logging
 
 from ..training_args import ZOCLTrainingArguments
-from .checkpoint import read_task, task_folder, write_json
 from .public import public_files, redact
+from .task_file import read_task, task_folder, write_json
 
 
 logger = logging.get_logger(__name__)

@@ -11,8 +11,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .checkpoint import task_folder
 from .push import HubPusher, Save
+from .task_file import task_folder
 
 
 LEFT_OUT = ("training_args.bin", "README.md")  # arguments hold tokens and paths, and are a pickle

@@ -12,6 +12,7 @@ from hf_zocl.hub.checkpoint import save_task_checkpoint
 from hf_zocl.hub.fetch import fetch_run
 from hf_zocl.hub.public import public_files, public_recipe, redact
 from hf_zocl.hub.push import QUEUE_FILE, HubPusher, PushQueue
+from hf_zocl.hub.seal import seal_task_checkpoint
 from hf_zocl.sample import sample_path
 
 from ..helpers import mini_clip_classifier
@@ -85,6 +86,12 @@ def run(three_tasks, tmp_path) -> Path:
     return tmp_path / "run"
 
 
+def edit(file: Path, **changes) -> None:
+    """Change a checkpoint's file and seal it again."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    seal_task_checkpoint(file.parent)
+
+
 def pusher_of(run: Path, **options) -> HubPusher:
     return HubPusher(run, **{"repo_id": "run", "waits": (0.01,) * 3, **options})
 
@@ -142,7 +149,7 @@ def test_pushing_twice_changes_nothing(client, hub, run):
 def test_a_run_that_replaces_another_moves_its_tags(client, hub, run):
     push_all(run)
     old = hub.repository(REPO).tags
-    (run / "task-02" / "README.md").write_text("---\nlibrary_name: peft\n---\nTrained again.\n")
+    edit(run / "task-02" / "results.json", trained="again")
     pusher = pusher_of(run)
     pusher.push(1, 2)
     assert pusher.finish() == []
@@ -154,13 +161,9 @@ def test_a_run_that_replaces_another_moves_its_tags(client, hub, run):
 
 
 def test_no_local_path_is_pushed(client, hub, run, tmp_path):
-    recipe = {"dataset_path": "data/here", "deepspeed": None, "held_out": [f"cifar10={tmp_path}/c10"]}
+    recipe = {"dataset_path": "data/here", "held_out": [f"cifar10={tmp_path}/c10"], "output_dir": str(run)}
     for name in ("task.json", "results.json"):
-        file = run / "task-01" / name
-        content = json.loads(file.read_text())
-        content["recipe"] |= recipe
-        content["classes"] = ["/slash"]
-        file.write_text(json.dumps(content))
+        edit(run / "task-01" / name, recipe=recipe, classes=["/slash"])
     files = {
         name: content if isinstance(content, bytes) else content.read_bytes()
         for name, content in public_files(run / "task-01", REPO).items()
@@ -187,11 +190,8 @@ def test_a_recipe_without_local_paths_is_the_same_on_another_machine():
 
 def test_a_local_base_model_that_is_gone_is_named_and_the_rest_waits(client, hub, run, tmp_path):
     for name in TASKS:
-        task = json.loads((run / name / "task.json").read_text())
-        (run / name / "task.json").write_text(json.dumps({**task, "base_model": "my-clip"}))
-        config = json.loads((run / name / "adapter_config.json").read_text())
-        config["base_model_name_or_path"] = str(tmp_path / "gone")
-        (run / name / "adapter_config.json").write_text(json.dumps(config))
+        edit(run / name / "task.json", base_model="my-clip")
+        edit(run / name / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     assert push_all(run) == list(TASKS)
     assert f"its local base model, {tmp_path / 'gone'}, is not there" in PushQueue.read(run).error
 
@@ -335,8 +335,9 @@ def test_a_run_is_fetched_as_it_was_pushed(client, hub, run, tmp_path):
     pusher = pusher_of(tmp_path / "fetched")
     pusher.queue.pending = list(TASKS)
     assert pusher.drain() == dict.fromkeys(TASKS, "unchanged")
-    model, _ = load_task_checkpoint(tmp_path / "fetched", task=2)
-    assert model.class_names == ("cat", "dog")
+    for place in (tmp_path / "fetched", REPO):
+        model, _ = load_task_checkpoint(place, task=2)
+        assert model.class_names == ("cat", "dog")
 
 
 def test_a_repository_without_tasks_gives_no_run(client, hub, tmp_path):
