@@ -1,7 +1,9 @@
 """Task checkpoints on the Hub: what is pushed, what a fault does to it, and that it loads anywhere."""
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -310,6 +312,38 @@ def test_a_wrong_token_and_a_wrong_name_are_said_before_any_work(client, hub, ru
 def test_a_private_repository_is_private(client, hub, run):
     assert push_all(run, private=True, token=hub.token) == []
     assert hub.repository(REPO).private
+
+
+def run_script(run: Path, monkeypatch, capsys, *arguments: str) -> tuple[int | str | None, list[str]]:
+    monkeypatch.setattr(sys, "argv", ["push.py", str(run), *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "push.py"), run_name="__main__")
+    return end.value.code, [line for line in capsys.readouterr().out.splitlines() if line]
+
+
+def test_the_script_pushes_what_the_queue_holds(client, hub, run, monkeypatch, capsys):
+    refusal = hub.order("status", "POST .*/commit/", times=10**6, status=403)
+    assert push_all(run) == list(TASKS)
+    code, lines = run_script(run, monkeypatch, capsys)
+    assert code == 1
+    assert [line.split()[0] for line in lines[:3]] == list(TASKS)
+    assert "403" in lines[0] and "needs the right to write" in lines[0]
+    assert lines[-1] == "0 of 3 are on tester/run."
+    refusal.times = 0
+    code, lines = run_script(run, monkeypatch, capsys)
+    assert (code, lines[-1]) == (0, "3 of 3 are on tester/run.")
+    assert [line.split() for line in lines[:3]] == [[name, "pushed"] for name in TASKS]
+    assert is_complete(hub)
+    code, lines = run_script(run, monkeypatch, capsys)  # of a run that was pushed: a check
+    assert (code, [line.split()[1] for line in lines[:3]]) == (0, ["unchanged"] * 3)
+
+
+def test_the_script_pushes_a_run_that_was_never_pushed(client, hub, run, monkeypatch, capsys, tmp_path):
+    assert run_script(run, monkeypatch, capsys, "--hub_model_id", "other", "--hub_private_repo")[0] == 0
+    assert hub.repository("tester/other").private
+    assert list(hub.repository("tester/other").tags) == list(TASKS)
+    code, _ = run_script(tmp_path, monkeypatch, capsys)
+    assert code.startswith(f"error: {tmp_path}: expected a run's folder")
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"repo_id": "run", "token": "x"}'])
