@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from hf_zocl.hub.checkpoint import RESULTS_FILE, task_folder
-from hf_zocl.hub.push import HubPusher, PushQueue, complete_tasks
+from hf_zocl.hub.push import HubPusher
+from hf_zocl.hub.push_queue import PushQueue, complete_tasks
 
 
 def main() -> None:

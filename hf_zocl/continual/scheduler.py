@@ -23,8 +23,9 @@ from transformers.utils import logging
 from ..hub.checkpoint import save_task_checkpoint, task_folder, write_json
 from ..hub.fetch import fetch_run
 from ..hub.public import public_recipe
-from ..hub.push import QUEUE_FILE, HubPusher
+from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
+from ..hub.push_queue import QUEUE_FILE
 from ..models import CLIPClassifier, adapter_name
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer
@@ -137,9 +138,9 @@ class ContinualTaskScheduler:
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], _peak_memory_bytes())
             self._save(task, results)
             self._push(task.index)
-        self._remove_empty_folders()
         if self._pusher is not None:
             self._pusher.finish()
+        self._remove_empty_folders()
         return results
 
     def _push(self, *tasks: int) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .checkpoint import RESULTS_FILE
 from .public import redact
-from .push import is_task_name, task_number
+from .push_queue import is_task_name, task_number
 from .seal import check_seal
 from .task_file import read_task
 

@@ -6,94 +6,42 @@ One repository holds a run. A task is one commit on `main`, whose files are exac
 
 from __future__ import annotations
 
-import io
-import json
 import shutil
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import HfApi, get_token
 from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
     validate_repo_id,
 )
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.utils import logging
 
 from ..training_args import ZOCLTrainingArguments
+from .commits import changes, push_files
 from .public import public_files, redact
-from .task_file import read_task, task_folder, write_json
+from .push_queue import QUEUE_FILE, PushQueue, task_number
+from .task_file import read_task, task_folder
 
 
 logger = logging.get_logger(__name__)
 
-QUEUE_FILE = "push_queue.json"
 WAITS = (1, 2, 4, 8, 16)
 LONGEST_WAIT = 300
 CHECK_PATIENCE = 60
 PATIENCE = 1800
 # Asking again changes nothing until somebody does something about it.
 REFUSALS = {400, 401, 402, 403, 413}
-# What may stand in a repository beside a task's checkpoint: Git's own file, and the checkpoints within tasks.
-KEPT = (".gitattributes", "checkpoints/")
-
-
-@dataclass
-class PushQueue:
-    """The tasks that wait to be pushed, kept in `output_dir/push_queue.json` as long as there are any; no token.
-
-    Args:
-        output_dir: The run's folder.
-        repo_id: The repository as it was asked for, with or without a user's name before it.
-        private: Whether the repository is private, if it has to be created.
-        pending: The names of the tasks' folders, the next one first.
-        error: Why the next one could not be pushed.
-    """
-
-    output_dir: Path
-    repo_id: str
-    private: bool | None = None
-    pending: list[str] = field(default_factory=list)
-    error: str | None = None
-
-    @classmethod
-    def read(cls, output_dir: Path) -> PushQueue | None:
-        """The queue that an earlier run left, if it left one.
-
-        Raises:
-            ValueError: If the file is no queue.
-        """
-        file = output_dir / QUEUE_FILE
-        if not file.is_file():
-            return None
-        try:
-            return cls(output_dir, **json.loads(file.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: expected a queue of tasks to push, as a run leaves it ({error}).") from error
-
-    def write(self) -> None:
-        """Write it, or remove an empty one; on a full disk it lives on in memory, and a resumed run makes it anew."""
-        file = self.output_dir / QUEUE_FILE
-        try:
-            if self.pending:
-                content = asdict(self)
-                del content["output_dir"]
-                write_json(file, content)
-            else:
-                file.unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning(f"{file} could not be written ({error}); run again with --resume to push what is left.")
 
 
 @dataclass
@@ -301,7 +249,7 @@ class HubPusher:
     def _push_save(self, save: Save) -> None:
         try:
             api, repo_id = self._api(), self._repository()
-            operations = _operations(api, repo_id, "main", save.files, lambda path: path.startswith(save.replaces))
+            operations = changes(api, repo_id, "main", save.files, lambda path: path.startswith(save.replaces))
             if operations:
                 api.create_commit(repo_id, operations, commit_message=save.message)
         except Exception as error:
@@ -351,63 +299,6 @@ class HubPusher:
         return redact(f"{type(error).__name__}: {text}", self.token or get_token())
 
 
-def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes], message: str) -> str:
-    """Make `files` the tree of one commit on `main` and let `tag` name it; does nothing if they are that already.
-
-    A tag that names other files moves, and the tags of later tasks go: they belong to a run that this one replaces,
-    whose commits stay in the history.
-
-    Args:
-        api: The client.
-        repo_id: The repository.
-        tag: The tag, `task-03`.
-        files: Path in the repository → file or content.
-        message: The commit's message.
-
-    Returns:
-        `pushed`, or `unchanged`.
-    """
-    refs = api.list_repo_refs(repo_id)
-    tags = {ref.name: ref.target_commit for ref in refs.tags}
-    if tag in tags and not _operations(api, repo_id, tags[tag], files, _of_a_task):
-        return "unchanged"
-    head = next(ref.target_commit for ref in refs.branches if ref.name == "main")
-    operations = _operations(api, repo_id, head, files, _of_a_task)
-    commit = head  # a commit whose answer was lost is there already
-    if operations:
-        commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head).oid
-    stale = [name for name in tags if name == tag or (is_task_name(name) and task_number(name) > task_number(tag))]
-    for name in stale:
-        logger.warning(f"{repo_id}: tag {name} was that of other files, at {tags[name]}; it is replaced.")
-        api.delete_tag(repo_id, tag=name)
-    api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
-    return "pushed"
-
-
-def _operations(
-    api: HfApi, repo_id: str, revision: str, files: dict[str, Path | bytes], is_ours: Callable[[str], bool]
-) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """What turns the tree at `revision` into `files`, as far as its paths are ours."""
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
-    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    gone = [CommitOperationDelete(path) for path in there if path not in files and is_ours(path)]
-    changed = [(path, content) for path, content in files.items() if not _is_same(content, there.get(path))]
-    return gone + [CommitOperationAdd(path, content) for path, content in changed]
-
-
-def _of_a_task(path: str) -> bool:
-    return not path.startswith(KEPT)
-
-
-def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:
-    if entry is None or entry.size != (len(content) if isinstance(content, bytes) else content.stat().st_size):
-        return False
-    if entry.lfs is None:
-        return git_hash(content if isinstance(content, bytes) else content.read_bytes()) == entry.blob_id
-    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
-        return sha_fileobj(file).hex() == entry.lfs.sha256
-
-
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Bars of the background would run into the training's own."""
@@ -419,20 +310,6 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
-
-
-def complete_tasks(output_dir: Path) -> list[int]:
-    """The tasks whose checkpoints `output_dir` holds, in order."""
-    return sorted(task_number(folder.name) for folder in output_dir.glob("task-*") if is_task_name(folder.name))
-
-
-def is_task_name(name: str) -> bool:
-    number = name.removeprefix("task-")
-    return number.isdigit() and name == task_folder(int(number))
-
-
-def task_number(name: str) -> int:
-    return int(name.removeprefix("task-"))
 
 
 def _message(folder: Path) -> str:

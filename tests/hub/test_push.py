@@ -7,14 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoProcessor
+import torch
+from huggingface_hub import constants
+from transformers import AutoProcessor, CLIPModel
 
 from hf_zocl import load_task_checkpoint
 from hf_zocl.hub.checkpoint import save_task_checkpoint
 from hf_zocl.hub.fetch import fetch_run
 from hf_zocl.hub.public import public_files, public_recipe, redact
-from hf_zocl.hub.push import QUEUE_FILE, HubPusher, PushQueue
+from hf_zocl.hub.push import HubPusher
+from hf_zocl.hub.push_queue import QUEUE_FILE, PushQueue
 from hf_zocl.hub.seal import seal_task_checkpoint
+from hf_zocl.hub.task_file import read_json
 from hf_zocl.sample import sample_path
 
 from ..helpers import mini_clip_classifier
@@ -190,6 +194,26 @@ def test_a_recipe_without_local_paths_is_the_same_on_another_machine():
     assert public_recipe({"model_name_or_path": "openai/clip"}, False) == {"model_name_or_path": "openai/clip"}
 
 
+def test_a_local_base_model_comes_along(client, hub, run, tmp_path):
+    shutil.copytree(sample_path("mini-clip"), tmp_path / "my-clip")
+    edit(run / "task-01" / "task.json", base_model=str(tmp_path / "my-clip"))
+    edit(run / "task-01" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "my-clip"))
+    here, processor = load_task_checkpoint(run, task=1)
+    pusher = pusher_of(run)
+    pusher.push(1)
+    assert pusher.finish() == []
+    shutil.rmtree(tmp_path / "my-clip")
+    there, _ = load_task_checkpoint(REPO, task=1)
+    clip = CLIPModel.from_pretrained(REPO, revision="task-01").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    prompt = processor.tokenizer("a photo of a cat.", return_tensors="pt")
+    with torch.no_grad():
+        expected = here(pixel_values=pixels).logits
+        assert torch.equal(there(pixel_values=pixels).logits, expected)
+        assert torch.allclose(clip(pixel_values=pixels, **prompt).logits_per_image, expected, atol=1e-4)
+    assert read_json(hub.repository(REPO).path("main", "task.json"))["base_model"] == "my-clip"
+
+
 def test_a_local_base_model_that_is_gone_is_named_and_the_rest_waits(client, hub, run, tmp_path):
     for name in TASKS:
         edit(run / name / "task.json", base_model="my-clip")
@@ -268,6 +292,12 @@ def test_a_hub_that_is_down_stops_nothing(run, tmp_path, monkeypatch):
     with HubServer(tmp_path / "hub", port=int(hub.url.rsplit(":", 1)[1])) as again:
         assert push_all(run) == []
         assert is_complete(again)
+
+
+def test_a_hub_that_is_switched_off_stops_nothing(run):
+    assert constants.is_offline_mode()  # the tests' own setting
+    assert push_all(run) == list(TASKS)
+    assert "OfflineModeIsEnabled" in PushQueue.read(run).error
 
 
 def test_a_hub_that_never_answers_is_left_to_the_next_run(client, hub, run):
@@ -379,6 +409,16 @@ def test_a_repository_without_tasks_gives_no_run(client, hub, tmp_path):
     client.create_repo("run")
     assert fetch_run(REPO, tmp_path / "fetched") == 0
     assert not (tmp_path / "fetched").exists()
+
+
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(client, hub, run, tmp_path):
+    push_all(run)
+    repository = hub.repository(REPO)
+    described = repository.folder / "commits" / f"{repository.tags['task-02']}.json"
+    described.write_text(described.read_text().replace('"processor_config.json"', '"../evil.json"'))
+    with pytest.raises(OSError, match="task-02.*'../evil.json' leads out of the folder"):
+        fetch_run(REPO, tmp_path / "fetched")
+    assert not list(tmp_path.rglob("evil.json"))
 
 
 def test_a_run_that_cannot_be_fetched_is_an_error(client, hub, run, tmp_path):
