@@ -76,7 +76,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
     return Rebuilt(
         steps=len(log.steps),
         different=tuple(name for name, value in rebuilt.items() if not torch.equal(value, saved[name])),
-        largest_difference=max(float((value - saved[name]).abs().max()) for name, value in rebuilt.items()),
+        largest_difference=max(float((value - saved[name].detach()).abs().max()) for name, value in rebuilt.items()),
         log_bytes=log_file.stat().st_size,
         checkpoint_bytes=weights_file.stat().st_size,
     )
