@@ -22,7 +22,7 @@ def _choices(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}.")
 
 
-@dataclass
+@dataclass(repr=False)  # the one of TrainingArguments shows no token
 class ZOCLTrainingArguments(TrainingArguments):
     """Arguments of a run that mixes zeroth-order (ZO) and first-order (FO) optimisation.
 

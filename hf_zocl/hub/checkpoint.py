@@ -6,6 +6,8 @@ import copy
 import os
 import shutil
 from collections import ChainMap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 
@@ -156,6 +158,7 @@ def load_task_checkpoint(
     Raises:
         ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
             file of the checkpoint is damaged, missing, or belongs to another one.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub has no such repository or revision.
     """
     folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
     info = read_task(folder)
@@ -196,23 +199,21 @@ def _read_adapter_config(folder: Path, info: dict[str, Any]) -> PeftConfig:
     for name in _REACHES_OUT:
         if content.get(name):
             raise ValueError(f"{file}: {name}={content[name]!r} is not allowed in a checkpoint.")
-    try:
+    with _refusing(f"{file} is damaged: it is no configuration of an adapter"):
         config = PeftConfig.from_peft_type(**content)
         name = adapter_name(config)
-    except Exception as error:  # PEFT raises what its code happens to stumble over
-        raise ValueError(f"{file} is damaged: it is no configuration of an adapter ({error!r}).") from error
     if info["adapter"] in ADAPTERS and name != info["adapter"]:
         raise ValueError(f"{file} is foreign: its adapter is {name!r}, expected {info['adapter']!r} ({TASK_FILE}).")
     return config
 
 
 def _base_model(folder: Path, info: dict[str, Any], config: PeftConfig) -> str | Path:
-    """The base model's folder or name: embedded in this package, beside the adapter, or as PEFT recorded it."""
+    """The base model's folder or name: beside the adapter, embedded in this package, or as PEFT recorded it."""
+    if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
+        return folder
     embedded = resolve(info["base_model"])
     if embedded != info["base_model"]:
         return embedded
-    if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
-        return folder
     name, file = config.base_model_name_or_path, folder / ADAPTER_CONFIG
     if not isinstance(name, str):
         raise ValueError(f"{file}: it names no base model ({name!r}): give base_model.")
@@ -230,21 +231,19 @@ def _base_model(folder: Path, info: dict[str, Any], config: PeftConfig) -> str |
 
 def _load_base_model(folder: Path, base_model: str | Path, config: PeftConfig, options: dict[str, Any]) -> CLIPModel:
     """The base model, once it is known that the adapter fits it."""
-    beside = Path(base_model) == folder
     options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
-    try:
+    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
         clip_config = CLIPConfig.from_pretrained(base_model, **options)
-        _check_adapter(folder, clip_config, config)
-        if beside:  # given the folder, transformers would put the adapter into the model as well
-            shards = [load_file(file) for file in sorted(folder.glob(BASE_WEIGHTS))]
-            source = {"pretrained_model_name_or_path": None, "state_dict": dict(ChainMap(*shards))}
-        else:
-            source = {"pretrained_model_name_or_path": base_model, **options}
+    _check_adapter(folder, clip_config, config)
+    if Path(base_model) == folder:  # given the folder, transformers would put the adapter into the model as well
+        shards = [load_file(file) for file in sorted(folder.glob(BASE_WEIGHTS))]
+        source = {"pretrained_model_name_or_path": None, "state_dict": dict(ChainMap(*shards))}
+    else:
+        source = {"pretrained_model_name_or_path": base_model, **options}
+    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
         clip, report = CLIPModel.from_pretrained(
             **source, config=clip_config, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"the base model {str(base_model)!r} cannot be read ({error}).") from error
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"the base model {str(base_model)!r} has no {missing[0]} (and {len(missing) - 1} more).")
@@ -254,16 +253,10 @@ def _load_base_model(folder: Path, base_model: str | Path, config: PeftConfig, o
 def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> None:
     """Compare the adapter's tensors with those that the base model would be given, before either is loaded."""
     file = folder / ADAPTER_WEIGHTS
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is damaged: it cannot be read as safetensors ({error}).") from error
-    try:
-        with torch.device("meta"):
-            model = PeftModel(CLIPModel(clip_config), copy.deepcopy(config))
-    except Exception as error:  # PEFT raises what its code happens to stumble over
-        raise ValueError(f"{folder / ADAPTER_CONFIG} does not fit its base model ({error!r}).") from error
+    with _refusing(f"{file} is damaged: it cannot be read as safetensors"), safe_open(file, framework="pt") as tensors:
+        found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    with _refusing(f"{folder / ADAPTER_CONFIG} does not fit its base model"), torch.device("meta"):
+        model = PeftModel(CLIPModel(clip_config), copy.deepcopy(config))
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if found == expected:
@@ -276,7 +269,14 @@ def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) ->
 
 
 def _load_processor(folder: Path) -> ProcessorMixin:
-    try:
+    with _refusing(f"{folder}: its processor cannot be read"):
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises a bare Exception
-        raise ValueError(f"{folder}: its processor cannot be read ({error!r}).") from error
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever transformers, PEFT and tokenizers stumble over in a file becomes one error that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} ({error!r}).") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
@@ -74,24 +74,21 @@ class TaskCardData(ModelCardData):
     def _eval_results(self) -> list[EvalResult]:
         """What older readers of the Hub read: Last, Avg, and the accuracy on each task."""
         task, metrics = self.task, self.task["metrics"]
-        among = f"tasks 1 to {task['task']} of {task['num_tasks']}"
-        values = [
-            (among, None, "Last (accuracy on all classes seen)", metrics["last"]),
-            (among, None, "Avg (mean of that over the tasks)", metrics["avg"]),
-        ]
-        for number, accuracy in enumerate(metrics["accuracy_matrix"][-1], start=1):
-            values.append((f"task {number}", task_folder(number), f"Task {number}", accuracy))
+        values = {
+            "Last (accuracy on all classes seen)": metrics["last"],
+            "Avg (mean of that over the tasks)": metrics["avg"],
+        }
+        values |= {f"Task {label}": value for label, value in zip(self.classes_by_task, self.accuracies, strict=True)}
         return [
             EvalResult(
                 task_type=PIPELINE_TAG,
                 dataset_type=self.dataset_id or self.title,
-                dataset_name=f"{self.title}, {part}",
-                dataset_config=config,
+                dataset_name=f"{self.title}, tasks 1 to {task['task']} of {task['num_tasks']}",
                 metric_type="accuracy",
                 metric_name=name,
                 metric_value=value,
             )
-            for part, config, name, value in values
+            for name, value in values.items()
         ]
 
     def entries(self) -> list[EvalResultEntry]:
@@ -101,7 +98,7 @@ class TaskCardData(ModelCardData):
             return []
         notes = f"hf_zocl, after task {task['task']} of {task['num_tasks']}, among {self.among}"
         values = {"all-seen": metrics["last"], "average": metrics["avg"]}
-        values |= {task_folder(number): value for number, value in enumerate(metrics["accuracy_matrix"][-1], start=1)}
+        values |= {task_folder(number): value for number, value in enumerate(self.accuracies, start=1)}
         return [
             EvalResultEntry(dataset_id=self.dataset_id, task_id=name, value=value, notes=notes)
             for name, value in values.items()
@@ -141,6 +138,20 @@ class TaskCardData(ModelCardData):
     @property
     def classes_by_task(self) -> dict[str, list[str]]:
         return _classes_by_task(self.task)
+
+    @property
+    def accuracies(self) -> list[float]:
+        """On the test images of each task, now."""
+        return self.task["metrics"]["accuracy_matrix"][-1]
+
+    @property
+    def most_forgotten(self) -> tuple[int, float, float] | None:
+        """The task that has lost most, and its accuracy at its best and now; None if no task has lost any."""
+        rows = self.task["metrics"]["accuracy_matrix"]
+        best = [max(row[number] for row in rows[number:]) for number in range(len(rows))]
+        losses = [top - now for top, now in zip(best, rows[-1], strict=True)]
+        task = losses.index(max(losses))
+        return (task + 1, best[task], rows[-1][task]) if losses[task] > 0 else None
 
     @property
     def zero_shot(self) -> list[float]:
@@ -208,6 +219,7 @@ def render_eval_results(task: dict[str, Any]) -> dict[str, str]:
     return {f"{EVAL_RESULTS_FOLDER}/{_last_component(card.dataset_id)}.yaml": content}
 
 
+@cache  # a run whose package is replaced meanwhile goes on as it began
 def _template() -> str:
     """The template's text: package data in an installed wheel, the top-level folder in a checkout."""
     packaged = resources.files("hf_zocl") / "model_cards" / TEMPLATE

@@ -215,7 +215,7 @@ class HubPusher:
                     return outcomes
                 name = self.queue.pending[0]
             try:
-                outcomes[name] = self._attempt(lambda name=name: self._push_task(name))
+                outcomes[name] = self._push_task(name)
             except Exception as error:
                 outcomes[name] = self._describe(error)
                 logger.warning(f"{name} could not be pushed: {outcomes[name]}")
@@ -266,16 +266,16 @@ class HubPusher:
                 if isinstance(error, RepositoryNotFoundError):
                     self.repo_id = None  # it was deleted: the next attempt creates it
                 after = _retry_after(error)
-                is_final = _status(error) in REFUSALS or isinstance(error, (FileNotFoundError, OfflineModeIsEnabled))
+                is_final = _status(error) in REFUSALS or isinstance(error, OfflineModeIsEnabled)
                 if wait is None or is_final or after > LONGEST_WAIT:
                     raise
                 logger.warning(f"Pushing failed ({self._describe(error)}); again in {max(wait, after):g} s.")
                 time.sleep(max(wait, after))
 
     def _push_task(self, name: str) -> str:
-        repo_id = self._repository()
         folder = self.output_dir / name
-        return push_files(self._api(), repo_id, name, public_files(folder, repo_id), _message(folder))
+        files = public_files(folder, self._attempt(self._repository))
+        return self._attempt(lambda: push_files(self._api(), self._repository(), name, files, _message(folder)))
 
     def _api(self) -> HfApi:
         return HfApi(token=self.token, library_name="hf_zocl")

@@ -1,12 +1,14 @@
 """Checkpoints saved, found and loaded: from a folder, from a run, and from the Hub's cache."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPProcessor, pipeline
@@ -239,3 +241,16 @@ def test_a_damaged_checkpoint_is_not_measured(run, tmp_path):
         file.truncate(100)
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged: it has 100 bytes, expected"):
         evaluate_checkpoint(folder, benchmark="cifar10-sample", max_test_images_per_class=1)
+
+
+def test_the_code_of_the_documentation_runs(run, hub, images, tmp_path, monkeypatch):
+    text = (Path(__file__).resolve().parents[2] / "docs" / "loading.md").read_text(encoding="utf-8")
+    shutil.copytree(run, tmp_path / "runs" / "quickstart")
+    for name in ("cat.png", "dog.png"):
+        images[0].save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    names = {}
+    for source in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(source.replace("user/quickstart", "user/stream").replace("user/stream", "user/whole"), names)
+    assert names["names"] == load_task_checkpoint(run, task="best")[0].predict(images[:1] * 2)[0]

@@ -100,7 +100,7 @@ def put_back(request):
 
 
 @settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(mutation=mutations())
 @example(mutation=("task.json", lambda content, _: content.replace(b"\n", b"\n ")))
@@ -121,7 +121,7 @@ def test_a_mutated_checkpoint_is_refused_by_name_or_means_the_same(original, exp
 
 
 @settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(mutation=mutations())
 def test_without_checksums_a_mutated_checkpoint_loads_or_is_refused_with_one_error(unsealed, put_back, mutation):
@@ -236,6 +236,21 @@ def test_a_base_model_of_another_shape_is_refused_before_its_weights_are_read(ch
     config.save_pretrained(tmp_path / "base")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is foreign: .*vision_model.* have \(8, 64\)"):
         load_task_checkpoint(checkpoint, base_model=tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'{"model_type": "clip", "vision_config": {"hidden_size": "wide"}}'),
+        ("model.safetensors", b"not a tensor"),
+    ],
+)
+def test_a_damaged_base_model_is_refused_by_name(checkpoint, tmp_path, name, content):
+    base = Path(shutil.copytree(sample_path("mini-clip"), tmp_path / "base"))
+    (base / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"the base model '.*base' cannot be read"):
+        load_task_checkpoint(checkpoint, base_model=base)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "tokenizer.json", "task.json"])

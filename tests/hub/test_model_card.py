@@ -267,6 +267,13 @@ def test_card_admits_a_model_below_zero_shot(task):
     assert "below the zero-shot" in render_task_card(task).text
 
 
+def test_the_card_names_the_task_that_was_forgotten_most(task):
+    line = "It has forgotten: of task 1 it got 90.0 % right at its best and gets 60.0 % now."
+    assert line in render_task_card(task).text
+    task["metrics"]["accuracy_matrix"][-1] = [0.9, 0.8, 0.75]
+    assert "It has forgotten" not in render_task_card(task).text
+
+
 def test_several_prompts_are_listed_and_the_loading_code_says_that_it_takes_the_first(task):
     task["prompt_template"] = ["a photo of a {}.", "a sketch of a {}."]
     text = str(render_task_card(task))
@@ -275,7 +282,7 @@ def test_several_prompts_are_listed_and_the_loading_code_says_that_it_takes_the_
 
 
 def test_domains_are_listed_by_name_with_the_classes_they_share(task):
-    task["scenario"], task["task_titles"] = "domain", ["photo", "sketch"]
+    task["scenario"], task["task_titles"] = "domain", ["photo", "sketch", "toy"]
     text = str(render_task_card(task))
     names = ", ".join(task["classes"])
     assert f"| 1: photo | {names} |" in text and f"| 2: sketch | {names} |" in text

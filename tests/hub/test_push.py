@@ -4,14 +4,17 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from transformers import AutoProcessor, CLIPModel
+from transformers.trainer_utils import HubStrategy
 
-from hf_zocl import load_task_checkpoint
+from hf_zocl import ZOCLTrainingArguments, load_task_checkpoint
+from hf_zocl.continual.recipe import Recipe, RunArguments
 from hf_zocl.hub.checkpoint import save_task_checkpoint
 from hf_zocl.hub.fetch import fetch_run
 from hf_zocl.hub.public import public_files, public_recipe, redact
@@ -19,7 +22,9 @@ from hf_zocl.hub.push import HubPusher
 from hf_zocl.hub.push_queue import QUEUE_FILE, PushQueue
 from hf_zocl.hub.seal import seal_task_checkpoint
 from hf_zocl.hub.task_file import read_json
+from hf_zocl.models import AdapterArguments
 from hf_zocl.sample import sample_path
+from hf_zocl.training_args import HUB_STRATEGIES
 
 from ..helpers import mini_clip_classifier
 from .conftest import use_hub
@@ -381,6 +386,37 @@ def test_a_queue_that_is_none_is_named(tmp_path, text):
     (tmp_path / QUEUE_FILE).write_text(text)
     with pytest.raises(ValueError, match=QUEUE_FILE):
         PushQueue.read(tmp_path)
+
+
+def test_a_checkpoint_that_is_damaged_here_is_named_and_not_tried_again(client, hub, run, caplog):
+    with (run / "task-02" / "task.json").open("a") as file:
+        file.write("}")
+    assert push_all(run) == ["task-02", "task-03"]
+    assert f"{run / 'task-02' / 'task.json'} is damaged" in PushQueue.read(run).error
+    assert "again in" not in caplog.text
+    assert list(hub.repository(REPO).tags) == ["task-01"]
+
+
+def test_arguments_do_not_show_their_token(tmp_path):
+    args = ZOCLTrainingArguments(output_dir=str(tmp_path), hub_token="hf_secretSecretSecret", use_cpu=True)
+    shown = f"{args} {args!r} {Recipe(RunArguments(), AdapterArguments(), args)!r} {args.to_json_string()}"
+    assert "hf_secret" not in shown
+
+
+@pytest.mark.parametrize("strategy", HUB_STRATEGIES)
+def test_strategies_are_the_trainers_and_one_more(tmp_path, strategy):
+    args = ZOCLTrainingArguments(output_dir=str(tmp_path), hub_strategy=strategy, use_cpu=True)
+    assert args.hub_strategy == strategy == args.to_dict()["hub_strategy"]
+    assert strategy == "every_task" or args.hub_strategy == HubStrategy(strategy)
+    assert replace(args, hub_token=None).hub_strategy == strategy
+
+
+def test_an_unknown_strategy_and_a_revision_are_named(tmp_path):
+    with pytest.raises(ValueError, match="hub_strategy='sometimes' is unknown: expected one of every_task, end"):
+        ZOCLTrainingArguments(output_dir=str(tmp_path), hub_strategy="sometimes")
+    args = ZOCLTrainingArguments(output_dir=str(tmp_path), hub_revision="dev", use_cpu=True)
+    with pytest.raises(ValueError, match="hub_revision='dev'"):
+        HubPusher.from_arguments(args)
 
 
 def test_tokens_are_redacted():

@@ -53,7 +53,7 @@ LOAD_BY_TASK = """
 import json, sys
 from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
 
-print(json.dumps({n: evaluate_checkpoint(sys.argv[1], task=int(n))["seen_accuracy"][-1] for n in sys.argv[2:]}))
+print(json.dumps({n: evaluate_checkpoint(sys.argv[1], task=int(n))["seen_accuracy"] for n in sys.argv[2:]}))
 """
 
 
