@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.checkpoint import write_json
-from ..trainer import is_whole, last_checkpoint
+from ..trainer import is_whole, last_checkpoint, remove_checkpoint
 
 
 RESULTS_FILE = "results.json"
@@ -110,7 +110,7 @@ class RunFolder:
     def remove_checkpoints(self, task: str = "*") -> None:
         """Remove the checkpoints within a task, or within all."""
         for folder in (self.path / "trainer").glob(f"{task}/checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoint(folder)
 
     def remove_empty_folders(self) -> None:
         """A Trainer makes its folder whether or not it saves anything there."""
