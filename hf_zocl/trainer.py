@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .training_args import ZOCLTrainingArguments
@@ -345,14 +345,14 @@ class ZOCLTrainer(Trainer):
             SaveError: If it cannot be written; it is removed then.
         """
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            shutil.rmtree(folder, ignore_errors=True)  # another's, or the half of an earlier one
+        if self.args.should_save:  # another's, or the half of an earlier one
+            remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
         self._saves_checkpoint = True
         try:
             super()._save_checkpoint(model, trial)
         except WRITE_ERRORS as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoint(folder)
             raise SaveError(folder, error) from error
         finally:
             self._saves_checkpoint = False
@@ -446,12 +446,21 @@ def last_checkpoint(folder: str | Path) -> Path | None:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all of a checkpoint was written: its trainer_state.json, which comes last, can be read."""
+    """Whether a training can go on from a checkpoint: its trainer_state.json, which is written last, can be read.
+
+    One that `save_only_model` made has no scheduler, nor an optimizer, and is none.
+    """
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return (checkpoint / SCHEDULER_NAME).is_file()
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there, so that one whose removal was cut off is not whole."""
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def save_replay_log(log: ReplayLog, path: Path) -> None:

@@ -33,9 +33,10 @@ from hf_zocl.trainer import ZOCLTrainer
 
 SCRIPTS = Path(__file__).resolve().parent
 RECIPE = f"""
---recipe {SCRIPTS / "recipes" / "quickstart.yaml"} --class_order 3 8 0 1 9 5 --num_train_epochs 2 --logging_steps 4
---save_strategy steps --save_steps 2 --save_total_limit 2 --max_train_images_per_class 24 --per_device_train_batch_size 8
---zo_queries_language 2 --lora_dropout 0.1 --max_test_images_per_class 10 --disable_tqdm true --use_cpu true
+--recipe {SCRIPTS / "recipes" / "quickstart.yaml"} --class_order 3 8 0 1 --num_train_epochs 2 --logging_steps 4
+--save_strategy steps --save_steps 2 --save_total_limit 2 --max_train_images_per_class 24
+--max_test_images_per_class 10 --per_device_train_batch_size 16 --zo_queries_language 2 --lora_dropout 0.1
+--disable_tqdm true --use_cpu true
 """.split()
 # What a run may be in the middle of, and the function in which it is.
 PHASES = {
@@ -145,17 +146,21 @@ def torment(
     folder: Path, number: int, further: list[str], undisturbed: Undisturbed, aims: list[str], rng: random.Random
 ) -> Run:
     """Start a run, kill it once for every aim if it lives so long, and resume it until it is done."""
-    run, aims = Run(), list(aims)
+    run = Run()
     while True:
-        moment = undisturbed.moment(rng, aims.pop(0)) if aims else None
-        code, killed = attempt(folder, number, [*further, "--resume", str(run.attempts > 0)], Trace(), moment)
+        moment = undisturbed.moment(rng, aims[len(run.kills)]) if len(run.kills) < len(aims) else None
+        code, killed = attempt(folder, number, [*further, "--resume", str(bool(run.kills))], Trace(), moment)
         run.attempts += 1
-        if killed is None:
-            if code != 0:
-                sys.exit(f"error: run {number} failed, see {log_of(folder)}.")
+        if killed is not None:
+            run.kills.append(killed)
+        elif code != 0:
+            sys.exit(f"error: run {number} failed, see {log_of(folder)}.")
+        elif run.kills or not aims:
             run.outcome = outcome_of(folder)
             return run
-        run.kills.append(killed)
+        else:  # it was done before the first kill: once more, from the beginning
+            shutil.rmtree(folder)
+            run.attempts = 0
 
 
 def attempt(
@@ -234,8 +239,7 @@ def outcome_of(folder: Path) -> dict[str, Any]:
 def row(number: int, run: Run, undisturbed: Undisturbed) -> str:
     accuracy = ["/".join(f"{100 * value:.1f}" for value in run.outcome["seen_accuracy"])]
     accuracy += ["equal" if run.outcome == undisturbed.outcome else "DIFFERENT"]
-    kills = "; ".join(run.kills) or "ended before"
-    return f"| {number} | {kills} | {run.attempts} | {' | '.join(accuracy)} |"
+    return f"| {number} | {'; '.join(run.kills)} | {run.attempts} | {' | '.join(accuracy)} |"
 
 
 def markdown(runs: list[Run], undisturbed: Undisturbed) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ..hub.public import public_recipe
 from ..hub.push_queue import QUEUE_FILE
 from ..hub.task_file import write_json
-from ..trainer import is_whole, last_checkpoint
+from ..trainer import is_whole, last_checkpoint, remove_checkpoint
 
 
 RESULTS_FILE = "results.json"
@@ -120,7 +120,7 @@ class RunFolder:
     def remove_checkpoints(self, task: str = "*") -> None:
         """Remove the checkpoints within a task, or within all."""
         for folder in (self.path / "trainer").glob(f"{task}/checkpoint-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_checkpoint(folder)
 
     def remove_empty_folders(self) -> None:
         """A Trainer makes its folder whether or not it saves anything there."""

@@ -1,6 +1,8 @@
 """A run that is stopped anywhere and resumed ends as one that never stopped, to the last bit."""
 
 import json
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -244,6 +246,13 @@ def test_the_log_survives_a_stop_within_the_task(stopped):
     resume(folder, ALL_ZO)
     rebuilt = rebuild_task(folder, 2)
     assert (rebuilt.different, rebuilt.steps) == ((), STEPS)
+
+
+def test_the_replay_command_says_how_many_bytes_that_was(undisturbed, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["replay.py", str(undisturbed(ALL_ZO)), "--task", "2"])
+    runpy.run_path(str(ROOT / "scripts" / "replay.py"), run_name="__main__")
+    assert re.search(r"5 steps in [\d,]+ bytes .* weights are [\d,]+ bytes", output := capsys.readouterr().out)
+    assert "to the last bit" in output
 
 
 def test_a_run_without_a_log_says_which_runs_have_one(undisturbed):
