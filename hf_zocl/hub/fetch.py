@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
-from .checkpoint import RESULTS_FILE
+from .checkpoint import FIGURE, RESULTS_FILE
 from .public import redact
 from .push_queue import is_task_name, task_number
 from .seal import check_seal
@@ -28,7 +28,7 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
 
     Args:
         repo_id: The repository, `name` or `user/name`.
-        output_dir: Receives the folders `task-NN`, as the tags `task-NN` have them, and the last one's `results.json`.
+        output_dir: Receives the folders `task-NN`, as the tags have them, and the last one's results and figure.
         token: A token that may read; default: the one of `HF_TOKEN` or `hf auth login`.
         hub_kwargs: Further arguments for `huggingface_hub.snapshot_download`.
 
@@ -55,9 +55,10 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in names:
         _fetch_task(api, repo_id, name, tags[name], output_dir, token, hub_kwargs)
-    unfinished = output_dir / f".{RESULTS_FILE}.tmp"
-    shutil.copyfile(output_dir / names[-1] / RESULTS_FILE, unfinished)
-    os.replace(unfinished, output_dir / RESULTS_FILE)
+    for file in (FIGURE, RESULTS_FILE):  # the results last, for they say that the rest is there
+        unfinished = output_dir / f".{file}.tmp"
+        shutil.copyfile(output_dir / names[-1] / file, unfinished)
+        os.replace(unfinished, output_dir / file)
     logger.info(f"Fetched from {repo_id}: {', '.join(names)}")
     return task_number(names[-1])
 
@@ -81,7 +82,7 @@ def _fetch_task(
     info = read_task(unfinished)
     check_seal(unfinished, info)
     found = info["task"]
-    if found != task_number(name) or not (unfinished / RESULTS_FILE).is_file():
+    if found != task_number(name) or not all((unfinished / file).is_file() for file in (FIGURE, RESULTS_FILE)):
         raise ValueError(f"{repo_id}: the tag {name} does not hold that task's checkpoint (it is of task {found}).")
     shutil.rmtree(output_dir / name, ignore_errors=True)
     os.replace(unfinished, output_dir / name)

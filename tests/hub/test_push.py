@@ -431,7 +431,11 @@ def test_a_run_is_fetched_as_it_was_pushed(client, hub, run, tmp_path):
     for name in TASKS:
         for path in set(repository.files(name)) - {".gitattributes"}:
             assert (tmp_path / "fetched" / name / path).read_bytes() == repository.path(name, path).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "fetched").iterdir()) == ["results.json", *TASKS]
+    assert sorted(path.name for path in (tmp_path / "fetched").iterdir()) == [
+        "accuracy_matrix.png",
+        "results.json",
+        *TASKS,
+    ]
     pusher = pusher_of(tmp_path / "fetched")
     pusher.queue.pending = list(TASKS)
     assert pusher.drain() == dict.fromkeys(TASKS, "unchanged")
