@@ -275,7 +275,8 @@ def test_language_queries_do_not_run_the_vision_tower(tmp_path):
             lambda _, args, name=name: calls.__setitem__(name, calls[name] + len(args[0]))
         )
     train(tmp_path, model, zo_branch="language", zo_layers="all", zo_queries=8, max_steps=1)
-    assert calls == {"vision_model": 8, "text_model": 3 * (1 + 8)}
+    # Three prompts at θ; packed, they are one row: compared with them once, then eight candidates.
+    assert calls == {"vision_model": 8, "text_model": 3 + 1 + 8}
 
 
 def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
