@@ -25,6 +25,7 @@ def small_recipe(output_dir: Path, *arguments: str) -> Recipe:
     options = {
         "output_dir": output_dir,
         "class_order": "3 8 0",
+        "partial_order": "true",
         "increment": 2,
         "max_train_images_per_class": 24,
         "max_test_images_per_class": 10,

@@ -71,10 +71,12 @@ def test_a_checkpoint_holds_the_figure_the_card_and_a_checksum_of_every_file_tha
     assert task["files"]["tokenizer.json"]["bytes"] == (run / "task-03" / "tokenizer.json").stat().st_size
 
 
-@pytest.mark.parametrize("adapter", ["lora", "moe"])
-def test_a_loaded_checkpoint_is_the_model_that_was_saved(tmp_path, adapter):
-    expected = logits(adapted_classifier(adapter).eval())
-    model, _ = load_task_checkpoint(save_checkpoint(tmp_path, adapter=adapter))
+@pytest.mark.parametrize(
+    "options", [{"adapter": "lora"}, {"adapter": "moe", "moe_freeze_experts": 1, "moe_router_per_task": True}]
+)
+def test_a_loaded_checkpoint_is_the_model_that_was_saved(tmp_path, options):
+    expected = logits(adapted_classifier(**options).eval())
+    model, _ = load_task_checkpoint(save_checkpoint(tmp_path, **options))
     assert torch.equal(logits(model), expected)
 
 

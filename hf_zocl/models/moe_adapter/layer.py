@@ -301,7 +301,7 @@ class MoEAdapter(nn.Module):
         for index, router in enumerate(self.routers):
             if index != self._router:
                 router.requires_grad_(False)
-        if self.frozen is not None:
+        if self.frozen is not None and not self.frozen.is_meta:  # on meta nothing is known yet
             for expert, frozen in zip(self.experts, self.frozen.tolist(), strict=True):
                 if frozen:
                     expert.requires_grad_(False)
