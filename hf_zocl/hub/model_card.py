@@ -10,9 +10,9 @@ from pathlib import Path
 from pprint import pformat
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 from huggingface_hub.constants import EVAL_RESULTS_FOLDER
+from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined
 
 from .task_file import task_folder
@@ -97,6 +97,8 @@ class TaskCardData(ModelCardData):
         if not self.dataset_id:
             return []
         notes = f"hf_zocl, after task {task['task']} of {task['num_tasks']}, among {self.among}"
+        if cap := task["recipe"].get("max_test_images_per_class"):
+            notes += f", at most {cap} test images of a class"
         values = {"all-seen": metrics["last"], "average": metrics["avg"]}
         values |= {task_folder(number): value for number, value in enumerate(self.accuracies, start=1)}
         return [
@@ -215,7 +217,7 @@ def render_eval_results(task: dict[str, Any]) -> dict[str, str]:
     card = TaskCardData(task)
     if not card.dataset_id:
         return {}
-    content = yaml.safe_dump(eval_result_entries_to_yaml(card.entries()), sort_keys=False, allow_unicode=True)
+    content = yaml_dump(eval_result_entries_to_yaml(card.entries()), sort_keys=False)
     return {f"{EVAL_RESULTS_FOLDER}/{_last_component(card.dataset_id)}.yaml": content}
 
 

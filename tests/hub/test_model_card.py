@@ -315,6 +315,8 @@ def test_results_per_task_are_written_as_the_hub_reads_them(task):
     values = {entry.task_id: entry.value for entry in entries}
     assert values == {"all-seen": 0.658333, "average": 0.769444, "task-01": 0.6, "task-02": 0.625, "task-03": 0.75}
     assert entries[0].notes == "hf_zocl, after task 3 of 5, among all classes seen"
+    task["recipe"]["max_test_images_per_class"] = 50
+    assert "at most 50 test images of a class" in render_eval_results(task)[name]
 
 
 @pytest.mark.parametrize("dataset", [None, "/srv/private/images"])
