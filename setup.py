@@ -21,7 +21,9 @@ REQUIRED = [
     "pyyaml>=6.0",
     "psutil>=5.9; platform_system == 'Windows'",
 ]
-EXTRAS = {"dev": ["pytest>=8", "ruff>=0.9", "import-linter>=2.1", "tensorboard>=2.18"]}
+# reproduce: the paired tests of scripts/reproduce.py.
+EXTRAS = {"reproduce": ["scipy>=1.13"]}
+EXTRAS["dev"] = ["pytest>=8", "ruff>=0.9", "import-linter>=2.1", "tensorboard>=2.18", *EXTRAS["reproduce"]]
 
 setup(
     name="hf_zocl",

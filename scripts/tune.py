@@ -125,6 +125,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
         increment=len(stream[0].class_ids),
         name=f"{stream.name}, first task",
         class_order=stream[0].class_ids,
+        partial_order=True,
     )
 
 
@@ -155,6 +156,7 @@ def retention_stream(options: argparse.Namespace) -> TaskStream:
         options.retention,
         increment=1,
         class_order=order,
+        partial_order=order is not None,
         class_order_seed=None,
         max_train_images_per_class=1,
         max_test_images_per_class=options.retention_images,

@@ -65,19 +65,14 @@ def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys, monkeypatch):
 def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):
     command = [
         sys.executable,
-        "scripts/reproduce.py",
-        "--recipe",
-        "scripts/recipes/quickstart.yaml",
-        "--seeds",
-        "0",
-        "1",
+        *("scripts/reproduce.py", "layers", "--recipe", "scripts/recipes/quickstart.yaml", "--seeds", "0", "1"),
     ]
-    command += ["--settings", "FO", "language/hop-odd", "--output_dir", str(tmp_path)]
+    command += ["--cells", "FO", "language/hop-odd", "--output_dir", str(tmp_path)]
     command += ["--increment", "5", "--initial_increment", "5", "--max_steps", "1", "--max_test_images_per_class", "2"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert [row.split("|")[1].strip() for row in rows] == ["setting", "---", "zero-shot", "FO", "language/hop-odd"]
-    results = tmp_path / "FO" / "seed-1" / "results.json"
+    results = tmp_path / "quickstart-lora" / "FO" / "seed-1" / "results.json"
     written = results.stat().st_mtime_ns
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line for line in second.stdout.splitlines() if line.startswith("|")] == rows

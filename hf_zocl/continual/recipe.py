@@ -24,7 +24,8 @@ from .tasks import SCENARIOS, TaskStream
 LEARNING = ("sequential", "joint", "none")
 _STREAM_ARGUMENTS = (
     *("train_split", "test_split", "image_column", "label_column", "name_column", "test_fraction"),
-    *("scenario", "domain_column", "initial_increment", "increment", "class_order", "class_order_seed"),
+    *("scenario", "domain_column", "initial_increment", "increment"),
+    *("class_order", "partial_order", "class_order_seed"),
     *("max_train_images_per_class", "max_test_images_per_class"),
 )
 
@@ -39,6 +40,8 @@ class RunArguments:
         dataset_name: Hub id of the dataset under `benchmark=none`.
         dataset_path: A local copy of the benchmark's dataset, or the dataset itself under `benchmark=none`.
         dataset_config: The dataset's configuration, where it has several.
+        dataset_revision: The dataset's revision on the Hub, a commit or a tag; default: the newest. A local
+            copy has none.
         datasets: Several datasets (Hub ids or folders), each a task, under `benchmark=none` and `scenario=domain` or
             `cross-dataset`.
         train_split, test_split, image_column, label_column: Chosen by name and feature type unless given.
@@ -50,6 +53,7 @@ class RunArguments:
             lower bound.
         initial_increment, increment: Classes of the first task, and of every other.
         class_order: Label ids in order of arrival; else drawn by `class_order_seed`.
+        partial_order: Whether `class_order` may leave classes out.
         class_order_seed: Seed of numpy's permutation; 1993 is the field's.
         max_train_images_per_class, max_test_images_per_class: Caps, drawn at random by `data_seed` or 0.
         prompt_template: The class prompt, with a `{}` for the name, or several (the first trains, their average
@@ -72,6 +76,7 @@ class RunArguments:
     dataset_path: str | None = field(default=None, metadata={"help": "Local folder of the dataset."})
     datasets: list[str] | None = field(default=None, metadata={"help": "Several datasets, each a task."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit or tag of the dataset on the Hub."})
     train_split: str | None = field(default=None, metadata={"help": "Split to train on."})
     test_split: str | None = field(default=None, metadata={"help": "Split to test on."})
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
@@ -84,6 +89,7 @@ class RunArguments:
     initial_increment: int | None = field(default=None, metadata={"help": "Classes of the first task."})
     increment: int | None = field(default=None, metadata={"help": "Classes of every other task."})
     class_order: list[int] | None = field(default=None, metadata={"help": "Label ids in order of arrival."})
+    partial_order: bool | None = field(default=None, metadata={"help": "class_order may leave classes out."})
     class_order_seed: int | None = field(default=None, metadata={"help": "Seed of the class order (1993)."})
     max_train_images_per_class: int | None = field(default=None, metadata={"help": "Cap on training images."})
     max_test_images_per_class: int | None = field(default=None, metadata={"help": "Cap on test images."})
@@ -233,6 +239,8 @@ def build_stream(args: RunArguments, seed: int = 0) -> tuple[TaskStream, str | t
     options = {**given, "seed": seed}
     if args.dataset_config is not None:
         options["config_name"] = args.dataset_config
+    if args.dataset_revision is not None and args.dataset_path is None:
+        options["revision"] = args.dataset_revision
     if args.learning == "joint":
         options |= {"increment": "all", "initial_increment": None}
     if args.benchmark != "none":

@@ -257,7 +257,7 @@ def rows_by_class(
     if empty:
         raise ValueError(
             f"split {split.name!r} has no image of {len(empty)} classes: {listed(empty, str)}. "
-            "Every class of the stream needs one; class_order can leave classes out."
+            "Every class of the stream needs one; class_order with partial_order=True can leave classes out."
         )
     if cap is None:
         return rows

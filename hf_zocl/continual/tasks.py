@@ -270,8 +270,8 @@ class TaskStream(Sequence[Task]):
                 for datasets with one split only; drawn at random from seed 1993, the same for every run.
             class_names: One name for each label id from 0, taken as they are; default: the dataset's, through
                 `clean_class_name`.
-            class_order: Label ids in order of arrival; those left out are left out of the stream, and a warning names
-                them unless `partial_order` says that this is meant.
+            class_order: Label ids in order of arrival.
+            partial_order: Whether `class_order` may leave classes out; they are then left out of the stream.
             class_order_seed: Draws the order when `class_order` is None:
                 `numpy.random.RandomState(seed).permutation(classes)`. Source: PyCIL and LAMDA-PILOT, whose seed is
                 1993. None: the dataset's own order.
@@ -310,7 +310,10 @@ class TaskStream(Sequence[Task]):
         order = _class_order(sorted(names), class_order, class_order_seed)
         if len(order) < len(names) and not partial_order:
             left_out = [names[label] for label in names if label not in set(order)]
-            logger.warning("class_order leaves out %d of %d classes: %s.", len(left_out), len(names), listed(left_out))
+            raise ValueError(
+                f"class_order leaves out {len(left_out)} of {len(names)} classes ({listed(left_out)}); expected every "
+                "class once, or partial_order=True to learn the others alone."
+            )
         check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
         caps = {
             "max_train_images_per_class": max_train_images_per_class,

@@ -66,15 +66,15 @@ class Comparison:
             ]
         )
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write comparison.md and comparison.tex."""
+    def write(self, folder: Path, name: str = "comparison") -> list[Path]:
+        """Write name.md and name.tex."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = []
-        for name, text in (("comparison.md", self.markdown()), ("comparison.tex", self.latex())):
-            unfinished = folder / f".{name}.tmp"
+        for file, text in ((f"{name}.md", self.markdown()), (f"{name}.tex", self.latex())):
+            unfinished = folder / f".{file}.tmp"
             unfinished.write_text(text + "\n", encoding="utf-8")
-            os.replace(unfinished, folder / name)
-            paths.append(folder / name)
+            os.replace(unfinished, folder / file)
+            paths.append(folder / file)
         return paths
 
 

@@ -149,6 +149,20 @@ def test_any_image_classification_dataset_is_a_stream(tmp_path):
     assert template == "a photo of a {}."
 
 
+def test_a_revision_of_the_dataset_is_what_is_loaded_from_the_hub(tmp_path, monkeypatch):
+    asked = {}
+
+    def load_dataset(path, name, revision):
+        asked.update(path=path, revision=revision)
+        raise OSError("no network here")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    run = parse_recipe(["--output_dir", str(tmp_path), "--benchmark", "cifar10", "--dataset_revision", "v1"]).run
+    with pytest.raises(ValueError, match="no network here"):
+        build_stream(run)
+    assert asked == {"path": "uoft-cs/cifar10", "revision": "v1"}
+
+
 def test_a_dataset_of_ones_own_needs_an_increment(tmp_path):
     with pytest.raises(ValueError, match="needs increment"):
         build_stream(parse(tmp_path, f"benchmark: none\ndataset_path: {tmp_path}\n").run)
