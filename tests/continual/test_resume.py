@@ -23,7 +23,8 @@ from hf_zocl.trainer import SaveError, last_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 5
 RUN = f"""
---class_order 3 8 0 1 --increment 2 --max_train_images_per_class 24 --max_test_images_per_class 4
+--class_order 3 8 0 1 --partial_order true --increment 2
+--max_train_images_per_class 24 --max_test_images_per_class 4
 --per_device_train_batch_size 4 --max_steps {STEPS} --learning_rate 1e-2 --zo_learning_rate 1e-2 --zo_sign true
 --report_to none --disable_tqdm true --logging_steps 3 --save_strategy steps --save_steps 2 --save_total_limit 2
 """
