@@ -14,12 +14,15 @@ from .zo.optimizer import ZO_OPTIMIZERS
 from .zo.perturbation import DIRECTIONS
 
 
+HUB_STRATEGIES = ("every_task", "end", "every_save", "checkpoint", "all_checkpoints")
+
+
 def _choices(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}.")
 
 
-@dataclass
+@dataclass(repr=False)  # the one of TrainingArguments shows no token
 class ZOCLTrainingArguments(TrainingArguments):
     """Arguments of a run that mixes zeroth-order (ZO) and first-order (FO) optimisation.
 
@@ -43,6 +46,9 @@ class ZOCLTrainingArguments(TrainingArguments):
         zo_weight_decay: Weight decay of the zeroth-order parameters.
         zo_max_grad_norm: Clips the zeroth-order estimate, apart from the gradient; 0 does not clip.
         zo_seed: Keys the directions; default `seed`.
+        hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of `every_task`, the
+            last one alone (`end`), or, besides every task's, what is saved within a task, as the Trainer does:
+            `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
 
     Raises:
         ValueError: On an unknown choice or a number out of its range, which it names.
@@ -68,6 +74,7 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
     zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
+    hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
 
     def __post_init__(self):
         self.zo_layers = parse_layers(self.zo_layers)
@@ -96,7 +103,11 @@ class ZOCLTrainingArguments(TrainingArguments):
                 f"zo_max_grad_norm={self.zo_max_grad_norm}: zo_estimator='conservative' judges its steps unclipped; "
                 "expected 0."
             )
+        hub_strategy = self.hub_strategy
+        _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)
+        self.hub_strategy = "every_save"  # the Trainer's own enumeration is closed, and compares as text
         super().__post_init__()
+        self.hub_strategy = str(getattr(hub_strategy, "value", hub_strategy))
         if self.zo_branch != "none" and ("lomo" in self.optim or "layerwise" in self.optim):
             raise ValueError(f"optim={self.optim!r} steps within the backward pass, before the zeroth-order losses.")
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
+from hf_zocl.continual.run_state import ResumeError
 from hf_zocl.report import compare_runs, format_results
 
 
@@ -30,7 +31,10 @@ def run(recipe: Recipe) -> None:
         sys.exit(f"error: {error}")
     if recipe.training.should_save:
         logging.getLogger("hf_zocl").setLevel(logging.INFO)
-    results = scheduler.run(resume=recipe.run.resume, train=recipe.run.learning != "none")
+    try:
+        results = scheduler.run(resume=recipe.resume, train=recipe.run.learning != "none")
+    except (OSError, ResumeError) as error:
+        sys.exit(f"error: {error}")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")

@@ -197,6 +197,15 @@ class CLIPClassifier(nn.Module):
         """What the adapter has to say in a training log, by name."""
         return self.clip.extra_logs() if hasattr(self.clip, "extra_logs") else {}
 
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What the adapter counts while a task is trained, for a checkpoint within the task; by name."""
+        return self.clip.training_state() if hasattr(self.clip, "training_state") else {}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Count on from what `training_state` gave."""
+        if hasattr(self.clip, "load_training_state"):
+            self.clip.load_training_state(state)
+
     def train(self, mode: bool = True) -> CLIPClassifier:
         self._clear_text_cache()
         return super().train(mode)

@@ -5,6 +5,7 @@ from .estimator import Estimate, Evaluation, ZOEstimator
 from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
 from .perturbation import Combination, Moments, Perturbation, direction_seed, draw_direction
+from .replay import ReplayLog, ReplaySettings
 from .streaming import StreamedPerturbation
 
 
@@ -19,6 +20,8 @@ __all__ = [
     "ParameterSplit",
     "Perturbation",
     "PlainEvaluation",
+    "ReplayLog",
+    "ReplaySettings",
     "SignSGD",
     "StreamedPerturbation",
     "TowerEvaluation",

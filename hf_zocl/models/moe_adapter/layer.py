@@ -269,6 +269,14 @@ class MoEAdapter(nn.Module):
         self._logged = self.usage
         return recent / recent.sum().clamp(min=1.0)
 
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What is counted, for a checkpoint within a task."""
+        return {"usage": self.usage.cpu(), "logged": self._logged.cpu().clone()}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Count on from what `training_state` gave."""
+        self.usage, self._logged = state["usage"], state["logged"]
+
     def begin_task(self, task: int) -> None:
         """Switch to the router of a task, counted from 1, where every task has its own."""
         self.reset_usage()
