@@ -25,6 +25,7 @@ REQUIRED = [
 EXTRAS = {"reproduce": ["scipy>=1.13"]}
 EXTRAS["dev"] = [
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.9",
     "import-linter>=2.1",
