@@ -1,8 +1,11 @@
 """Learn a stream of tasks: `accelerate launch scripts/train.py --recipe scripts/recipes/quickstart.yaml`."""
 
 import logging
+import os
 import sys
 from pathlib import Path
+
+from accelerate import PartialState
 
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.report import compare_runs, format_results
@@ -21,6 +24,7 @@ def main() -> None:
         comparison = compare_runs([Path(recipe.training.output_dir)])
         comparison.write(Path(recipe.training.output_dir))
         print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
+    PartialState().destroy_process_group()
 
 
 def run(recipe: Recipe) -> None:
@@ -28,9 +32,10 @@ def run(recipe: Recipe) -> None:
         scheduler = build_scheduler(recipe)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    if recipe.training.should_save:
-        logging.getLogger("hf_zocl").setLevel(logging.INFO)
-    results = scheduler.run(resume=recipe.run.resume, train=recipe.run.learning != "none")
+    logging.getLogger("hf_zocl").setLevel(logging.INFO if recipe.training.should_save else logging.ERROR)
+    # torchrun starts all processes anew when one has died: the run goes on from its last state.
+    was_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    results = scheduler.run(resume=recipe.run.resume or was_restarted, train=recipe.run.learning != "none")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")
