@@ -1,20 +1,30 @@
-"""What the processes of `test_distributed.py` run, and the one process that they are compared with."""
+"""What the processes of `test_distributed.py` run, and the one process that they are compared with.
+
+    torchrun --nproc_per_node 2 --module tests.distributed_worker GROUP FOLDER
+
+leaves what rank 0 found in FOLDER/results.pt.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
+from transformers import TrainerCallback
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from tests.helpers import image_examples, mini_clip_classifier
 
 
+ROOT = Path(__file__).resolve().parents[1]
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 8
 # An epoch ends with a batch of 5: in two processes, of 4 and 1. Five batches: four are accumulated, then one.
 EXAMPLES = 37
@@ -36,33 +46,48 @@ CASES = {
     # Its epochs end with a batch of 1 and none.
     "an idle process": {**BRANCHES["hybrid"], "examples": 33},
     "an idle process, all-zo": {**BRANCHES["all-zo"], "examples": 33},
+    "after an evaluation": {**BRANCHES["hybrid"], "evaluate": True},
     "two-sided": {**BRANCHES["all-zo"], "zo_estimator": "two-sided", "zo_queries": 2},
     "conservative": {**BRANCHES["all-zo"], "zo_estimator": "conservative", "zo_queries": 2},
     "fzoo": {**BRANCHES["all-zo"], "zo_estimator": "fzoo", "zo_queries": 3, "zo_learning_rate": 1e-4},
     "queries": {**BRANCHES["all-zo"], **SHARED},
-    "queries, hybrid": {**BRANCHES["hybrid"], **SHARED},
+    "queries, hybrid, dropout": {**BRANCHES["hybrid"], **SHARED, "lora_dropout": 0.1},
     "queries, two-sided": {**BRANCHES["all-zo"], **SHARED, "zo_estimator": "two-sided"},
     "queries, more processes than queries": {**BRANCHES["hybrid"], "zo_parallelism": "queries"},
-    "queries, dropout": {**BRANCHES["hybrid"], **SHARED, "lora_dropout": 0.1},
 }
+QUICK = [
+    *("lora, none, accumulation 1", "lora, hybrid, accumulation 4", "lora, all-zo, accumulation 1"),
+    *("moe, hybrid, accumulation 1", "moe, all-zo, accumulation 4"),
+    *(name for name in CASES if name not in GRID),
+]
+QUICK_STEPS = 5
+# What a step sends: an adapter four times as large, and more queries.
+PAYLOADS = {
+    "none": BRANCHES["none"],
+    "hybrid": {**BRANCHES["hybrid"], "zo_queries": 4},
+    "all-zo": BRANCHES["all-zo"],
+    "all-zo, rank 32": {**BRANCHES["all-zo"], "lora_rank": 32},
+    "all-zo, 8 queries": {**BRANCHES["all-zo"], "zo_queries": 8},
+    "all-zo, two-sided": {**BRANCHES["all-zo"], "zo_queries": 2, "zo_estimator": "two-sided"},
+    "all-zo, conservative": {**BRANCHES["all-zo"], "zo_queries": 2, "zo_estimator": "conservative"},
+}
+TEST_SIZES = (1, 7, 16, 23)
 
 
-def train(
-    output_dir: str, steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate: bool = False, **options
-) -> dict:
+def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate: bool = False, **options) -> Any:
     """Train the mini CLIP with `GLOBAL_BATCH` examples a step, over however many processes there are.
 
     Args:
         evaluate: Predict before training, as the scheduler does.
 
     Returns:
-        The losses of all steps, the trained adapter as one vector, how far it has moved, and the trainer.
+        The trainer, and the adapter before training.
     """
-    dropout = options.pop("lora_dropout", 0.0)
-    model = mini_clip_classifier(lora_dropout=dropout, **ADAPTERS[adapter])
-    has_own_batches = options.get("zo_parallelism") != "queries"
+    adapter_options = {name: options.pop(name) for name in ("lora_dropout", "lora_rank") if name in options}
+    model = mini_clip_classifier(**ADAPTERS[adapter], **adapter_options)
+    shares = 1 if options.get("zo_parallelism") == "queries" else PROCESSES
     settings = {
-        "per_device_train_batch_size": GLOBAL_BATCH // (PartialState(cpu=True).num_processes if has_own_batches else 1),
+        "per_device_train_batch_size": GLOBAL_BATCH // shares,
         "learning_rate": 0.05,
         "optim": "sgd",
         "lr_scheduler_type": "constant",
@@ -72,17 +97,20 @@ def train(
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+        "dataloader_pin_memory": False,
         "ddp_find_unused_parameters": False,
     }
-    args = ZOCLTrainingArguments(output_dir=output_dir, max_steps=steps, **{**settings, **options})
-    trainer = ZOCLTrainer(model=model, args=args, train_dataset=image_examples(examples))
-    if evaluate:
-        trainer.predict(image_examples(8))
-    start = adapter_of(model)
-    trainer.train()
-    end = adapter_of(model)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "adapter": end, "moved": float((end - start).norm() / start.norm()), "trainer": trainer}
+    with tempfile.TemporaryDirectory() as folder:
+        args = ZOCLTrainingArguments(output_dir=folder, max_steps=steps, **{**settings, **options})
+        trainer = ZOCLTrainer(model=model, args=args, train_dataset=image_examples(examples))
+        if evaluate:
+            trainer.predict(image_examples(8))
+        start = adapter_of(model)
+        counter = Payload()
+        trainer.add_callback(counter)
+        trainer.train()
+    trainer.payload = counter.steps
+    return trainer, start
 
 
 def adapter_of(model: torch.nn.Module) -> torch.Tensor:
@@ -90,14 +118,30 @@ def adapter_of(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat(named)
 
 
+class Payload(TrainerCallback):
+    """What a step hands to the process group, from the end of the one before."""
+
+    def __init__(self):
+        self.steps: list[dict[str, list[int]]] = []
+
+    def on_step_end(self, *args, **kwargs):
+        if dist.is_initialized():
+            self.steps.append(dict(dist.group.WORLD.payload))
+            dist.group.WORLD.payload.clear()
+
+
 def run_cases(names: Iterable[str], steps: int) -> dict[str, dict]:
+    """For every case: the losses of all steps, the adapter, how far it moved, and what the processes differ by."""
     results = {}
     for name in names:
-        with tempfile.TemporaryDirectory() as folder:
-            result = train(folder, steps, **CASES[name])
-        del result["trainer"]
-        result["spread"] = spread(result["adapter"])
-        results[name] = result
+        trainer, start = train(steps, **CASES[name])
+        end = adapter_of(trainer.model)
+        results[name] = {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "adapter": end,
+            "moved": float((end - start).norm() / start.norm()),
+            "spread": spread(end),
+        }
     return results
 
 
@@ -111,10 +155,56 @@ def spread(vector: torch.Tensor) -> float:
     return float((high - low).max())
 
 
+def run_payloads() -> dict[str, dict]:
+    """For every method: what its third step sends, by collective, and the bytes of its first-order parameters."""
+    results = {}
+    for name, options in PAYLOADS.items():
+        trainer, _ = train(3, **options)
+        split = trainer.split
+        first_order = split.fo.values() if split else [p for p in trainer.model.parameters() if p.requires_grad]
+        results[name] = {"sent": trainer.payload[-1], "fo_bytes": sum(4 * p.numel() for p in first_order)}
+    return results
+
+
+def predict() -> dict[int, Any]:
+    """The logits and labels of test sets of several sizes."""
+    results = {}
+    for size in TEST_SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            args = ZOCLTrainingArguments(folder, per_device_eval_batch_size=4, dataloader_pin_memory=False)
+            output = ZOCLTrainer(model=mini_clip_classifier(), args=args).predict(image_examples(size))
+        results[size] = {"logits": output.predictions, "labels": output.label_ids}
+    return results
+
+
+def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
+    """Two tasks of the quickstart's sample, few steps, and as many test images as no number of processes divides."""
+    recipe = ["--recipe", str(ROOT / "scripts/recipes/quickstart.yaml"), "--output_dir", str(output_dir)]
+    recipe += ["--initial_increment", "5", "--increment", "5", "--max_steps", "3", "--zo_sign", "false"]
+    recipe += ["--zo_optim", "sgd", "--zo_momentum", "0", "--max_test_images_per_class", "7"]
+    recipe += ["--per_device_train_batch_size", str(32 // PROCESSES), "--per_device_eval_batch_size", "9"]
+    return build_scheduler(parse_recipe([*recipe, "--disable_tqdm", "true", *arguments])).run()
+
+
+def main() -> None:
+    group, folder = sys.argv[1], Path(sys.argv[2])
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from benchmark_scaling import start_counting
+
+    start_counting()
+    rank = dist.get_rank()
+    results: dict[str, Any] = {"predictions": predict()}
+    if group == "grid":
+        results["cases"] = run_cases(GRID, steps=50)
+    if group == "quick":
+        results["cases"] = run_cases(QUICK, QUICK_STEPS)
+        results["payloads"] = run_payloads()
+        # Were another process to write, it would be seen.
+        results["stream"] = run_stream(folder / f"run-of-rank-{rank}")
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    import sys, time
-    names = [n for n in CASES if sys.argv[2] in n]
-    t=time.time()
-    r = run_cases(names, int(sys.argv[3]))
-    if PartialState().is_main_process:
-        torch.save(r, sys.argv[1]); print("seconds", time.time()-t)
+    main()

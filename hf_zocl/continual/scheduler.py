@@ -232,7 +232,7 @@ class ContinualTaskScheduler:
             output_dir=str(self.output_dir / "trainer" / name),
             run_name=f"{self.args.run_name or self.stream.name}-{name}",
             zo_seed=zo_seed,
-            # Every trained parameter is used in every pass: no need to look, and to tell the other processes, each time.
+            # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
             ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
             report_to=self.args.report_to if task is not None else "none",

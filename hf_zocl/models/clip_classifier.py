@@ -61,7 +61,7 @@ class CLIPClassifier(nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
-        """Every process has the same prompts and positions: `DistributedDataParallel`, which reads this, sends none."""
+        """What `DistributedDataParallel` need not send: every process has the same prompts and positions."""
         return {name for name, _ in self.named_buffers()}
 
     @property
