@@ -6,6 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .zo import LayerAssignment
@@ -126,13 +127,14 @@ class ZOCLTrainingArguments(TrainingArguments):
                 f"{_WHY_NOT[self.sharding]} Use data parallelism, which sends a few numbers a step and keeps no state "
                 "of the frozen weights (docs/scaling.md), or zo_branch='none'."
             )
-        super().__post_init__()
         started = int(os.environ.get("WORLD_SIZE", 1))
-        if started > 1 and self.world_size == 1:
+        is_on_cpu = self.use_cpu or _is_on("ACCELERATE_USE_CPU")
+        if started > 1 and not is_on_cpu and not torch.accelerator.is_available():
             raise ValueError(
-                f"{started} processes were started, but they would train {started} models: accelerate found no "
-                "accelerator for them. On CPUs, pass --use_cpu."
+                f"{started} processes were started, but without an accelerator they would train {started} models that "
+                "do not know of one another: on CPUs, pass --use_cpu."
             )
+        super().__post_init__()
         if self.zo_branch != "none" and ("lomo" in self.optim or "layerwise" in self.optim):
             raise ValueError(f"optim={self.optim!r} steps within the backward pass, before the zeroth-order losses.")
 

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
-from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.models.moe_adapter.layer import MoEAdapter
 from tests.helpers import image_examples, mini_clip_classifier
 
 
@@ -177,6 +178,14 @@ def predict() -> dict[int, Any]:
     return results
 
 
+def frozen_experts() -> list[bool]:
+    """What a task freezes when every process has used another expert most: they must agree, by the sum."""
+    adapter = MoEAdapter(MoEAdapterConfig(num_experts=3, freeze_experts=1), 8, 8)
+    adapter.usage = torch.tensor([[[5.0, 4, 0], [0, 4, 5]][dist.get_rank()]] * 2)
+    adapter.end_task()
+    return adapter.frozen.tolist()
+
+
 def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
     """Two tasks of the quickstart's sample, few steps, and as many test images as no number of processes divides."""
     recipe = ["--recipe", str(ROOT / "scripts/recipes/quickstart.yaml"), "--output_dir", str(output_dir)]
@@ -199,6 +208,8 @@ def main() -> None:
     if group == "quick":
         results["cases"] = run_cases(QUICK, QUICK_STEPS)
         results["payloads"] = run_payloads()
+        results["frozen"] = [None] * PROCESSES
+        dist.all_gather_object(results["frozen"], frozen_experts())
         # Were another process to write, it would be seen.
         results["stream"] = run_stream(folder / f"run-of-rank-{rank}")
     if rank == 0:

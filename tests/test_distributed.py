@@ -12,6 +12,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils import DistributedType
 from transformers import CLIPModel
 
 from hf_zocl import ZOCLTrainingArguments
@@ -103,6 +105,10 @@ def bytes_of(payload: dict) -> int:
     return sum(sum(sizes) for name, sizes in payload["sent"].items() if name != "all_gather")
 
 
+def test_processes_freeze_the_same_experts(pair):
+    assert pair["frozen"] == [[False, True, False]] * 2
+
+
 def assert_same_predictions(found: dict) -> None:
     """Every example once, in order, as one process predicts it."""
     for size, one in worker.predict().items():
@@ -127,6 +133,43 @@ def test_a_stream_of_tasks_has_the_same_results_and_one_writer(pair, folder, tmp
         assert mine["per_class_accuracy"] == theirs["per_class_accuracy"]
     assert json.loads((folder / "run-of-rank-0" / "results.json").read_text())["last"] == one["last"]
     assert sorted(path.name for path in folder.iterdir()) == ["results.pt", "run-of-rank-0"]
+
+
+@pytest.mark.parametrize("name", ["cpu_2", "one_gpu", "one_node_8_gpus", "several_nodes"])
+def test_launch_configurations_are_accelerates_own(name):
+    config = load_config_from_file(str(ROOT / f"scripts/launch/{name}.yaml"))
+    assert config.num_processes == {"cpu_2": 2, "one_gpu": 1, "one_node_8_gpus": 8, "several_nodes": 32}[name]
+    assert (config.distributed_type == DistributedType.MULTI_GPU) == (config.num_processes > 1)
+
+
+@pytest.mark.slow
+def test_the_configuration_for_two_cpu_processes_starts_a_pair(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "scripts/launch/cpu_2.yaml"]
+    recipe = ["--recipe", "scripts/recipes/quickstart.yaml", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    small = ["--initial_increment", "10", "--max_steps", "2", "--max_test_images_per_class", "3"]
+    env = environment()
+    del env["ACCELERATE_USE_CPU"]
+    done = subprocess.run(
+        [*command, "--main_process_port", "0", "scripts/train.py", *recipe, *small],
+        **{"env": env, "cwd": ROOT, "capture_output": True, "text": True, "check": False},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Written to") == 1
+
+
+def test_the_slurm_script_starts_torchrun_on_every_node_and_resumes_when_requeued(tmp_path):
+    for name, body in {"scontrol": "echo node-7; echo node-8", "srun": 'echo "$@"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "node-[7-8]", "SLURM_NNODES": "2", "SLURM_JOB_ID": "5", "SLURM_CPUS_PER_TASK": "16"}
+    env = environment(
+        **slurm, SLURM_GPUS_ON_NODE="4", SLURM_RESTART_COUNT="1", PATH=f"{tmp_path}:{os.environ['PATH']}"
+    )
+    script = ["bash", "scripts/launch/slurm.sh", "--recipe", "a recipe.yaml"]
+    done = subprocess.run(script, env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("torchrun --nnodes 2 --nproc_per_node 4 --rdzv_id 5 --rdzv_backend c10d")
+    assert "--rdzv_endpoint node-7:29500" in done.stdout
+    assert done.stdout.endswith("scripts/train.py --bf16 true --recipe a recipe.yaml --resume true\n")
 
 
 @pytest.mark.parametrize(
@@ -156,9 +199,8 @@ def test_an_argument_that_shards_the_model_is_refused(tmp_path):
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the processes would find an accelerator")
 def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
-    for name in ("WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.setenv(name, "2")
-    with pytest.raises(ValueError, match="2 processes were started, but they would train 2 models.*--use_cpu"):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started, but .* would train 2 models .* pass --use_cpu"):
         ZOCLTrainingArguments(str(tmp_path))
 
 

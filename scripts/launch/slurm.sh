@@ -15,7 +15,7 @@
 set -euo pipefail
 
 gpus=${SLURM_GPUS_ON_NODE:-8}
-main_host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 resume=()
 if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     resume=(--resume true)
@@ -27,6 +27,6 @@ srun torchrun \
     --nproc_per_node "$gpus" \
     --rdzv_id "$SLURM_JOB_ID" \
     --rdzv_backend c10d \
-    --rdzv_endpoint "$main_host:29500" \
+    --rdzv_endpoint "${hosts%%$'\n'*}:29500" \
     --max_restarts 3 \
     scripts/train.py --bf16 true "$@" "${resume[@]}"
