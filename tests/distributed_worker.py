@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
@@ -47,6 +47,7 @@ CASES = {
     # Its epochs end with a batch of 1 and none.
     "an idle process": {**BRANCHES["hybrid"], "examples": 33},
     "an idle process, all-zo": {**BRANCHES["all-zo"], "examples": 33},
+    "a loss that counts items": {"adapter": "gpt2", "examples": 33, "zo_branch": "dual", "zo_layers": "hop-even"},
     "after an evaluation": {**BRANCHES["hybrid"], "evaluate": True},
     "two-sided": {**BRANCHES["all-zo"], "zo_estimator": "two-sided", "zo_queries": 2},
     "conservative": {**BRANCHES["all-zo"], "zo_estimator": "conservative", "zo_queries": 2},
@@ -85,7 +86,10 @@ def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate:
         The trainer, and the adapter before training.
     """
     adapter_options = {name: options.pop(name) for name in ("lora_dropout", "lora_rank") if name in options}
-    model = mini_clip_classifier(**ADAPTERS[adapter], **adapter_options)
+    if adapter == "gpt2":
+        model, data = small_gpt2(), sentences(examples)
+    else:
+        model, data = mini_clip_classifier(**ADAPTERS[adapter], **adapter_options), image_examples(examples)
     shares = 1 if options.get("zo_parallelism") == "queries" else PROCESSES
     settings = {
         "per_device_train_batch_size": GLOBAL_BATCH // shares,
@@ -103,7 +107,7 @@ def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate:
     }
     with tempfile.TemporaryDirectory() as folder:
         args = ZOCLTrainingArguments(output_dir=folder, max_steps=steps, **{**settings, **options})
-        trainer = ZOCLTrainer(model=model, args=args, train_dataset=image_examples(examples))
+        trainer = ZOCLTrainer(model=model, args=args, train_dataset=data)
         if evaluate:
             trainer.predict(image_examples(8))
         start = adapter_of(model)
@@ -115,8 +119,25 @@ def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate:
 
 
 def adapter_of(model: torch.nn.Module) -> torch.Tensor:
-    named = [p.detach().flatten() for name, p in model.named_parameters() if "lora_" in name or "moe_" in name]
-    return torch.cat(named)
+    """The adapter as one vector; the whole model where it has none."""
+    named = {name: p.detach().flatten() for name, p in model.named_parameters()}
+    adapter = [vector for name, vector in named.items() if "lora_" in name or "moe_" in name]
+    return torch.cat(adapter or list(named.values()))
+
+
+def small_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **quiet, bos_token_id=0, eos_token_id=0))
+
+
+def sentences(count: int) -> list[dict[str, torch.Tensor]]:
+    """Of which more or fewer words count."""
+    words = [torch.arange(12).roll(number) + number % 17 for number in range(count)]
+    return [
+        {"input_ids": ids, "labels": torch.where(torch.arange(12) < n % 10, -100, ids)} for n, ids in enumerate(words)
+    ]
 
 
 class Payload(TrainerCallback):
@@ -178,12 +199,14 @@ def predict() -> dict[int, Any]:
     return results
 
 
-def frozen_experts() -> list[bool]:
-    """What a task freezes when every process has used another expert most: they must agree, by the sum."""
+def frozen_experts() -> list[list[int]]:
+    """What every process freezes after a task in which each has used another expert most."""
     adapter = MoEAdapter(MoEAdapterConfig(num_experts=3, freeze_experts=1), 8, 8)
-    adapter.usage = torch.tensor([[[5.0, 4, 0], [0, 4, 5]][dist.get_rank()]] * 2)
+    adapter.usage = torch.tensor([[[5.0, 4, 0], [0.0, 4, 5]][dist.get_rank()]] * 2)
     adapter.end_task()
-    return adapter.frozen.tolist()
+    found = [torch.zeros(3, dtype=torch.int) for _ in range(PROCESSES)]
+    dist.all_gather(found, adapter.frozen.int())
+    return [frozen.tolist() for frozen in found]
 
 
 def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
@@ -208,8 +231,7 @@ def main() -> None:
     if group == "quick":
         results["cases"] = run_cases(QUICK, QUICK_STEPS)
         results["payloads"] = run_payloads()
-        results["frozen"] = [None] * PROCESSES
-        dist.all_gather_object(results["frozen"], frozen_experts())
+        results["frozen"] = frozen_experts()
         # Were another process to write, it would be seen.
         results["stream"] = run_stream(folder / f"run-of-rank-{rank}")
     if rank == 0:

@@ -106,7 +106,7 @@ def bytes_of(payload: dict) -> int:
 
 
 def test_processes_freeze_the_same_experts(pair):
-    assert pair["frozen"] == [[False, True, False]] * 2
+    assert pair["frozen"] == [[0, 1, 0]] * 2
 
 
 def assert_same_predictions(found: dict) -> None:
