@@ -21,6 +21,8 @@ if [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ]; then
     resume=(--resume true)
 fi
 
+# A restart needs a new store, which torchrun shares by default (pytorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK / gpus))
 srun torchrun \
     --nnodes "$SLURM_NNODES" \
