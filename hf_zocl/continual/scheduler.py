@@ -309,7 +309,8 @@ class ContinualTaskScheduler:
         return results
 
     def _load_adapter(self, task: int) -> None:
-        weights = load_peft_weights(str(self.output_dir / task_folder(task)), device=str(self.args.device))
+        # By way of the CPU: safetensors does not know the device of one CPU process among several, cpu:0.
+        weights = load_peft_weights(str(self.output_dir / task_folder(task)), device="cpu")
         set_peft_model_state_dict(self.model.clip, weights)
 
 
