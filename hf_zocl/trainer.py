@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import broadcast, find_batch_size, slice_tensors
+from accelerate.utils import DistributedType, broadcast, find_batch_size, slice_tensors
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -345,7 +345,8 @@ class ZOCLTrainer(Trainer):
         is nothing to wrap for, and torch refuses to.
         """
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if training and model is self.model and self.accelerator.num_processes > 1 and not is_sharded:
+        is_launched = self.accelerator.distributed_type != DistributedType.NO  # perhaps as the only process
+        if training and model is self.model and is_launched and not is_sharded:
             self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
             model._is_accelerate_prepared = False
             if self.has_zo_parameters and not self.split.fo:

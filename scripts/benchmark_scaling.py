@@ -253,10 +253,11 @@ def draw(job: Job, compute: float, path: Path) -> None:
         for method in METHODS:
             seconds = [step_seconds(job, method, link, ranks, compute) for ranks in RANKS]
             axes.plot(RANKS, seconds, color=COLOURS[method], marker="o", markersize=3, label=method)
-        axes.set(title=f"seconds a step, {link.name}", xscale="log", yscale="log", xlabel="ranks")
+        axes.set(title=f"seconds a step, {link.name}", xscale="log", xlabel="ranks")
+        axes.set_ylim(bottom=0)
         axes.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1,024"])
         axes.minorticks_off()
-    others[0].legend(frameon=False)
+    others[0].legend(frameon=False, loc="lower left")
     for axes in (left, *others):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="0.85")

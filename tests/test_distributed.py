@@ -105,6 +105,19 @@ def bytes_of(payload: dict) -> int:
     return sum(sum(sizes) for name, sizes in payload["sent"].items() if name != "all_gather")
 
 
+def test_the_cost_model_reckons_with_the_bytes_that_are_measured(pair, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmark_scaling import Job, Link
+
+    found = pair["payloads"]
+    adapter, first_order = (found[name]["fo_bytes"] // 4 for name in ("none", "hybrid"))
+    job = Job("mini CLIP", adapter, adapter - first_order, queries=4)
+    assert sum(job.messages("FO-DDP")) == bytes_of(found["none"])
+    assert sum(job.messages("hybrid")) == bytes_of(found["hybrid"])
+    assert job.messages("all-ZO") == [4 * 5]
+    assert Link("slow", 1e6, 0.5).all_reduce(4_000_000, ranks=4) == 2 * 2 * 0.5 + 2 * 0.75 * 4
+
+
 def test_processes_freeze_the_same_experts(pair):
     assert pair["frozen"] == [[0, 1, 0]] * 2
 
