@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import DistributedType, broadcast, find_batch_size, slice_tensors
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -33,6 +36,7 @@ from .zo import (
     PlainEvaluation,
     ReplayLog,
     ReplaySettings,
+    SharedQueries,
     TowerEvaluation,
     TowerPlan,
     ZOEstimator,
@@ -104,14 +108,15 @@ class ZOCLTrainer(Trainer):
         self._checkpoint: Path | None = None
         self._saves_checkpoint = False
         self.add_callback(_RestoreProgress(self))
+        # The examples in an epoch's last batch over all processes, 0 if it is full; and what those of this process
+        # count in the mean over the processes: for every micro-batch of the step, and for the present one.
+        self._tail = 0
+        self._shares: list[float] = []
+        self._share = 1.0
         if args.zo_branch == "none":
             return
         if self.optimizer is not None:
             raise ValueError("ZOCLTrainer builds its optimizer over both groups: pass optim and zo_optim, not one.")
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError(
-                "FSDP and DeepSpeed move parameters about and cannot be used with zeroth-order layers yet."
-            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot have zeroth-order layers: start one "
@@ -182,10 +187,6 @@ class ZOCLTrainer(Trainer):
         if not self._split_is_current():
             self._assign_layers()
             self.optimizer = None
-        if not self.split.fo and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            raise ValueError(
-                "zo_layers='all' leaves nothing first-order, which several CPU processes cannot train yet."
-            )
         args = self.args
         self._detach_zo_parameters(True)
         if self.optimizer is None:
@@ -210,6 +211,27 @@ class ZOCLTrainer(Trainer):
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's; with `zo_parallelism="queries"` every process gets every batch.
+
+        Raises:
+            ValueError: If the queries are to be shared, and the dataset is a stream.
+        """
+        dataloader = super().get_train_dataloader()
+        shard = dataloader.batch_sampler
+        is_shard = isinstance(shard, BatchSamplerShard)
+        if self._shares_queries:
+            if not is_shard:
+                raise ValueError("zo_parallelism='queries' needs a dataset with a length, not a stream.")
+            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
+        self._tail = _tail(shard) if is_shard and shard.num_processes > 1 else 0
+        return dataloader
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
+        """The Trainer's, without the examples that accelerate repeats to fill the last batch of every process."""
+        self._shares.clear()
+        return super().get_batch_samples(map(self._own_examples, epoch_iterator), num_batches, device)
+
     def training_step(
         self,
         model: nn.Module,
@@ -221,8 +243,27 @@ class ZOCLTrainer(Trainer):
         Returns:
             The loss at θ, scaled for accumulation as the Trainer scales it; detached.
         """
-        if not self.has_zo_parameters:
-            return super().training_step(model, inputs, num_items_in_batch)
+        self._share = self._shares.pop(0) if self._shares else 1.0
+        try:
+            if not self.has_zo_parameters:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._hybrid_step(model, inputs, num_items_in_batch)
+        finally:
+            self._share = 1.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """`Trainer.compute_loss`, in training times what this process's examples count in the mean over all.
+
+        That is 1 but for an epoch's last batch in several processes. An override should call this one for it.
+        """
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._share == 1.0:
+            return result
+        return (result[0] * self._share, result[1]) if return_outputs else result * self._share
+
+    def _hybrid_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)
         scale = self._loss_scale(num_items_in_batch)
         evaluation, base_loss = self._evaluation(model, inputs, num_items_in_batch), None
@@ -232,8 +273,9 @@ class ZOCLTrainer(Trainer):
             evaluation.check(base_loss)
         else:
             model.train()
+        processes = (self.accelerator.process_index, self.accelerator.num_processes)
         estimate = self._estimator.estimate(
-            evaluation,
+            SharedQueries(evaluation, *processes) if self._shares_queries else evaluation,
             step=self.state.global_step,
             micro_step=len(self._estimates),
             base_loss=base_loss,
@@ -262,8 +304,12 @@ class ZOCLTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
     ) -> PlainEvaluation | TowerEvaluation:
         """The way to L(θ + d): by the towers in a dual encoder, else by full forward passes."""
-        # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
-        module = self.accelerator.unwrap_model(model, keep_torch_compile=False) if self._plan.towers else model
+        module = model
+        if self._plan.towers:
+            # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
+            module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        elif isinstance(model, DistributedDataParallel):
+            module = model.module  # a pass of the wrapper sends all buffers
 
         def forward() -> torch.Tensor:
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -434,8 +480,55 @@ class ZOCLTrainer(Trainer):
     def _zo_learning_rate(self) -> float:
         return next(group["lr"] for group in self.optimizer.param_groups if "zo_branch" in group)
 
+    @property
+    def _shares_queries(self) -> bool:
+        return self.args.zo_parallelism == "queries" and self.accelerator.num_processes > 1
+
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
+
+    def _own_examples(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
+        """A micro-batch without repeated examples; what it counts is noted.
+
+        `BatchSamplerShard` fills the last batch of an epoch, process after process, with examples from the epoch's
+        beginning. A process for which none but these are left keeps one, which counts nothing: the others wait for its
+        part in the means.
+        """
+        share, count = 1.0, self.accelerator.num_processes
+        if self._tail and self.accelerator.gradient_state.end_of_dataloader:
+            size = find_batch_size(inputs)
+            own = min(max(self._tail - size * self.accelerator.process_index, 0), size)
+            inputs = slice_tensors(inputs, slice(max(own, 1)))
+            # A loss that counts items is a sum divided by those of all processes: it is in proportion already.
+            if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+                share = own * count / self._tail
+            elif own == 0 and "labels" in inputs:
+                inputs["labels"] = torch.full_like(inputs["labels"], -100)
+        self._shares.append(share)
+        return inputs
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
+        """The Trainer's, before accelerate wraps the model for several processes.
+
+        A model that accelerate has prepared once, for an evaluation, it takes as it is from then on, and training
+        would go without the data-parallel wrapper: it must be prepared anew. Where nothing requires a gradient there
+        is nothing to wrap for, and torch refuses to.
+        """
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        is_launched = self.accelerator.distributed_type != DistributedType.NO  # perhaps as the only process
+        if training and model is self.model and is_launched and not is_sharded:
+            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            model._is_accelerate_prepared = False
+            if self.has_zo_parameters and not self.split.fo:
+                broadcast([parameter.data for parameter in self.split.zo_parameters])  # the wrapper does this first
+                return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return super()._wrap_model(model, training, dataloader)
+
+
+def _tail(shard: BatchSamplerShard) -> int:
+    """The examples in an epoch's last batch over all processes; 0 if it is full, or left out."""
+    total = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
+    return 0 if shard.drop_last else len(shard.batch_sampler.sampler) % total
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from .zo import LayerAssignment
@@ -15,11 +17,24 @@ from .zo.perturbation import DIRECTIONS
 
 
 HUB_STRATEGIES = ("every_task", "end", "every_save", "checkpoint", "all_checkpoints")
+PARALLELISM = ("data", "queries")
 
 
 def _choices(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: expected one of {', '.join(choices)}.")
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
+
+
+_WHY_NOT = {
+    "FSDP": "every loss would gather all weights anew, (queries + 1) times the model's bytes a step, and its "
+    "parameters are shards, to which no estimate is written.",
+    "DeepSpeed": "its engine owns the gradients and the optimizer's step, and never sees an estimate in .grad.",
+    "parallelism_config": "ranks that hold parts of one model would each perturb their own part in their own way.",
+}
 
 
 @dataclass(repr=False)  # the one of TrainingArguments shows no token
@@ -49,9 +64,13 @@ class ZOCLTrainingArguments(TrainingArguments):
         hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of `every_task`, the
             last one alone (`end`), or, besides every task's, what is saved within a task, as the Trainer does:
             `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
+        zo_parallelism: What several processes share out: `data` (each has its own part of a batch, and evaluates all
+            queries) or `queries` (all have the whole batch, and each evaluates its part of the queries).
 
     Raises:
-        ValueError: On an unknown choice or a number out of its range, which it names.
+        ValueError: On an unknown choice or a number out of its range, which it names; if a launcher asks for FSDP,
+            DeepSpeed or another sharding of the model, which zeroth-order layers cannot have; or if several processes
+            were started that do not know of one another.
     """
 
     zo_branch: str = field(default="dual", metadata={"help": f"Zeroth-order branch: {', '.join(BRANCHES)}."})
@@ -75,6 +94,9 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
     zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
     hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
+    zo_parallelism: str = field(
+        default="data", metadata={"help": f"What processes share out: {', '.join(PARALLELISM)}."}
+    )
 
     def __post_init__(self):
         self.zo_layers = parse_layers(self.zo_layers)
@@ -82,6 +104,7 @@ class ZOCLTrainingArguments(TrainingArguments):
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
         _choices("zo_direction", self.zo_direction, DIRECTIONS)
         _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
+        _choices("zo_parallelism", self.zo_parallelism, PARALLELISM)
         own = (self.zo_queries_vision, self.zo_queries_language)
         for name in ("zo_queries", "zo_queries_vision", "zo_queries_language"):
             value = getattr(self, name)
@@ -103,6 +126,19 @@ class ZOCLTrainingArguments(TrainingArguments):
                 f"zo_max_grad_norm={self.zo_max_grad_norm}: zo_estimator='conservative' judges its steps unclipped; "
                 "expected 0."
             )
+        if self.zo_branch != "none" and self.sharding is not None:
+            raise ValueError(
+                f"{self.sharding} cannot train zeroth-order layers (zo_branch={self.zo_branch!r}): "
+                f"{_WHY_NOT[self.sharding]} Use data parallelism, which sends a few numbers a step and keeps no state "
+                "of the frozen weights (docs/scaling.md), or zo_branch='none'."
+            )
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        is_on_cpu = self.use_cpu or _is_on("ACCELERATE_USE_CPU")
+        if started > 1 and not is_on_cpu and not torch.accelerator.is_available():
+            raise ValueError(
+                f"{started} processes were started, but without an accelerator they would train {started} models that "
+                "do not know of one another: on CPUs, pass --use_cpu."
+            )
         hub_strategy = self.hub_strategy
         _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)
         self.hub_strategy = "every_save"  # the Trainer's own enumeration is closed, and compares as text
@@ -110,6 +146,16 @@ class ZOCLTrainingArguments(TrainingArguments):
         self.hub_strategy = str(getattr(hub_strategy, "value", hub_strategy))
         if self.zo_branch != "none" and ("lomo" in self.optim or "layerwise" in self.optim):
             raise ValueError(f"optim={self.optim!r} steps within the backward pass, before the zeroth-order losses.")
+
+    @property
+    def sharding(self) -> str | None:
+        """What shards the model's weights: `FSDP`, `DeepSpeed` or `parallelism_config`, by argument or launcher."""
+        asked = {
+            "FSDP": self.fsdp or _is_on("ACCELERATE_USE_FSDP"),
+            "DeepSpeed": self.deepspeed or _is_on("ACCELERATE_USE_DEEPSPEED"),
+            "parallelism_config": self.parallelism_config or _is_on("ACCELERATE_USE_PARALLELISM_CONFIG"),
+        }
+        return next((name for name, value in asked.items() if value), None)
 
     @property
     def queries_by_branch(self) -> dict[str | None, int]:

@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py [--quick] [--output docs/benchmarks/engine.json]    # a step of FO, MeZO and ours
     python scripts/benchmark.py --moe                                                # the MoE adapter of one block
+    python scripts/benchmark.py --scaling [--output docs/benchmarks/scaling.json]    # what several processes send
 
 The first prints time, arithmetic and memory of a step on a CLIP of random weights at 224×224 (`--shape`, `--batch`),
 the ratios that it must keep, and writes JSON and a bar chart. `--rows bars` leaves out the rows that no ratio needs;
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from benchmark_engine import SHAPES, Setting, run_engine_benchmark
+from benchmark_scaling import run_scaling_benchmark
 
 from hf_zocl import MoEAdapterConfig
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
@@ -27,6 +29,9 @@ from hf_zocl.models.moe_adapter.layer import MoEAdapter
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moe", action="store_true", help="only the MoE adapter of one ViT-B/16 block")
+    parser.add_argument("--scaling", action="store_true", help="only what several processes send, and their time")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="with --scaling: how many of them")
+    parser.add_argument("--compute", type=float, default=0.2, help="with --scaling: seconds of computation a step")
     parser.add_argument(
         "--quick", action="store_true", help="a small batch and fewer rows: about 3 minutes on 2 cores"
     )
@@ -40,6 +45,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file; the chart is written beside it")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.scaling:
+        run_scaling_benchmark(tuple(args.processes), args.compute, args.output)
+        return
     if args.moe:
         print(f"torch {torch.__version__}, {args.device}, {args.threads} threads, median of {args.repeats} runs")
         benchmark_moe(args.device, args.repeats)

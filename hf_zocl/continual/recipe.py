@@ -293,8 +293,17 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
 
 
 def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
-    """Load the model and the stream, add the adapter, and make the scheduler; nothing is trained or written yet."""
+    """Load the model and the stream, add the adapter, and make the scheduler; nothing is trained or written yet.
+
+    Raises:
+        ValueError: If the arguments do not fit one another, or a launcher asks for a sharded model.
+    """
     run, training = recipe.run, recipe.training
+    if training.sharding is not None:
+        raise ValueError(
+            f"{training.sharding} shards the model, but a task's checkpoint is written from a whole adapter by one "
+            "process: use data parallelism (docs/scaling.md)."
+        )
     stream, template = build_stream(run, seed=training.data_seed or 0)
     base = resolve(run.model_name_or_path)
     processor = AutoProcessor.from_pretrained(base)

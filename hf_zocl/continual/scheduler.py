@@ -270,6 +270,8 @@ class ContinualTaskScheduler:
             output_dir=str(self.folder.trainer_folder(name)),
             run_name=f"{self.args.run_name or self.stream.name}-{name}",
             zo_seed=zo_seed,
+            # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
+            ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
             report_to=self.args.report_to if task is not None else "none",
             push_to_hub=False,  # tasks are pushed as a whole
@@ -344,7 +346,8 @@ class ContinualTaskScheduler:
         return results
 
     def _load_adapter(self, task: int) -> None:
-        weights = load_peft_weights(str(self.output_dir / task_folder(task)), device=str(self.args.device))
+        # By way of the CPU: safetensors does not know the device of one CPU process among several, cpu:0.
+        weights = load_peft_weights(str(self.output_dir / task_folder(task)), device="cpu")
         set_peft_model_state_dict(self.model.clip, weights)
 
 

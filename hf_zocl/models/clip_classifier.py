@@ -70,6 +70,11 @@ class CLIPClassifier(nn.Module):
         return self.clip.config
 
     @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """What `DistributedDataParallel` need not send: every process has the same prompts and positions."""
+        return {name for name, _ in self.named_buffers()}
+
+    @property
     def couples_towers(self) -> bool:
         """Whether the loss has a part that is not made of the towers' features (read by `hf_zocl.zo.TowerPlan`)."""
         return self.has_balance_loss

@@ -4,6 +4,7 @@ from .assignment import LayerAssignment, ParameterSplit, ZOGroup
 from .estimator import Estimate, Evaluation, ZOEstimator
 from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
+from .parallel import SharedQueries
 from .perturbation import Combination, Moments, Perturbation, direction_seed, draw_direction
 from .replay import ReplayLog, ReplaySettings
 from .streaming import StreamedPerturbation
@@ -22,6 +23,7 @@ __all__ = [
     "PlainEvaluation",
     "ReplayLog",
     "ReplaySettings",
+    "SharedQueries",
     "SignSGD",
     "StreamedPerturbation",
     "TowerEvaluation",

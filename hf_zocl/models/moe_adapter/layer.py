@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -289,9 +290,12 @@ class MoEAdapter(nn.Module):
             self._select_router()
 
     def end_task(self) -> None:
-        """Freeze the experts that were used most since `begin_task`."""
+        """Freeze the experts that were used most since `begin_task`, by all processes together."""
         if self.frozen is not None:
-            chosen, gates = self.usage.tolist()
+            usage = self.usage.clone()
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(usage)
+            chosen, gates = usage.tolist()
             by_use = sorted(range(len(chosen)), key=lambda e: (chosen[e], gates[e]), reverse=True)
             self.frozen[by_use[: self.config.freeze_experts]] = True
             self.freeze()

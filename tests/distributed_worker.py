@@ -1,0 +1,244 @@
+"""What the processes of `test_distributed.py` run, and the one process that they are compared with.
+
+    torchrun --nproc_per_node 2 --module tests.distributed_worker GROUP FOLDER
+
+leaves what rank 0 found in FOLDER/results.pt.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+
+from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.models.moe_adapter.layer import MoEAdapter
+from tests.helpers import image_examples, mini_clip_classifier
+
+
+ROOT = Path(__file__).resolve().parents[1]
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+GLOBAL_BATCH = 8
+# An epoch ends with a batch of 5: in two processes, of 4 and 1. Five batches: four are accumulated, then one.
+EXAMPLES = 37
+ADAPTERS = {"lora": {}, "moe": {"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0, "moe_bottleneck": 8}}
+BRANCHES = {
+    "none": {"zo_branch": "none"},
+    "hybrid": {"zo_branch": "language", "zo_layers": "hop-even"},
+    "all-zo": {"zo_branch": "dual", "zo_layers": "all"},
+}
+GRID = {
+    f"{adapter}, {branch}, accumulation {count}": {"adapter": adapter, "gradient_accumulation_steps": count, **options}
+    for adapter in ADAPTERS
+    for branch, options in BRANCHES.items()
+    for count in (1, 4)
+}
+SHARED = {"zo_parallelism": "queries", "zo_queries": 3}
+CASES = {
+    **GRID,
+    # Its epochs end with a batch of 1 and none.
+    "an idle process": {**BRANCHES["hybrid"], "examples": 33},
+    "an idle process, all-zo": {**BRANCHES["all-zo"], "examples": 33},
+    "a loss that counts items": {"adapter": "gpt2", "examples": 33, "zo_branch": "dual", "zo_layers": "hop-even"},
+    "after an evaluation": {**BRANCHES["hybrid"], "evaluate": True},
+    "two-sided": {**BRANCHES["all-zo"], "zo_estimator": "two-sided", "zo_queries": 2},
+    "conservative": {**BRANCHES["all-zo"], "zo_estimator": "conservative", "zo_queries": 2},
+    "fzoo": {**BRANCHES["all-zo"], "zo_estimator": "fzoo", "zo_queries": 3, "zo_learning_rate": 1e-4},
+    "queries": {**BRANCHES["all-zo"], **SHARED},
+    "queries, hybrid, dropout": {**BRANCHES["hybrid"], **SHARED, "lora_dropout": 0.1},
+    "queries, two-sided": {**BRANCHES["all-zo"], **SHARED, "zo_estimator": "two-sided"},
+    "queries, more processes than queries": {**BRANCHES["hybrid"], "zo_parallelism": "queries"},
+}
+QUICK = [
+    *("lora, none, accumulation 1", "lora, hybrid, accumulation 4", "lora, all-zo, accumulation 1"),
+    *("moe, hybrid, accumulation 1", "moe, all-zo, accumulation 4"),
+    *(name for name in CASES if name not in GRID),
+]
+QUICK_STEPS = 5
+# What a step sends: an adapter four times as large, and more queries.
+PAYLOADS = {
+    "none": BRANCHES["none"],
+    "hybrid": {**BRANCHES["hybrid"], "zo_queries": 4},
+    "all-zo": BRANCHES["all-zo"],
+    "all-zo, rank 32": {**BRANCHES["all-zo"], "lora_rank": 32},
+    "all-zo, 8 queries": {**BRANCHES["all-zo"], "zo_queries": 8},
+    "all-zo, two-sided": {**BRANCHES["all-zo"], "zo_queries": 2, "zo_estimator": "two-sided"},
+    "all-zo, conservative": {**BRANCHES["all-zo"], "zo_queries": 2, "zo_estimator": "conservative"},
+}
+TEST_SIZES = (1, 7, 16, 23)
+
+
+def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate: bool = False, **options) -> Any:
+    """Train the mini CLIP with `GLOBAL_BATCH` examples a step, over however many processes there are.
+
+    Args:
+        evaluate: Predict before training, as the scheduler does.
+
+    Returns:
+        The trainer, and the adapter before training.
+    """
+    adapter_options = {name: options.pop(name) for name in ("lora_dropout", "lora_rank") if name in options}
+    if adapter == "gpt2":
+        model, data = small_gpt2(), sentences(examples)
+    else:
+        model, data = mini_clip_classifier(**ADAPTERS[adapter], **adapter_options), image_examples(examples)
+    shares = 1 if options.get("zo_parallelism") == "queries" else PROCESSES
+    settings = {
+        "per_device_train_batch_size": GLOBAL_BATCH // shares,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "zo_eps": 0.03,
+        "zo_learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": False,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        args = ZOCLTrainingArguments(output_dir=folder, max_steps=steps, **{**settings, **options})
+        trainer = ZOCLTrainer(model=model, args=args, train_dataset=data)
+        if evaluate:
+            trainer.predict(image_examples(8))
+        start = adapter_of(model)
+        counter = Payload()
+        trainer.add_callback(counter)
+        trainer.train()
+    trainer.payload = counter.steps
+    return trainer, start
+
+
+def adapter_of(model: torch.nn.Module) -> torch.Tensor:
+    """The adapter as one vector; the whole model where it has none."""
+    named = {name: p.detach().flatten() for name, p in model.named_parameters()}
+    adapter = [vector for name, vector in named.items() if "lora_" in name or "moe_" in name]
+    return torch.cat(adapter or list(named.values()))
+
+
+def small_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    quiet = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **quiet, bos_token_id=0, eos_token_id=0))
+
+
+def sentences(count: int) -> list[dict[str, torch.Tensor]]:
+    """Of which more or fewer words count."""
+    words = [torch.arange(12).roll(number) + number % 17 for number in range(count)]
+    return [
+        {"input_ids": ids, "labels": torch.where(torch.arange(12) < n % 10, -100, ids)} for n, ids in enumerate(words)
+    ]
+
+
+class Payload(TrainerCallback):
+    """What a step hands to the process group, from the end of the one before."""
+
+    def __init__(self):
+        self.steps: list[dict[str, list[int]]] = []
+
+    def on_step_end(self, *args, **kwargs):
+        if dist.is_initialized():
+            self.steps.append(dict(dist.group.WORLD.payload))
+            dist.group.WORLD.payload.clear()
+
+
+def run_cases(names: Iterable[str], steps: int) -> dict[str, dict]:
+    """For every case: the losses of all steps, the adapter, how far it moved, and what the processes differ by."""
+    results = {}
+    for name in names:
+        trainer, start = train(steps, **CASES[name])
+        end = adapter_of(trainer.model)
+        results[name] = {
+            "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+            "adapter": end,
+            "moved": float((end - start).norm() / start.norm()),
+            "spread": spread(end),
+        }
+    return results
+
+
+def spread(vector: torch.Tensor) -> float:
+    """How far the processes' vectors are apart."""
+    if not dist.is_initialized():
+        return 0.0
+    low, high = vector.clone(), vector.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN)
+    dist.all_reduce(high, dist.ReduceOp.MAX)
+    return float((high - low).max())
+
+
+def run_payloads() -> dict[str, dict]:
+    """For every method: what its third step sends, by collective, and the bytes of its first-order parameters."""
+    results = {}
+    for name, options in PAYLOADS.items():
+        trainer, _ = train(3, **options)
+        split = trainer.split
+        first_order = split.fo.values() if split else [p for p in trainer.model.parameters() if p.requires_grad]
+        results[name] = {"sent": trainer.payload[-1], "fo_bytes": sum(4 * p.numel() for p in first_order)}
+    return results
+
+
+def predict() -> dict[int, Any]:
+    """The logits and labels of test sets of several sizes."""
+    results = {}
+    for size in TEST_SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            args = ZOCLTrainingArguments(folder, per_device_eval_batch_size=4, dataloader_pin_memory=False)
+            output = ZOCLTrainer(model=mini_clip_classifier(), args=args).predict(image_examples(size))
+        results[size] = {"logits": output.predictions, "labels": output.label_ids}
+    return results
+
+
+def frozen_experts() -> list[list[int]]:
+    """What every process freezes after a task in which each has used another expert most."""
+    adapter = MoEAdapter(MoEAdapterConfig(num_experts=3, freeze_experts=1), 8, 8)
+    adapter.usage = torch.tensor([[[5.0, 4, 0], [0.0, 4, 5]][dist.get_rank()]] * 2)
+    adapter.end_task()
+    found = [torch.zeros(3, dtype=torch.int) for _ in range(PROCESSES)]
+    dist.all_gather(found, adapter.frozen.int())
+    return [frozen.tolist() for frozen in found]
+
+
+def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
+    """Two tasks of the quickstart's sample, few steps, and as many test images as no number of processes divides."""
+    recipe = ["--recipe", str(ROOT / "scripts/recipes/quickstart.yaml"), "--output_dir", str(output_dir)]
+    recipe += ["--initial_increment", "5", "--increment", "5", "--max_steps", "2", "--zo_sign", "false"]
+    recipe += ["--zo_queries_language", "2", "--zo_queries_vision", "1"]
+    recipe += ["--zo_optim", "sgd", "--zo_momentum", "0", "--max_test_images_per_class", "7"]
+    recipe += ["--per_device_train_batch_size", str(32 // PROCESSES), "--per_device_eval_batch_size", "9"]
+    return build_scheduler(parse_recipe([*recipe, "--disable_tqdm", "true", *arguments])).run()
+
+
+def main() -> None:
+    group, folder = sys.argv[1], Path(sys.argv[2])
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from benchmark_scaling import start_counting
+
+    start_counting()
+    rank = dist.get_rank()
+    results: dict[str, Any] = {"predictions": predict()}
+    if group == "grid":
+        results["cases"] = run_cases(GRID, steps=50)
+    if group == "quick":
+        results["cases"] = run_cases(QUICK, QUICK_STEPS)
+        results["payloads"] = run_payloads()
+        results["frozen"] = frozen_experts()
+        # Were another process to write, it would be seen.
+        results["stream"] = run_stream(folder / f"run-of-rank-{rank}")
+    if rank == 0:
+        torch.save(results, folder / "results.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
