@@ -7,7 +7,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, find_batch_size
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
@@ -144,6 +144,8 @@ class ZOCLTrainer(Trainer):
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
+            # A text tower may have prompts that all images share; they are cheap, and stay whole.
+            sharing={"vision", None} if args.zo_share_batch else (),
         )
         self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
         return self.optimizer
@@ -203,14 +205,21 @@ class ZOCLTrainer(Trainer):
         # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
         module = self.accelerator.unwrap_model(model, keep_torch_compile=False) if self._plan.towers else model
 
-        def forward() -> torch.Tensor:
+        batch_rows = find_batch_size(inputs) if self._estimator.sharing else None
+
+        def forward(rows: tuple[int, int] | None = None) -> torch.Tensor:
+            items, part = num_items_in_batch, copy(inputs)
+            if rows is not None:
+                part = {name: _take_rows(value, rows, batch_rows) for name, value in inputs.items()}
+                items = None if items is None else items * (rows[1] - rows[0]) / batch_rows
             with torch.no_grad(), self.compute_loss_context_manager():
-                return self.compute_loss(module, copy(inputs), num_items_in_batch=num_items_in_batch).mean()
+                return self.compute_loss(module, part, num_items_in_batch=items).mean()
 
         before = ForwardState(self.args.device, model.buffers())
         if not self._plan.towers:
-            return PlainEvaluation(forward, before)
-        return TowerEvaluation(self._plan, forward, before, context=self.accelerator.autocast)
+            return PlainEvaluation(forward, before, batch_rows=batch_rows)
+        context = self.accelerator.autocast
+        return TowerEvaluation(self._plan, forward, before, context, batch_rows=batch_rows)
 
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
         """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
@@ -266,6 +275,12 @@ class ZOCLTrainer(Trainer):
 
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
+
+
+def _take_rows(value: Any, rows: tuple[int, int], count: int) -> Any:
+    """The rows of what has a row for every example; anything else as it is."""
+    is_batch = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == count
+    return value[rows[0] : rows[1]] if is_batch else value
 
 
 class _InstallEstimate(TrainerCallback):
