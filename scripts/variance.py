@@ -93,6 +93,7 @@ class Probe(TrainerCallback):
 def measure(model: nn.Module, batch: dict[str, torch.Tensor], queries: int, eps: float) -> list[dict[str, Any]]:
     """The variance of every layer's estimate, each layer perturbed alone."""
     rows, device = [], next(model.parameters()).device
+    model.train()  # the first step finds it as the last evaluation left it
     random_state = ForwardState(device, model.buffers())
 
     @torch.no_grad()
