@@ -205,6 +205,8 @@ class ZOCLTrainer(Trainer):
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
+            # A text tower may have prompts that all images share; they are cheap, and stay whole.
+            sharing={"vision", None} if args.zo_share_batch else (),
         )
         self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
         is_replayable = not self.split.fo and not self._estimator.is_streamed
@@ -310,15 +312,21 @@ class ZOCLTrainer(Trainer):
             module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         elif isinstance(model, DistributedDataParallel):
             module = model.module  # a pass of the wrapper sends all buffers
+        batch_rows = find_batch_size(inputs) if self._estimator.sharing else None
 
-        def forward() -> torch.Tensor:
+        def forward(rows: tuple[int, int] | None = None) -> torch.Tensor:
+            items, part = num_items_in_batch, copy(inputs)
+            if rows is not None:
+                part = {name: _take_rows(value, rows, batch_rows) for name, value in inputs.items()}
+                items = None if items is None else items * (rows[1] - rows[0]) / batch_rows
             with torch.no_grad(), self.compute_loss_context_manager():
-                return self.compute_loss(module, copy(inputs), num_items_in_batch=num_items_in_batch).mean()
+                return self.compute_loss(module, part, num_items_in_batch=items).mean()
 
         before = ForwardState(self.args.device, model.buffers())
         if not self._plan.towers:
-            return PlainEvaluation(forward, before)
-        return TowerEvaluation(self._plan, forward, before, context=self.accelerator.autocast)
+            return PlainEvaluation(forward, before, batch_rows=batch_rows)
+        context = self.accelerator.autocast
+        return TowerEvaluation(self._plan, forward, before, context, batch_rows=batch_rows)
 
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
         """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
@@ -584,6 +592,12 @@ class _RestoreProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer._restore_progress()
+
+
+def _take_rows(value: Any, rows: tuple[int, int], count: int) -> Any:
+    """The rows of what has a row for every example; anything else as it is."""
+    is_batch = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == count
+    return value[rows[0] : rows[1]] if is_batch else value
 
 
 class _InstallEstimate(TrainerCallback):

@@ -51,6 +51,8 @@ class ZOCLTrainingArguments(TrainingArguments):
         zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative` or `fzoo`.
         zo_queries: Directions per branch and step; their estimates are averaged.
         zo_queries_vision, zo_queries_language: `zo_queries` of one tower: many where a forward pass is cheap.
+        zo_share_batch: Let the vision tower's queries (of a model without towers: all queries) share the batch: each
+            has an equal part of it, so that as many queries as examples cost one forward pass.
         zo_eps: ε, the size of the perturbation.
         zo_eps_vision, zo_eps_language: ε of one tower (MoZO: the vision tower's is the smaller); default `zo_eps`.
         zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO).
@@ -82,6 +84,7 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_queries: int = field(default=1, metadata={"help": "Directions per branch and step."})
     zo_queries_vision: int | None = field(default=None, metadata={"help": "zo_queries of the vision tower."})
     zo_queries_language: int | None = field(default=None, metadata={"help": "zo_queries of the text tower."})
+    zo_share_batch: bool = field(default=False, metadata={"help": "Each query has its own part of the batch."})
     zo_eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
     zo_eps_vision: float | None = field(default=None, metadata={"help": "zo_eps of the vision tower."})
     zo_eps_language: float | None = field(default=None, metadata={"help": "zo_eps of the text tower."})
@@ -121,6 +124,8 @@ class ZOCLTrainingArguments(TrainingArguments):
         for name in ("zo_learning_rate", "zo_momentum", "zo_weight_decay", "zo_max_grad_norm"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        if self.zo_share_batch and self.zo_estimator != "one-sided":
+            raise ValueError(f"zo_share_batch=True: expected zo_estimator='one-sided', got {self.zo_estimator!r}.")
         if self.zo_estimator == "conservative" and self.zo_max_grad_norm > 0:
             raise ValueError(
                 f"zo_max_grad_norm={self.zo_max_grad_norm}: zo_estimator='conservative' judges its steps unclipped; "
@@ -138,6 +143,11 @@ class ZOCLTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"{started} processes were started, but without an accelerator they would train {started} models that "
                 "do not know of one another: on CPUs, pass --use_cpu."
+            )
+        if started > 1 and self.zo_share_batch:
+            raise ValueError(
+                f"zo_share_batch=True, {started} processes: their last batches may differ in size, and so in the number "
+                "of parts; expected False."
             )
         hub_strategy = self.hub_strategy
         _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -18,13 +18,17 @@ ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo")
 
 # Where a loss is asked for: the perturbations that are not at θ, and their offsets. Empty: L(θ).
 Point = Mapping[Perturbation, Combination]
+# A part of the batch, from its first row to before its last; None: the whole batch.
+Rows = tuple[int, int] | None
 
 
 class Evaluation(Protocol):
     """The way to a loss; see `hf_zocl.zo.evaluation`."""
 
-    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
-        """The loss at every point, scalars."""
+    batch_rows: int | None
+
+    def losses(self, points: Sequence[Point], rows: Sequence[Rows] | None = None) -> list[torch.Tensor]:
+        """The loss at every point, on the whole batch or on some rows of it each; scalars."""
 
 
 @dataclass
@@ -55,6 +59,9 @@ class ZOEstimator:
     - `conservative`: the one-sided estimate of every query, and their mean, are tried as an SGD step; the one with the
       lowest loss is g, or zero when no step beats standing still (ZO-SGD-Cons; ZO-LLM, ICML 2024)
 
+    Where a branch's queries share the batch, each has an equal part of it: L is then the loss on that part, both at θ
+    and at θ+εΔᵢ. All of them together cost one forward pass, however many they are.
+
     A query whose loss is not finite counts for nothing, so one overflow does not spoil the weights.
 
     Args:
@@ -66,9 +73,10 @@ class ZOEstimator:
         seed: Keys the directions, with the step, the micro-step and the query.
         reduce: Averages a tensor of losses over data-parallel ranks.
         model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied.
+        sharing: The branches whose queries share the batch; of `one-sided` alone.
 
     Raises:
-        ValueError: If the estimator is unknown, or has fewer queries than it needs.
+        ValueError: If the estimator is unknown, has fewer queries than it needs, or cannot have them share the batch.
     """
 
     def __init__(
@@ -81,10 +89,13 @@ class ZOEstimator:
         seed: int = 0,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
         model: nn.Module | None = None,
+        sharing: Collection[str | None] = (),
     ):
         if estimator not in ESTIMATORS:
             raise ValueError(f"zo_estimator={estimator!r} is unknown: expected one of {', '.join(ESTIMATORS)}.")
-        self.estimator, self.sign, self.seed, self.reduce = estimator, sign, seed, reduce
+        if sharing and estimator != "one-sided":
+            raise ValueError(f"zo_share_batch=True: expected zo_estimator='one-sided', got {estimator!r}.")
+        self.estimator, self.sign, self.seed, self.reduce, self.sharing = estimator, sign, seed, reduce, sharing
         branches: dict[str | None, list[ZOGroup]] = {}
         for group in groups:
             branches.setdefault(group.branch, []).append(group)
@@ -162,18 +173,32 @@ class ZOEstimator:
         self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]], base_loss: torch.Tensor | None
     ) -> Estimate:
         points: list[Point] = [] if base_loss is not None else [{}]
+        rows: list[Rows] = [None] * len(points)
+        counts = {}
         for branch, perturbation in self.perturbations.items():
-            points += [{perturbation: perturbation.query(seed)} for seed in seeds[branch]]
-        losses = [_wide(loss) for loss in evaluation.losses(points)]
+            parts: list[Rows] = [None] * len(seeds[branch])
+            if branch in self.sharing:
+                parts = _parts(evaluation.batch_rows, len(seeds[branch]))
+                points, rows = points + [{}] * len(parts), rows + parts
+            counts[branch] = len(parts)
+            points += [{perturbation: perturbation.query(seed)} for seed in seeds[branch][: len(parts)]]
+            rows += parts
+        losses = [_wide(loss) for loss in evaluation.losses(points, rows)]
         own = [] if base_loss is None else [_wide(base_loss)]
         base_loss, *losses = self.reduce(torch.stack(own + losses))
         estimate, first = Estimate(loss=base_loss), 0
         for branch, perturbation in self.perturbations.items():
-            mine = torch.stack(losses[first : first + len(seeds[branch])])
-            first += len(mine)
-            differences = estimate.differences[branch] = mine - base_loss
+            count, bases = counts[branch], base_loss
+            if branch in self.sharing:
+                bases = torch.stack(losses[first : first + count])
+                first += count
+            mine = torch.stack(losses[first : first + count])
+            first += count
+            differences = estimate.differences[branch] = mine - bases
             divisor = _finite_std(mine) if self.estimator == "fzoo" else perturbation.eps
-            estimate.gradient[branch] = Combination(seeds[branch], _finite(differences / divisor) / len(mine))
+            weights = torch.zeros(len(seeds[branch]), dtype=mine.dtype, device=mine.device)
+            weights[:count] = _finite(differences / divisor) / count  # a query without a part counts for nothing
+            estimate.gradient[branch] = Combination(seeds[branch], weights)
         return estimate
 
     def _two_sided(self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]]) -> Estimate:
@@ -218,6 +243,12 @@ class ZOEstimator:
 
 def _gradient(estimates: Sequence[tuple[Estimate, float]], branch: str | None) -> list[Combination]:
     return [estimate.gradient[branch].scaled(scale) for estimate, scale in estimates]
+
+
+def _parts(batch: int, queries: int) -> list[Rows]:
+    """Equal parts of a batch, at most one for each query: the smallest that divide it."""
+    size = next(size for size in range(1, batch + 1) if batch % size == 0 and size * queries >= batch)
+    return [(first, first + size) for first in range(0, batch, size)]
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:

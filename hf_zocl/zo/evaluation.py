@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .estimator import Point
+from .estimator import Point, Rows
 from .packing import PackedPrompts
 from .perturbation import Combination, Perturbation
 from .streaming import StreamedPerturbation
@@ -98,19 +98,21 @@ class PlainEvaluation:
     """Every loss by one full forward pass, all of them from the same state, so that dropout masks do not differ.
 
     Args:
-        forward: Returns the loss, a scalar, at the present parameters.
+        forward: Returns the loss, a scalar, at the present parameters; given rows of the batch, on these.
         before: The state in which the step's first forward pass started: every evaluation starts there too.
         after: The state that a single pass leaves behind, to which `close` returns, so that the number of queries does
             not change what the next step draws; by default, the state after the first evaluation.
+        batch_rows: The number of rows of the batch, where parts of it may be asked for.
     """
 
     def __init__(
         self,
-        forward: Callable[[], torch.Tensor],
+        forward: Callable[..., torch.Tensor],
         before: ForwardState | None = None,
         after: ForwardState | None = None,
+        batch_rows: int | None = None,
     ):
-        self.forward, self.before, self.after = forward, before, after
+        self.forward, self.before, self.after, self.batch_rows = forward, before, after, batch_rows
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -121,14 +123,14 @@ class PlainEvaluation:
     def check(self, loss: torch.Tensor) -> None:
         """There is no shortcut to check."""
 
-    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
-        """The loss at every point, scalars."""
+    def losses(self, points: Sequence[Point], rows: Sequence[Rows] | None = None) -> list[torch.Tensor]:
+        """The loss at every point, on the whole batch or on some rows of it each; scalars."""
         losses = []
-        for point in points:
+        for point, part in zip(points, rows or [None] * len(points), strict=True):
             if self.before is not None:
                 self.before.restore()
             with at(point):
-                losses.append(self.forward())
+                losses.append(self.forward(*_given(part)))
             if self.after is None and self.before is not None:
                 self.after = self.before.now()
         return losses
@@ -329,7 +331,8 @@ class _TowerRecord:
     entry: ForwardState | None = None
     resume: ForwardState | None = None
     exit: ForwardState | None = None
-    outputs: dict[Combination | None, Any] = field(default_factory=dict)  # by offset; None: at θ
+    # By offset, None at θ; or by offset and rows.
+    outputs: dict[Any, Any] = field(default_factory=dict)
     packed: PackedPrompts | None = None
     has_asked_for_packing: bool = False
 
@@ -344,26 +347,30 @@ class TowerEvaluation:
 
     Args:
         plan: See `TowerPlan`.
-        forward: The model's whole forward pass without gradient: the loss, a scalar, at the present parameters.
+        forward: The model's whole forward pass without gradient: the loss, a scalar, at the present parameters; given
+            rows of the batch, on these.
         context: Under which a tower runs on its own, such as autocast.
         before: The state in which the step's first forward pass started.
         batch_candidates: Whether candidates may go through a tower as one batch.
         reuse_layers: Whether the layers below the first perturbed one may be skipped.
         pack_prompts: Whether prompts that begin alike may share their beginning.
+        batch_rows: The number of rows of the batch, where parts of it may be asked for.
     """
 
     def __init__(
         self,
         plan: TowerPlan,
-        forward: Callable[[], torch.Tensor],
+        forward: Callable[..., torch.Tensor],
         before: ForwardState,
         context: Callable[[], AbstractContextManager] = nullcontext,
         batch_candidates: bool = True,
         reuse_layers: bool = True,
         pack_prompts: bool = True,
+        batch_rows: int | None = None,
     ):
         self.plan, self.forward, self.before, self.context = plan, forward, before, context
         self.batch_candidates, self.reuse_layers, self.pack_prompts = batch_candidates, reuse_layers, pack_prompts
+        self.batch_rows = batch_rows
         self.records = {name: _TowerRecord() for name in plan.towers}
         self.after: ForwardState | None = None
         self.plain: PlainEvaluation | None = None
@@ -375,20 +382,27 @@ class TowerEvaluation:
         with self._watching({}):
             yield
 
-    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
-        """The loss at every point, scalars."""
+    def losses(self, points: Sequence[Point], rows: Sequence[Rows] | None = None) -> list[torch.Tensor]:
+        """The loss at every point, on the whole batch or on some rows of it each; scalars.
+
+        The first point of a micro-batch that no other pass has recorded is one of the whole batch.
+        """
         points, losses = list(points), []
+        rows = list(rows) if rows is not None else [None] * len(points)
         if points and self.after is None:
-            point = points.pop(0)
+            point, part = points.pop(0), rows.pop(0)
             self.before.restore()
             with at(point), self._watching(point):
-                losses.append(self.forward())
+                losses.append(self.forward(*_given(part)))
             self.check(losses[0], point)
         if self.plain is not None:
-            return losses + self.plain.losses(points)
+            return losses + self.plain.losses(points, rows)
         for name in self.records:
-            self._run_tower(name, dict.fromkeys(self.plan.offset(name, point) for point in points))
-        return losses + [self._combine(point) for point in points]
+            offsets = [self.plan.offset(name, point) for point in points]
+            pairs = list(zip(offsets, rows, strict=True))
+            self._run_tower(name, dict.fromkeys(o for o, part in pairs if o is None or part is None))
+            self._run_parts(name, [(o, part) for o, part in pairs if o is not None and part is not None])
+        return losses + [self._combine(point, part) for point, part in zip(points, rows, strict=True)]
 
     def check(self, loss: torch.Tensor, point: Point | None = None) -> None:
         """See once whether replayed towers give the loss of the recorded pass; if not, passes are full from then on.
@@ -404,7 +418,10 @@ class TowerEvaluation:
             replayed, why = None, f"{type(error).__name__}: {error}"
         if replayed is None or not torch.allclose(replayed.float(), loss.float(), rtol=1e-2, atol=1e-4):
             logger.warning(f"The towers of this model cannot be replayed ({why}): every loss is a full forward pass.")
-            self.plan.towers, self.plain = {}, PlainEvaluation(self.forward, self.before, self.after)
+            self.plan.towers, self.plain = {}, self._plain_evaluation()
+
+    def _plain_evaluation(self) -> PlainEvaluation:
+        return PlainEvaluation(self.forward, self.before, self.after, self.batch_rows)
 
     def close(self) -> None:
         if self.plain is not None:
@@ -424,7 +441,7 @@ class TowerEvaluation:
         self.draws = not self.before.same_random_state(self.after)
         is_dual = all(record.calls == 1 and record.outputs for record in self.records.values())
         if not is_dual or not self.before.same_buffers(self.after):
-            self.plain = PlainEvaluation(self.forward, self.before, self.after)
+            self.plain = self._plain_evaluation()
 
     @contextmanager
     def _watching_tower(self, name: str, offset: Combination | None) -> Iterator[None]:
@@ -497,6 +514,24 @@ class TowerEvaluation:
                 return self._run_tower(name, missing)
             record.outputs.update(zip(chunk, _split(output, len(chunk)), strict=True))
 
+    def _run_parts(self, name: str, pairs: Sequence[tuple[Combination, Rows]]) -> None:
+        """Make sure of the tower's output on some rows of the batch at every offset: one pass for all of them."""
+        record, perturbation = self.records[name], self.plan.perturbations[name]
+        pairs = [pair for pair in pairs if pair not in record.outputs]
+        if not pairs:
+            return
+        tiles = [first for _, (first, _) in pairs] == [0, *(last for _, (_, last) in pairs[:-1])]
+        rows, is_whole = _rows((record.args, record.kwargs)), pairs[-1][1][1] == self.batch_rows
+        if self.plan.stacked.get(name) is None or not tiles or not is_whole or rows != self.batch_rows:
+            for offset, part in pairs:
+                with perturbation.at(offset):
+                    record.outputs[offset, part] = _take(self._tower_output(name), part)
+            return
+        # The rows keep their places, and with them their dropout masks.
+        with self._stacked(name, perturbation.stack([offset for offset, _ in pairs])):
+            output = self._tower_output(name)
+        record.outputs.update(zip(pairs, _split(output, len(pairs)), strict=True))
+
     def _recorded_again(self, name: str, packed: PackedPrompts) -> Any:
         """The output where the record was taken, by way of packed prompts."""
         offset = next(iter(self.records[name].outputs))
@@ -553,7 +588,7 @@ class TowerEvaluation:
                 stack.enter_context(shadowed(module, forward=_StackedForward(module)))
             yield
 
-    def _combine(self, point: Point) -> torch.Tensor:
+    def _combine(self, point: Point, rows: Rows = None) -> torch.Tensor:
         """The loss from the towers' outputs: the model's forward pass with both of them replayed.
 
         Parameters outside the towers, such as a projection's, are where the point says.
@@ -564,9 +599,15 @@ class TowerEvaluation:
         with ExitStack() as stack:
             stack.enter_context(at(outside))
             for name, record in self.records.items():
-                replay = _Replay(record.outputs[self.plan.offset(name, point)], record.exit if self.draws else None)
+                offset = self.plan.offset(name, point)
+                own = record.outputs.get((offset, rows))
+                # Class prompts are not of the batch: they are asked for whole whatever its rows.
+                part = None if own is not None else rows
+                state = record.exit if self.draws else None
+                count = _rows((record.args, record.kwargs))
+                replay = _Replay(record.outputs[offset] if own is None else own, state, part, count)
                 stack.enter_context(_forward_of(self.plan.towers[name].module, replay))
-            return self.forward()
+            return self.forward(*_given(rows))
 
 
 @contextmanager
@@ -620,15 +661,21 @@ def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 
 class _Replay:
-    """A tower that gives what it gave before, and leaves the random state as it did then."""
+    """A tower that gives what it gave before, or some rows of it, and leaves the random state as it did then."""
 
-    def __init__(self, output: Any, state: ForwardState | None):
-        self.output, self.state = output, state
+    def __init__(self, output: Any, state: ForwardState | None, part: Rows, count: int | None):
+        self.output, self.state, self.part, self.count = output, state, part, count
 
     def __call__(self, *args, **kwargs) -> Any:
         if self.state is not None:
             self.state.restore()
+        if self.part is not None and _rows((args, kwargs)) != self.count:
+            return _take(self.output, self.part)
         return type(self.output)(**self.output)
+
+
+def _given(rows: Rows) -> tuple[Rows, ...]:
+    return () if rows is None else (rows,)
 
 
 def _is_pooled(output: Any) -> bool:
@@ -638,6 +685,11 @@ def _is_pooled(output: Any) -> bool:
 def _pooled(output: Any) -> Any:
     """What a dual encoder reads of its tower's output: the pooled features; the hidden states would fill memory."""
     return type(output)(pooler_output=output["pooler_output"].detach())
+
+
+def _take(output: Any, rows: Rows) -> Any:
+    first, last = rows
+    return type(output)(pooler_output=output["pooler_output"][first:last])
 
 
 def _split(output: Any, parts: int) -> list[Any]:

@@ -56,6 +56,31 @@ def test_one_sided_is_equation_two(queries):
     torch.testing.assert_close(model.theta.grad, expected / queries, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("queries", "parts"), [(2, 2), (3, 2), (4, 4), (9, 4)])
+def test_queries_that_share_the_batch_see_a_part_of_it_each(queries, parts):
+    """Equal parts, as many as divide the batch: the mean of [L_i(θ+εΔᵢ) − L_i(θ)]/ε·Δᵢ, L_i the loss on part i."""
+    model = Quadratic()
+    shifts = torch.arange(4 * 6).view(4, 6).double() / 10
+
+    def loss(rows=(0, 4), theta=None):
+        theta = model.theta if theta is None else theta
+        return torch.stack([model.at(theta + shift) for shift in shifts[slice(*rows)]]).mean()
+
+    evaluation = PlainEvaluation(loss, batch_rows=4)
+    estimator = estimator_of(model, queries=queries, sharing={None})
+    estimator.write([(estimator.estimate(evaluation, step=0), 1.0)])
+    theta, size, expected = model.theta.detach(), 4 // parts, 0.0
+    for i, direction in enumerate(directions_of(model, parts)):
+        rows = (i * size, (i + 1) * size)
+        expected += (loss(rows, theta + EPS * direction) - loss(rows, theta)) / EPS * direction / parts
+    torch.testing.assert_close(model.theta.grad, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_only_one_sided_queries_share_the_batch():
+    with pytest.raises(ValueError, match="zo_share_batch=True: expected zo_estimator='one-sided', got 'fzoo'"):
+        estimator_of(Quadratic(), estimator="fzoo", queries=2, sharing={None})
+
+
 @pytest.mark.parametrize("queries", [1, 3])
 def test_two_sided_is_spsa(queries):
     model = Quadratic()
