@@ -146,8 +146,8 @@ class ZOCLTrainingArguments(TrainingArguments):
             )
         if started > 1 and self.zo_share_batch:
             raise ValueError(
-                f"zo_share_batch=True, {started} processes: their last batches may differ in size, and so in the number "
-                "of parts; expected False."
+                f"zo_share_batch=True, {started} processes: their last batches may differ in size and so in "
+                "the number of parts; expected False."
             )
         hub_strategy = self.hub_strategy
         _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)
