@@ -27,8 +27,8 @@ train: $(VENV)/installed  ## learn the embedded sample's five tasks (RECIPE=… 
 		--num_cpu_threads_per_process $(CORES) \
 		scripts/train.py --recipe $(RECIPE) $(ARGS)
 
-test: $(VENV)/installed  ## the tests, without the slow ones
-	$(BIN)/python -m pytest
+test: $(VENV)/installed  ## the tests, without the slow ones, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 test-slow: $(VENV)/installed  ## the slow tests
 	$(BIN)/python -m pytest -m slow

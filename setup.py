@@ -23,7 +23,15 @@ REQUIRED = [
 ]
 # reproduce: the paired tests of scripts/reproduce.py.
 EXTRAS = {"reproduce": ["scipy>=1.13"]}
-EXTRAS["dev"] = ["pytest>=8", "ruff>=0.9", "import-linter>=2.1", "tensorboard>=2.18", *EXTRAS["reproduce"]]
+EXTRAS["dev"] = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "import-linter>=2.1",
+    "tensorboard>=2.18",
+    *EXTRAS["reproduce"],
+]
 
 setup(
     name="hf_zocl",

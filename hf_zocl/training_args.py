@@ -17,6 +17,7 @@ from .zo.perturbation import DIRECTIONS
 
 
 PARALLELISM = ("data", "queries")
+HUB_STRATEGIES = ("every_task", "end", "every_save", "checkpoint", "all_checkpoints")
 
 
 def _choices(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -36,7 +37,7 @@ _WHY_NOT = {
 }
 
 
-@dataclass
+@dataclass(repr=False)  # the one of TrainingArguments shows no token
 class ZOCLTrainingArguments(TrainingArguments):
     """Arguments of a run that mixes zeroth-order (ZO) and first-order (FO) optimisation.
 
@@ -62,6 +63,9 @@ class ZOCLTrainingArguments(TrainingArguments):
         zo_seed: Keys the directions; default `seed`.
         zo_parallelism: What several processes share out: `data` (each has its own part of a batch, and evaluates all
             queries) or `queries` (all have the whole batch, and each evaluates its part of the queries).
+        hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of `every_task`, the
+            last one alone (`end`), or, besides every task's, what is saved within a task, as the Trainer does:
+            `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
 
     Raises:
         ValueError: On an unknown choice or a number out of its range, which it names; if a launcher asks for FSDP,
@@ -92,6 +96,7 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_parallelism: str = field(
         default="data", metadata={"help": f"What processes share out: {', '.join(PARALLELISM)}."}
     )
+    hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
 
     def __post_init__(self):
         self.zo_layers = parse_layers(self.zo_layers)
@@ -134,7 +139,11 @@ class ZOCLTrainingArguments(TrainingArguments):
                 f"{started} processes were started, but without an accelerator they would train {started} models that "
                 "do not know of one another: on CPUs, pass --use_cpu."
             )
+        hub_strategy = self.hub_strategy
+        _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)
+        self.hub_strategy = "every_save"  # the Trainer's own enumeration is closed, and compares as text
         super().__post_init__()
+        self.hub_strategy = str(getattr(hub_strategy, "value", hub_strategy))
         if self.zo_branch != "none" and ("lomo" in self.optim or "layerwise" in self.optim):
             raise ValueError(f"optim={self.optim!r} steps within the backward pass, before the zeroth-order losses.")
 

@@ -33,7 +33,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint's folder, a run's folder (with --task), or a Hub repository")
-    parser.add_argument("--task", type=int, help="the task, counted from 1")
+    parser.add_argument("--task", type=task_number, help="the task, counted from 1, or best")
     parser.add_argument("--revision", help="a revision on the Hub, instead of --task")
     parser.add_argument("--per_device_eval_batch_size", type=int)
     parser.add_argument("--disable_tqdm", action="store_true")
@@ -53,6 +53,10 @@ def main() -> None:
     print(format_evaluation(measured))
     if options.output is not None:
         write_json(options.output, json.loads(json.dumps(measured)))
+
+
+def task_number(text: str) -> int | str:
+    return text if text == "best" else int(text)
 
 
 def recipe_arguments(argv: list[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
+from hf_zocl.continual.run_state import ResumeError
 from hf_zocl.report import compare_runs, format_results
 
 
@@ -36,7 +37,10 @@ def run(recipe: Recipe) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     logging.getLogger("hf_zocl").setLevel(logging.INFO if recipe.training.should_save else logging.ERROR)
-    results = scheduler.run(resume=recipe.run.resume or restarts() > 0, train=recipe.run.learning != "none")
+    try:
+        results = scheduler.run(resume=restarts() > 0 or recipe.resume, train=recipe.run.learning != "none")
+    except (OSError, ResumeError) as error:
+        sys.exit(f"error: {error}")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")

@@ -33,7 +33,7 @@ _NUMERICS = (
 
 def evaluate_checkpoint(
     path: str | os.PathLike[str],
-    task: int | None = None,
+    task: int | str | None = None,
     revision: str | None = None,
     hub_kwargs: dict[str, Any] | None = None,
     **overrides: Any,
@@ -42,7 +42,7 @@ def evaluate_checkpoint(
 
     Args:
         path, task, revision: As for `load_task_checkpoint`.
-        hub_kwargs: For `huggingface_hub.snapshot_download`.
+        hub_kwargs: For `load_task_checkpoint`.
         overrides: Arguments of a recipe instead of the run's (`RunArguments`, and `per_device_eval_batch_size` and its
             like); None changes nothing. Another `benchmark`, `dataset_name` or `datasets` is measured whole, after its
             last task; the run's own as it was after the checkpoint's task.
@@ -65,7 +65,7 @@ def evaluate_checkpoint(
     index = info["task"] if is_own else len(stream)
     if is_own and list(stream.seen_class_names(index)) != info["classes"]:
         raise ValueError(f"{folder}: its classes ({', '.join(info['classes'])}) are not those of {stream!r}.")
-    model, processor = load_task_checkpoint(folder)
+    model, processor = load_task_checkpoint(folder, **(hub_kwargs or {}))
     model.prompt_template = info["prompt_template"] if is_own else template
     codec = PixelCodec(processor.image_processor)
     images, skipped = prepare_images(_test_images(stream), codec, run.image_cache_gb, run.skip_corrupt)

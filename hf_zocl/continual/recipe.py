@@ -66,7 +66,8 @@ class RunArguments:
         seeds: Run once with each of these as `seed`, `1993,1996,1997`, into `output_dir/seed-1993` and so on.
         num_seeds: So many seeds, counted up from `seed`, instead.
         vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
-        resume: Go on after the last complete task in `output_dir`.
+        resume: Go on where the run in `output_dir` stopped, within a task too; so does `resume_from_checkpoint=true`,
+            which also takes a checkpoint's folder.
     """
 
     model_name_or_path: str = field(default="mini-clip", metadata={"help": "Hub id, folder, or mini-clip."})
@@ -100,7 +101,7 @@ class RunArguments:
     seeds: str | None = field(default=None, metadata={"help": "Run once with each: 1993,1996,1997."})
     num_seeds: int | None = field(default=None, metadata={"help": "Run with so many seeds, from seed on."})
     vary_class_order: bool = field(default=False, metadata={"help": "The seeds draw the class order too."})
-    resume: bool = field(default=False, metadata={"help": "Go on after the last complete task in output_dir."})
+    resume: bool = field(default=False, metadata={"help": "Go on where the run in output_dir stopped."})
 
     def __post_init__(self):
         if self.learning not in LEARNING:
@@ -157,6 +158,12 @@ class Recipe:
         """All arguments by name, tokens masked."""
         return {**asdict(self.run), **asdict(self.adapter), **self.training.to_dict()}
 
+    @property
+    def resume(self) -> bool | str:
+        """Whether to go on, by `resume` or `resume_from_checkpoint`; or the checkpoint's folder."""
+        given = str(self.training.resume_from_checkpoint or self.run.resume)
+        return {"true": True, "false": False}.get(given.lower(), given)
+
     def per_seed(self) -> list[Recipe]:
         """A recipe for every seed, each with a folder of its own; without `seeds`, this one."""
         seeds = self.run.seed_list(self.training.seed)
@@ -167,7 +174,12 @@ class Recipe:
             folder = str(Path(self.training.output_dir) / f"seed-{seed}")
             own = {"class_order_seed": seed} if self.run.vary_class_order else {}
             run = replace(self.run, seeds=None, num_seeds=None, **own)
-            recipes.append(replace(self, run=run, training=replace(self.training, seed=seed, output_dir=folder)))
+            hub = {}
+            if self.training.push_to_hub:
+                repository = self.training.hub_model_id or Path(self.training.output_dir).absolute().name
+                hub = {"hub_model_id": f"{repository}-seed-{seed}"}
+            training = replace(self.training, seed=seed, output_dir=folder, **hub)
+            recipes.append(replace(self, run=run, training=training))
         return recipes
 
 

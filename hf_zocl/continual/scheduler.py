@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,26 @@ from peft.utils import load_peft_weights
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
-from ..hub.checkpoint import save_task_checkpoint, task_folder, write_json
+from ..hub.checkpoint import save_task_checkpoint
+from ..hub.fetch import fetch_run
+from ..hub.push import HubPusher
+from ..hub.push_on_save import PushOnSave
+from ..hub.task_file import task_folder
 from ..models import CLIPClassifier, adapter_name
 from ..report import plot_accuracy_matrix
-from ..trainer import ZOCLTrainer
+from ..trainer import WRITE_ERRORS, SaveError, ZOCLTrainer, save_replay_log
 from ..training_args import ZOCLTrainingArguments
+from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
 from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
+from .run_state import RESULTS_FILE, ResumeError, RunFolder
 from .tasks import Task, TaskStream
 
 
 logger = logging.get_logger(__name__)
 
-RESULTS_FILE = "results.json"
 _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
-# A run may move house, or be watched in another way, and still be the same run.
-_NOT_THE_RUN = {"output_dir", "resume", "report_to", "run_name", "disable_tqdm", "logging_steps", "dataset_path"}
-_NOT_THE_RUN |= {"image_cache_gb", "dataloader_num_workers", "seeds", "num_seeds", "vary_class_order"}
 
 
 class ContinualTaskScheduler:
@@ -75,8 +76,6 @@ class ContinualTaskScheduler:
         image_cache_gb: float = DEFAULT_CACHE_GB,
         skip_corrupt: bool = False,
     ):
-        if args.push_to_hub:
-            raise ValueError("push_to_hub=True: in this release task checkpoints stay in output_dir.")
         if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
             raise ValueError(
                 "The scheduler evaluates after every task: leave eval_strategy, eval_on_start and "
@@ -89,29 +88,41 @@ class ContinualTaskScheduler:
         self.evaluate_future = stream.scenario == "cross-dataset" if evaluate_future is None else evaluate_future
         self.image_cache_gb, self.skip_corrupt = image_cache_gb, skip_corrupt
         self._codec = PixelCodec(processor.image_processor)
-        self.output_dir = Path(args.output_dir)
+        self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
         split = args.layer_assignment.split(model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
         self._towers = split.describe()
+        # Last, for it may create a repository.
+        pushes = args.push_to_hub and args.process_index == 0
+        self._pusher = HubPusher.from_arguments(args) if pushes else None
 
-    def run(self, resume: bool = False, train: bool = True) -> dict[str, Any]:
+    def run(self, resume: bool | str | Path = False, train: bool = True) -> dict[str, Any]:
         """Run the stream.
 
         Args:
-            resume: Go on after the last task that `output_dir` holds complete; without one, start from the beginning.
+            resume: Go on where the run in `output_dir` stopped: after its last complete task, and within the next one
+                at the last step that was saved; or at the step of the checkpoint whose folder this is. The result is
+                that of a run that never stopped. Without a run in `output_dir`, start from the beginning.
             train: False measures the model as it is: zero-shot, the lower bound, as a run of its own.
 
         Returns:
             The content of `results.json`; accuracies are fractions.
 
         Raises:
-            ValueError: On `resume`, if `output_dir` holds the run of another recipe; or if an image cannot be decoded.
+            ResumeError: If `output_dir` holds the run of another recipe, or no such checkpoint.
+            SaveError: If something cannot be saved, for example on a full disk.
+            ValueError: If an image cannot be decoded.
         """
-        results = self._read_results() if resume and train else None
+        chosen = None if isinstance(resume, bool) else resume
+        if resume and train:
+            self._fetch_run()
+        results = self._read_results(chosen) if resume and train else None
         self._prepare_images()
+        checkpoint = None
         if results is None:
             results = self._start()
         else:
-            self._load_adapter(len(results["accuracy_matrix"]))
+            checkpoint = self._go_on(results, chosen)
+            self._push(*range(1, len(results["accuracy_matrix"]) + 1))  # what is there already stays as it is
         if not train:
             return self._finish_untrained(results)
         started = time.perf_counter() - results["seconds"]
@@ -119,15 +130,32 @@ class ContinualTaskScheduler:
             logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
             if hasattr(self.model, "begin_task"):
                 self.model.begin_task(task.index)  # before the trainer asks which parameters are trainable
-            results["training"].append(self._train(task))
+            trained, checkpoint = self._train(task, checkpoint), None
+            started -= trained.earlier_seconds
+            results["training"].append(trained.means)
             if hasattr(self.model, "end_task"):
                 self.model.end_task(task.index)
             self._evaluate(task, results)
             results["seconds"] = time.perf_counter() - started
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], _peak_memory_bytes())
-            self._save(task, results)
-        self._remove_empty_folders()
+            self._save(task, results, trained.replay_log)
+            self._push(task.index)
+        if self._pusher is not None:
+            self._pusher.finish()
+        if self.args.should_save:
+            self.folder.remove_empty_folders()
         return results
+
+    def _push(self, *tasks: int) -> None:
+        if self._pusher is not None:
+            at_end_only = self.args.hub_strategy == "end"
+            self._pusher.push(*(task for task in tasks if not at_end_only or task == len(self.stream)))
+
+    def _fetch_run(self) -> None:
+        """Where `output_dir` holds no run yet, go on from the one in the repository."""
+        with self.args.main_process_first(desc="fetching the run"):
+            if self._pusher is not None and not (self.output_dir / RESULTS_FILE).is_file():
+                fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
 
     def _prepare_images(self) -> None:
         """Decode and resize ahead; the first process fills the cache for the others."""
@@ -169,11 +197,23 @@ class ContinualTaskScheduler:
             "versions": _versions(),
         }
         if self.args.should_save:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-            (self.output_dir / RESULTS_FILE).unlink(missing_ok=True)
-            for folder in self.output_dir.glob("task-[0-9][0-9]*"):
-                shutil.rmtree(folder)
+            with self._saving(RESULTS_FILE):
+                self.folder.start(results)
         return results
+
+    def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
+        """The adapter as after the last complete task; and the checkpoint within the next one, if there is one."""
+        done = len(results["accuracy_matrix"])
+        if done:
+            self._load_adapter(done)
+        if self.args.should_save:
+            for task in self.stream[:done]:  # of a run that was killed before it could
+                self.folder.remove_checkpoints(task.name)
+        if done == len(self.stream):
+            return None
+        checkpoint = self.folder.checkpoint(self.stream[done].name, chosen)
+        logger.info(f"Going on after task {done}" + (f", from {checkpoint}" if checkpoint else ""))
+        return checkpoint
 
     def _finish_untrained(self, results: dict[str, Any]) -> dict[str, Any]:
         """The run of a model that is not trained: its zero-shot accuracies are its accuracies."""
@@ -181,24 +221,22 @@ class ContinualTaskScheduler:
         results.update({name: zero_shot[name] for name in ("accuracy_matrix", "seen_accuracy")})
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
         if self.args.should_save:
-            write_json(self.output_dir / RESULTS_FILE, results)
-            plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
-        self._remove_empty_folders()
+            with self._saving(RESULTS_FILE):
+                plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
+                self.folder.write(results)
+            self.folder.remove_empty_folders()
         return results
 
-    def _train(self, task: Task) -> dict[str, float]:
-        """Train on one task, and return the mean of every figure logged on the way."""
+    def _train(self, task: Task, checkpoint: Path | None) -> _Trained:
+        """Train on one task, from its beginning or from a checkpoint within it."""
         template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
         # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
         self.model.set_classes(task.class_names, template if isinstance(template, str) else template[0])
         # Every task draws directions of its own.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
         trainer = self._trainer(task.name, task, zo_seed=zo_seed)
-        trainer.train()
-        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-        names = {name for entry in logged for name in entry if name == "loss" or name.startswith("zo_")}
-        means = {name: [entry[name] for entry in logged if name in entry] for name in sorted(names)}
-        return {name: float(np.mean(values)) for name, values in means.items()}
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return _Trained(_means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
 
     def _evaluator(self) -> StreamEvaluator:
         return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec)
@@ -229,37 +267,45 @@ class ContinualTaskScheduler:
         labels = (self.stream.arrival_labels, 0) if task is None else (task.arrival_labels, task.first_label)
         args = dataclasses.replace(
             self.args,
-            output_dir=str(self.output_dir / "trainer" / name),
+            output_dir=str(self.folder.trainer_folder(name)),
             run_name=f"{self.args.run_name or self.stream.name}-{name}",
             zo_seed=zo_seed,
             # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
             ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
             report_to=self.args.report_to if task is not None else "none",
+            push_to_hub=False,  # tasks are pushed as a whole
+            hub_token=None,  # the Trainer writes its arguments into its checkpoints
         )
+        callbacks = list(self.callbacks)
+        if task is not None and self._pusher is not None and self.args.hub_strategy not in ("every_task", "end"):
+            callbacks.append(PushOnSave(self._pusher, self.args.hub_strategy, task.index))
         return self.trainer_class(
             model=self.model,
             args=args,
             train_dataset=None if task is None else task.train,
             data_collator=ImageCollator(self.processor, *labels, self._codec),
-            callbacks=list(self.callbacks),
+            callbacks=callbacks,
         )
 
-    def _save(self, task: Task, results: dict[str, Any]) -> None:
+    def _save(self, task: Task, results: dict[str, Any], replay_log: ReplayLog | None) -> None:
+        """Save what a complete task leaves behind; the results last, for they say that all of it is there."""
         if not self.args.should_save:
             return
-        save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results))
-        write_json(self.output_dir / RESULTS_FILE, results)
-        plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
+        with self._saving(task.name):
+            save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results), results)
+            if replay_log is not None:
+                save_replay_log(replay_log, self.folder.replay_file(task.name))
+            plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
+            self.folder.write(results)
+        self.folder.remove_checkpoints(task.name)
 
-    def _remove_empty_folders(self) -> None:
-        """A Trainer makes its folder whether or not it saves anything there."""
-        if not self.args.should_save:
-            return
-        parent = self.output_dir / "trainer"
-        for folder in [*parent.glob("*"), parent]:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+    @contextmanager
+    def _saving(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except WRITE_ERRORS as error:
+            raise SaveError(self.output_dir / name, error) from error
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
         """The content of `task.json`."""
@@ -283,35 +329,43 @@ class ContinualTaskScheduler:
             "prompt_template": self.model.prompt_template,
             "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
             "metrics": {name: results[name] for name in measures},
+            **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get(name)},
             **{
                 name: results[name]
                 for name in ("zero_shot", "recipe", "seed", "seconds", "peak_memory_bytes", "versions")
             },
         }
 
-    def _read_results(self) -> dict[str, Any] | None:
-        """The results of the complete tasks in `output_dir`, if there are any."""
-        file = self.output_dir / RESULTS_FILE
-        if not file.is_file():
-            logger.warning(f"resume: {file} does not exist, so the run starts from the beginning.")
-            return None
-        results = json.loads(file.read_text(encoding="utf-8"))
-        mine = json.loads(json.dumps(self.recipe))
-        keys = sorted((mine.keys() | results["recipe"].keys()) - _NOT_THE_RUN)
-        different = [key for key in keys if mine.get(key) != results["recipe"].get(key)]
-        if different:
-            details = ", ".join(
-                f"{key}: {results['recipe'].get(key)!r} there, {mine.get(key)!r} here" for key in different
-            )
-            raise ValueError(f"resume: {file} is the run of another recipe ({details}).")
-        if results["classes"] != list(self.stream.class_names):
-            raise ValueError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
+    def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
+        """The results of the complete tasks in `output_dir`, if a run is there."""
+        results = self.folder.read(self.recipe, self.stream.class_names, Path(self.model.config.name_or_path).exists())
+        if results is None and chosen is not None:
+            raise ResumeError(f"resume_from_checkpoint={str(chosen)!r}: there is no run in {self.output_dir}.")
+        if results is None:
+            logger.warning(f"resume: there is no run in {self.output_dir}, so it starts from the beginning.")
         return results
 
     def _load_adapter(self, task: int) -> None:
         # By way of the CPU: safetensors does not know the device of one CPU process among several, cpu:0.
         weights = load_peft_weights(str(self.output_dir / task_folder(task)), device="cpu")
         set_peft_model_state_dict(self.model.clip, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trained:
+    """What is left of a task's trainer: the means of its logs, its steps, its time in processes that were killed."""
+
+    means: dict[str, float]
+    replay_log: ReplayLog | None
+    earlier_seconds: float
+
+
+def _means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every figure that was logged while a task was trained."""
+    logged = [entry for entry in log_history if "loss" in entry]
+    names = {name for entry in logged for name in entry if name == "loss" or name.startswith("zo_")}
+    means = {name: [entry[name] for entry in logged if name in entry] for name in sorted(names)}
+    return {name: float(np.mean(values)) for name, values in means.items()}
 
 
 def _peak_memory_bytes() -> int:

@@ -1,50 +1,63 @@
-"""One task's checkpoint: saved whole or not at all, loaded in one line."""
+"""One task's checkpoint: saved whole or not at all, loaded in one line, refused where it is not what was saved."""
 
 from __future__ import annotations
 
-import json
+import copy
 import os
 import shutil
+from collections import ChainMap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, CLIPModel, ProcessorMixin
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 
-from ..models import CLIPClassifier
+from ..models import ADAPTERS, CLIPClassifier, adapter_name
+from ..report import plot_accuracy_matrix
 from ..sample import resolve
-from .model_card import render_task_card
+from .model_card import render_eval_results, render_task_card
+from .seal import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    LOADED_FILES,
+    check_seal,
+    seal_task_checkpoint,
+)
+from .task_file import FORMAT_VERSION, TASK_FILE, is_snapshot, read_json, read_task, task_folder, write_json
 
 
-TASK_FILE = "task.json"
-FORMAT_VERSION = 1
-
-
-def task_folder(task: int) -> str:
-    """The name of a task's folder, and of its revision on the Hub: `task-01`, `task-02`, …"""
-    return f"task-{task:02d}"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside, then rename: the file is whole at any moment."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+FIGURE = "accuracy_matrix.png"
+RESULTS_FILE = "results.json"
+# Fields of a PEFT configuration that would have a module imported, or another folder read, by name.
+_REACHES_OUT = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
+_DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
 def save_task_checkpoint(
-    output_dir: str | Path, model: CLIPClassifier, processor: ProcessorMixin, task: dict[str, Any]
+    output_dir: str | Path,
+    model: CLIPClassifier,
+    processor: ProcessorMixin,
+    task: dict[str, Any],
+    results: dict[str, Any] | None = None,
 ) -> Path:
-    """Save the adapter, the processor, `task.json` and the model card into `output_dir/task-NN`.
+    """Save a task's checkpoint into `output_dir/task-NN`: adapter, processor, `task.json`, model card and figure.
 
     Args:
         output_dir: The run's folder.
         model: A classifier whose CLIP is wrapped by PEFT.
         processor: The CLIP model's processor.
         task: The content of `task.json`, see `hf_zocl.hub.model_card.render_task_card`.
+        results: The run's `results.json` so far; default: the checkpoint has none.
 
     Returns:
         The checkpoint's folder; one of that name is replaced once the new one is complete.
@@ -55,15 +68,34 @@ def save_task_checkpoint(
     model.clip.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
     write_json(unfinished / TASK_FILE, {"format_version": FORMAT_VERSION, **task})
-    (unfinished / "README.md").write_text(str(render_task_card(task)), encoding="utf-8")
+    if results is not None:
+        write_json(unfinished / RESULTS_FILE, results)
+    plot_accuracy_matrix({**task, **task["metrics"]}, unfinished / FIGURE)
+    write_task_card(unfinished, task)
+    seal_task_checkpoint(unfinished)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(unfinished, folder)
     return folder
 
 
+def write_task_card(
+    folder: Path, task: dict[str, Any], repo_id: str | None = None, revision: str | None = None
+) -> None:
+    """Write a checkpoint's `README.md`, and its results as the Hub has them (`.eval_results/*.yaml`), if it can.
+
+    Args:
+        folder: The checkpoint's folder.
+        task, repo_id, revision: As for `hf_zocl.hub.model_card.render_task_card`.
+    """
+    (folder / "README.md").write_text(str(render_task_card(task, repo_id, revision)), encoding="utf-8")
+    for name, content in render_eval_results(task).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content, encoding="utf-8")
+
+
 def find_task_checkpoint(
-    path: str | Path, task: int | None = None, revision: str | None = None, **hub_kwargs: Any
+    path: str | Path, task: int | Literal["best"] | None = None, revision: str | None = None, **hub_kwargs: Any
 ) -> Path:
     """The folder of one task's checkpoint, downloaded if it lies on the Hub; arguments as `load_task_checkpoint`'s.
 
@@ -72,40 +104,86 @@ def find_task_checkpoint(
     """
     if task is not None and revision is not None:
         raise ValueError(f"task={task} and revision={revision!r} were both given: they name the same thing, pass one.")
+    if isinstance(task, str) and task != "best":
+        raise ValueError(f"task={task!r}: expected a number from 1, or 'best'.")
     folder = Path(path)
-    if not folder.is_dir():
-        _check_repository(str(path))
-        patterns = ["*.json", "*.safetensors"]
-        revision = task_folder(task) if task is not None else revision
-        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
-    return folder / task_folder(task) if task is not None else folder
+    if folder.is_dir():
+        number = best_task(read_task(_newest(folder))) if task == "best" else task
+        return folder / task_folder(number) if number is not None else folder
+    _check_repository(str(path))
+    if task == "best":
+        newest = snapshot_download(str(path), allow_patterns=[TASK_FILE], **hub_kwargs)
+        task = best_task(read_task(Path(newest)))
+    revision = task_folder(task) if task is not None else revision
+    patterns = [TASK_FILE, *LOADED_FILES]
+    return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
+
+
+def best_task(info: dict[str, Any]) -> int:
+    """The task after which the model stood highest above its own zero-shot accuracy.
+
+    Accuracy on all classes seen falls as classes are added, so that alone would always name the first task; zero-shot
+    accuracy over the same classes falls with it, and what is left is what training has won. Of equals, the later task:
+    it knows more classes.
+
+    Args:
+        info: The newest checkpoint's `task.json`.
+    """
+    pairs = zip(info["metrics"]["seen_accuracy"], info["zero_shot"]["seen_accuracy"], strict=False)
+    return max((seen - zero_shot, number) for number, (seen, zero_shot) in enumerate(pairs, start=1))[1]
 
 
 def load_task_checkpoint(
-    path: str | Path, task: int | None = None, revision: str | None = None, **hub_kwargs: Any
+    path: str | Path,
+    task: int | Literal["best"] | None = None,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+    **hub_kwargs: Any,
 ) -> tuple[CLIPClassifier, ProcessorMixin]:
-    """Load the model after one task: `model, processor = load_task_checkpoint("runs/quickstart/task-05")`.
+    """Load the model after one task: `model, processor = load_task_checkpoint("user/repo", task=3)`.
+
+    Only JSON, safetensors and text are read, and no code of a repository is run.
 
     Args:
         path: A checkpoint's folder, a run's folder (with `task`), or a repository on the Hub.
-        task: The task, counted from 1: the folder `task-NN` of a run, or the revision of a repository.
+        task: The task, counted from 1: the folder `task-NN` of a run, or the revision of a repository; or `best`, see
+            `best_task`. Default: the folder itself, or the newest checkpoint of a repository.
         revision: A revision on the Hub, instead of `task`.
+        base_model: The base model's folder or name, where it is no longer where the checkpoint says.
         hub_kwargs: `token`, `cache_dir` and the like, for `huggingface_hub.snapshot_download`.
 
     Returns:
         The classifier with the classes of all tasks seen so far, in evaluation mode, and the processor.
 
     Raises:
-        ValueError: If there is no such folder, it holds no task checkpoint, or `task` and `revision` are both given.
+        ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
+            file of the checkpoint is damaged, missing, or belongs to another one.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub has no such repository or revision.
     """
     folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
     info = read_task(folder)
-    clip = CLIPModel.from_pretrained(_base_model(folder, info))
-    processor = AutoProcessor.from_pretrained(folder)
+    check_seal(folder, info)
+    config = _read_adapter_config(folder, info)
+    options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
+    if base_model is None:
+        base_model = _base_model(folder, info, config)
+    clip = _load_base_model(folder, base_model, config, options)
+    processor = _load_processor(folder)
     model = CLIPClassifier(
-        PeftModel.from_pretrained(clip, folder), processor.tokenizer, info["classes"], info["prompt_template"]
+        PeftModel.from_pretrained(clip, folder, config=config),
+        processor.tokenizer,
+        info["classes"],
+        info["prompt_template"],
     )
+    model.image_processor = processor.image_processor
     return model.eval(), processor
+
+
+def _newest(folder: Path) -> Path:
+    folders = [file.parent for file in folder.glob(f"task-[0-9]*/{TASK_FILE}")]
+    if not folders:
+        raise ValueError(f"task='best': {folder} holds no task checkpoints (task-01, …).")
+    return max(folders, key=lambda each: (len(each.name), each.name))
 
 
 def _check_repository(name: str) -> None:
@@ -115,22 +193,90 @@ def _check_repository(name: str) -> None:
         raise ValueError(f"{name} is neither a folder nor the name of a repository on the Hub.") from error
 
 
-def read_task(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's `task.json`.
+def _read_adapter_config(folder: Path, info: dict[str, Any]) -> PeftConfig:
+    file = folder / ADAPTER_CONFIG
+    content = read_json(file)
+    for name in _REACHES_OUT:
+        if content.get(name):
+            raise ValueError(f"{file}: {name}={content[name]!r} is not allowed in a checkpoint.")
+    with _refusing(f"{file} is damaged: it is no configuration of an adapter"):
+        config = PeftConfig.from_peft_type(**content)
+        name = adapter_name(config)
+    if info["adapter"] in ADAPTERS and name != info["adapter"]:
+        raise ValueError(f"{file} is foreign: its adapter is {name!r}, expected {info['adapter']!r} ({TASK_FILE}).")
+    return config
 
-    Raises:
-        ValueError: If there is none, or this release cannot read it.
-    """
-    file = folder / TASK_FILE
-    if not file.is_file():
-        raise ValueError(f"{folder} is not a task checkpoint: it has no {TASK_FILE}.")
-    info = json.loads(file.read_text(encoding="utf-8"))
-    if info.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file}: format_version={info.get('format_version')!r}, expected {FORMAT_VERSION}.")
-    return info
 
-
-def _base_model(folder: Path, info: dict[str, Any]) -> str:
-    """The embedded sample by its name; any other base model as PEFT recorded it."""
+def _base_model(folder: Path, info: dict[str, Any], config: PeftConfig) -> str | Path:
+    """The base model's folder or name: beside the adapter, embedded in this package, or as PEFT recorded it."""
+    if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
+        return folder
     embedded = resolve(info["base_model"])
-    return embedded if embedded != info["base_model"] else PeftConfig.from_pretrained(folder).base_model_name_or_path
+    if embedded != info["base_model"]:
+        return embedded
+    name, file = config.base_model_name_or_path, folder / ADAPTER_CONFIG
+    if not isinstance(name, str):
+        raise ValueError(f"{file}: it names no base model ({name!r}): give base_model.")
+    if is_snapshot(folder):  # a name from the Hub must not become a path here
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise ValueError(
+                f"{file}: the base model {name!r} is no repository on the Hub: give base_model."
+            ) from error
+        if Path(name).exists():
+            raise ValueError(f"{file}: {name!r} is a repository and a folder here: say which, as base_model.")
+    return name
+
+
+def _load_base_model(folder: Path, base_model: str | Path, config: PeftConfig, options: dict[str, Any]) -> CLIPModel:
+    """The base model, once it is known that the adapter fits it."""
+    options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
+    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
+        clip_config = CLIPConfig.from_pretrained(base_model, **options)
+    _check_adapter(folder, clip_config, config)
+    if Path(base_model) == folder:  # given the folder, transformers would put the adapter into the model as well
+        shards = [load_file(file) for file in sorted(folder.glob(BASE_WEIGHTS))]
+        source = {"pretrained_model_name_or_path": None, "state_dict": dict(ChainMap(*shards))}
+    else:
+        source = {"pretrained_model_name_or_path": base_model, **options}
+    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
+        clip, report = CLIPModel.from_pretrained(
+            **source, config=clip_config, use_safetensors=True, output_loading_info=True
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"the base model {str(base_model)!r} has no {missing[0]} (and {len(missing) - 1} more).")
+    return clip
+
+
+def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> None:
+    """Compare the adapter's tensors with those that the base model would be given, before either is loaded."""
+    file = folder / ADAPTER_WEIGHTS
+    with _refusing(f"{file} is damaged: it cannot be read as safetensors"), safe_open(file, framework="pt") as tensors:
+        found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    with _refusing(f"{folder / ADAPTER_CONFIG} does not fit its base model"), torch.device("meta"):
+        model = PeftModel(CLIPModel(clip_config), copy.deepcopy(config))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if found == expected:
+        return
+    name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    raise ValueError(
+        f"{file} is foreign: {name} has the shape {found.get(name, 'none')}, "
+        f"where its base model and {ADAPTER_CONFIG} have {expected.get(name, 'none')}."
+    )
+
+
+def _load_processor(folder: Path) -> ProcessorMixin:
+    with _refusing(f"{folder}: its processor cannot be read"):
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Whatever transformers, PEFT and tokenizers stumble over in a file becomes one error that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} ({error!r}).") from error

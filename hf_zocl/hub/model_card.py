@@ -1,18 +1,25 @@
 """The model card (README.md) of one task's checkpoint, from the dictionary of its `task.json` alone."""
 
+from __future__ import annotations
+
 import re
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from pprint import pformat
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
+from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined
+
+from .task_file import task_folder
 
 
 TEMPLATE = "task_checkpoint.md"
+PIPELINE_TAG = "zero-shot-image-classification"
 # An allow-list: a recipe also holds tokens, folders and host names, which are nobody else's business.
 SHOWN_ARGUMENTS = re.compile(
     "(zo|lora|moe)_.*|adapter|benchmark|dataset_(name|path)|(initial_)?increment|class_order_seed"
@@ -22,86 +29,204 @@ SHOWN_ARGUMENTS = re.compile(
 LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTERS = ("lora", "moe")
+AMONG = {
+    "task": "the classes of its own task",
+    "domain": "all classes",
+    "cross-dataset": "the classes of its own dataset",
+}
 MARKS = {"zo": "ZO", "fo": "fo", "fo+zo": "mix", "frozen": "--"}
 
 
-def render_task_card(task: dict[str, Any]) -> ModelCard:
+class TaskCardData(ModelCardData):
+    """The metadata of a task's model card, and what its text says, from the dictionary of `task.json` alone.
+
+    Args:
+        task: The content of the checkpoint's `task.json`; accuracies are fractions in [0, 1], `seconds` in seconds,
+            `peak_memory_bytes` in bytes. Of a local path only the last component is ever shown.
+        repo_id: The repository on the Hub that the card is for; default: it is for a folder.
+        revision: The checkpoint's revision there; default: the task's tag.
+    """
+
+    def __init__(self, task: dict[str, Any], repo_id: str | None = None, revision: str | None = None):
+        self.task, self.repo_id = task, repo_id
+        self.revision = revision or task_folder(task["task"])
+        on_hub = not self.base_is_local and not self.base_is_here and bool(REPO_ID.fullmatch(self.base_model_name))
+        method = ["zeroth-order-optimization"] if task["assignment"]["branch"] != "none" else []
+        short = f"{_last_component(self.base_model_name)}-{task['adapter']}-{_last_component(self.title)}"
+        super().__init__(
+            license="apache-2.0",
+            library_name="peft",
+            pipeline_tag=PIPELINE_TAG,
+            base_model=self.base_model_name if on_hub else None,
+            base_model_relation="adapter" if on_hub else None,
+            datasets=[self.dataset_id] if self.dataset_id else None,
+            metrics=["accuracy"],
+            tags=["hf_zocl", "continual-learning", *method, "clip", task["adapter"]],
+            model_name=f"{short}-{task_folder(task['task'])}",
+            eval_results=self._eval_results(),
+        )
+
+    def _to_dict(self, data_dict: dict[str, Any]) -> None:
+        for name in ("task", "repo_id", "revision"):  # no metadata
+            data_dict.pop(name)
+        super()._to_dict(data_dict)
+
+    def _eval_results(self) -> list[EvalResult]:
+        """What older readers of the Hub read: Last, Avg, and the accuracy on each task."""
+        task, metrics = self.task, self.task["metrics"]
+        values = {
+            "Last (accuracy on all classes seen)": metrics["last"],
+            "Avg (mean of that over the tasks)": metrics["avg"],
+        }
+        values |= {f"Task {label}": value for label, value in zip(self.classes_by_task, self.accuracies, strict=True)}
+        return [
+            EvalResult(
+                task_type=PIPELINE_TAG,
+                dataset_type=self.dataset_id or self.title,
+                dataset_name=f"{self.title}, tasks 1 to {task['task']} of {task['num_tasks']}",
+                metric_type="accuracy",
+                metric_name=name,
+                metric_value=value,
+            )
+            for name, value in values.items()
+        ]
+
+    def entries(self) -> list[EvalResultEntry]:
+        """The same for `.eval_results/*.yaml`; nothing for a dataset that is not on the Hub."""
+        task, metrics = self.task, self.task["metrics"]
+        if not self.dataset_id:
+            return []
+        notes = f"hf_zocl, after task {task['task']} of {task['num_tasks']}, among {self.among}"
+        if cap := task["recipe"].get("max_test_images_per_class"):
+            notes += f", at most {cap} test images of a class"
+        values = {"all-seen": metrics["last"], "average": metrics["avg"]}
+        values |= {task_folder(number): value for number, value in enumerate(self.accuracies, start=1)}
+        return [
+            EvalResultEntry(dataset_id=self.dataset_id, task_id=name, value=value, notes=notes)
+            for name, value in values.items()
+        ]
+
+    @property
+    def base_is_local(self) -> bool:
+        return self.task["base_model_is_local"]
+
+    @property
+    def base_is_here(self) -> bool:
+        """Whether the base model lies in the repository of the card."""
+        return self.repo_id is not None and (self.base_is_local or self.task["base_model"] == self.repo_id)
+
+    @property
+    def base_model_name(self) -> str:
+        return _last_component(self.task["base_model"]) if self.base_is_local else self.task["base_model"]
+
+    @property
+    def dataset_id(self) -> str | None:
+        """The dataset on the Hub."""
+        dataset = self.task["dataset"]
+        return dataset if dataset and REPO_ID.fullmatch(dataset) else None
+
+    @property
+    def title(self) -> str:
+        """What the dataset is called."""
+        recipe = self.task["recipe"]
+        names = (self.task["benchmark"], self.task["dataset"], recipe.get("dataset_name"), recipe.get("dataset_path"))
+        return next((_without_local_paths(name) for name in names if name and name != "none"), "a local dataset")
+
+    @property
+    def among(self) -> str:
+        """What a test image is predicted among."""
+        return AMONG.get(self.task.get("scenario", "class"), "all classes seen")
+
+    @property
+    def classes_by_task(self) -> dict[str, list[str]]:
+        return _classes_by_task(self.task)
+
+    @property
+    def accuracies(self) -> list[float]:
+        """On the test images of each task, now."""
+        return self.task["metrics"]["accuracy_matrix"][-1]
+
+    @property
+    def most_forgotten(self) -> tuple[int, float, float] | None:
+        """The task that has lost most, and its accuracy at its best and now; None if no task has lost any."""
+        rows = self.task["metrics"]["accuracy_matrix"]
+        best = [max(row[number] for row in rows[number:]) for number in range(len(rows))]
+        losses = [top - now for top, now in zip(best, rows[-1], strict=True)]
+        task = losses.index(max(losses))
+        return (task + 1, best[task], rows[-1][task]) if losses[task] > 0 else None
+
+    @property
+    def zero_shot(self) -> list[float]:
+        """Of the tasks seen: the stream may have more, and what is compared must be over the same classes."""
+        return self.task["zero_shot"]["seen_accuracy"][: self.task["task"]]
+
+    @property
+    def towers(self) -> dict[str, dict[str, str]]:
+        """How each numbered layer was trained, by tower."""
+        towers = self.task["assignment"]["towers"].items()
+        return {tower: {layer: mode for layer, mode in layers.items() if layer.isdigit()} for tower, layers in towers}
+
+    @property
+    def modes(self) -> list[str]:
+        return [mode for layers in self.towers.values() for mode in layers.values()]
+
+    @property
+    def picture(self) -> str:
+        return _layer_picture(self.towers)
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The arguments that say how the checkpoint was made, and nothing of where."""
+        shown = {
+            name: value
+            for name, value in self.task["recipe"].items()
+            if value is not None and _is_shown(name, self.task["adapter"])
+        }
+        return {name: _without_local_paths(value) for name, value in shown.items()}
+
+
+def render_task_card(task: dict[str, Any], repo_id: str | None = None, revision: str | None = None) -> ModelCard:
     """Fill `model_cards/task_checkpoint.md` for one task's checkpoint.
 
     Args:
-        task: the content of the checkpoint's `task.json`; accuracies are fractions in [0, 1], `seconds` in seconds,
-            `peak_memory_bytes` in bytes.
+        task, repo_id, revision: As for `TaskCardData`.
 
     Returns:
-        The card; `str(card)` is the README.md. It holds no local path: such values keep their last component.
+        The card; `str(card)` is the README.md.
     """
-    recipe = {name: _without_local_paths(value) for name, value in task["recipe"].items()}
-    dataset = _without_local_paths(task["dataset"])
-    base_model = _last_component(task["base_model"]) if task["base_model_is_local"] else task["base_model"]
-    titles = (_without_local_paths(task["benchmark"]), dataset, recipe.get("dataset_name"), recipe.get("dataset_path"))
-    title = next((name for name in titles if name and name != "none"), "a local dataset")
-    towers = {
-        tower: {layer: mode for layer, mode in layers.items() if layer.isdigit()}
-        for tower, layers in task["assignment"]["towers"].items()
-    }
-    modes = [mode for layers in towers.values() for mode in layers.values()]
-    context = {
-        **task,
-        **task["metrics"],
-        "base_model": base_model,
-        "dataset_title": title,
-        "num_layers": len(modes),
-        "num_zo": modes.count("zo"),
-        "classes_by_task": _classes_by_task(task),
-        # The stream may have more tasks than this checkpoint has seen: compare over the same classes.
-        "zero_shot": task["zero_shot"]["seen_accuracy"][: task["task"]],
-        "picture": _layer_picture(towers),
-        "recipe": {name: v for name, v in recipe.items() if v is not None and _is_shown(name, task["adapter"])},
-        "card_data": _metadata(task, base_model, dataset, title).to_yaml(),
-    }
+    card = TaskCardData(task, repo_id, revision)
     environment = Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     environment.filters.update(
         md=_markdown, percent=_percent, python=partial(pformat, width=100, compact=True), size=_size
     )
+    context = {**task, **task["metrics"], "card": card, "card_data": card.to_yaml()}
     return ModelCard(environment.from_string(_template()).render(context))
 
 
+def render_eval_results(task: dict[str, Any]) -> dict[str, str]:
+    """The results of one task's checkpoint in the Hub's form, by the file's path in the repository.
+
+    Args:
+        task: As for `TaskCardData`.
+
+    Returns:
+        One YAML file; none for a dataset that is not on the Hub, for every entry names one.
+    """
+    card = TaskCardData(task)
+    if not card.dataset_id:
+        return {}
+    content = yaml_dump(eval_result_entries_to_yaml(card.entries()), sort_keys=False)
+    return {f"{EVAL_RESULTS_FOLDER}/{_last_component(card.dataset_id)}.yaml": content}
+
+
+@cache  # a run whose package is replaced meanwhile goes on as it began
 def _template() -> str:
     """The template's text: package data in an installed wheel, the top-level folder in a checkout."""
     packaged = resources.files("hf_zocl") / "model_cards" / TEMPLATE
     checkout = Path(__file__).resolve().parents[2] / "model_cards" / TEMPLATE
     return (packaged if packaged.is_file() else checkout).read_text(encoding="utf-8")
-
-
-def _metadata(task: dict[str, Any], base_model: str, dataset: str | None, title: str) -> ModelCardData:
-    on_hub = not task["base_model_is_local"] and bool(REPO_ID.fullmatch(base_model))
-    datasets = [dataset] if dataset and REPO_ID.fullmatch(dataset) else None
-    method = ["zeroth-order-optimization"] if task["assignment"]["branch"] != "none" else []
-    metric_names = {"last": "Last (accuracy on all classes seen)", "avg": "Avg (mean of that over the tasks)"}
-    results = [
-        EvalResult(
-            task_type="zero-shot-image-classification",
-            dataset_type=datasets[0] if datasets else title,
-            dataset_name=f"{title}, tasks 1 to {task['task']} of {task['num_tasks']}",
-            metric_type="accuracy",
-            metric_name=name,
-            metric_value=task["metrics"][key],
-        )
-        for key, name in metric_names.items()
-    ]
-    return ModelCardData(
-        license="apache-2.0",
-        library_name="peft",
-        pipeline_tag="zero-shot-image-classification",
-        base_model=base_model if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
-        datasets=datasets,
-        tags=["hf_zocl", "continual-learning", *method, "clip", task["adapter"]],
-        model_name=f"{_last_component(base_model)}-{task['adapter']}-{_last_component(title)}-task-{task['task']:02d}",
-        eval_results=results,
-    )
 
 
 def _classes_by_task(task: dict[str, Any]) -> dict[str, list[str]]:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
 from torch import nn
-from transformers import CLIPModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, CLIPModel, PreTrainedTokenizerBase
+from transformers.image_utils import load_image
 from transformers.utils import ModelOutput
 
 from .moe_adapter import collect_balance_losses
+
+
+Images = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
 
 
 @dataclass
@@ -41,6 +49,8 @@ class CLIPClassifier(nn.Module):
     Raises:
         ValueError: If a template has not exactly one `{}`, or there is none.
     """
+
+    image_processor: BaseImageProcessor | None = None  # what `predict` makes pixel values with
 
     def __init__(
         self,
@@ -144,11 +154,38 @@ class CLIPClassifier(nn.Module):
             return similarity * self.clip.logit_scale.to(dtype).exp()
 
     @torch.no_grad()
-    def predict(self, pixel_values: torch.Tensor) -> tuple[list[str], torch.Tensor]:
-        """The class name of every image, and the probabilities of all classes, `(batch, classes)`."""
+    def predict(self, images: Images, batch_size: int = 64) -> tuple[list[str], torch.Tensor]:
+        """Name what is on images: `names, probabilities = model.predict(["cat.png", "dog.png"])`.
+
+        Args:
+            images: One image or several: files, URLs, PIL images, or arrays of bytes `(height, width, channels)`; or
+                what an image processor has made of them, `(batch, channels, height, width)`.
+            batch_size: Images that go through the model at once.
+
+        Returns:
+            The class name of every image, and the probabilities of all classes, `(images, classes)`.
+
+        Raises:
+            ValueError: If the classifier has no `image_processor`, which `load_task_checkpoint` gives it, and the
+                images need one; or if an array holds no bytes.
+        """
         self.eval()
-        probabilities = self(pixel_values.to(self.clip.logit_scale.device)).logits.softmax(dim=-1)
+        if not isinstance(images, torch.Tensor):
+            is_one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
+            images = [images] if is_one else list(images)
+        probabilities = [
+            self(self._pixel_values(images[start : start + batch_size])).logits.softmax(dim=-1)
+            for start in range(0, len(images), batch_size)
+        ]
+        probabilities = torch.cat(probabilities) if probabilities else torch.empty(0, len(self.class_names))
         return [self.class_names[i] for i in probabilities.argmax(dim=-1).tolist()], probabilities
+
+    def _pixel_values(self, images: torch.Tensor | list[Any]) -> torch.Tensor:
+        if not isinstance(images, torch.Tensor):
+            if self.image_processor is None:
+                raise ValueError("predict: set image_processor (processor.image_processor), or give pixel values.")
+            images = self.image_processor([_read_image(image) for image in images], return_tensors="pt").pixel_values
+        return images.to(self.clip.logit_scale.device)
 
     def begin_task(self, task: int) -> None:
         """Tell the adapter that a task begins, counted from 1, if it has anything of its own for each."""
@@ -164,6 +201,15 @@ class CLIPClassifier(nn.Module):
     def extra_logs(self) -> dict[str, float]:
         """What the adapter has to say in a training log, by name."""
         return self.clip.extra_logs() if hasattr(self.clip, "extra_logs") else {}
+
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What the adapter counts while a task is trained, for a checkpoint within the task; by name."""
+        return self.clip.training_state() if hasattr(self.clip, "training_state") else {}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Count on from what `training_state` gave."""
+        if hasattr(self.clip, "load_training_state"):
+            self.clip.load_training_state(state)
 
     def train(self, mode: bool = True) -> CLIPClassifier:
         self._clear_text_cache()
@@ -199,6 +245,14 @@ class CLIPClassifier(nn.Module):
 
     def _clear_text_cache(self) -> None:
         self._text_cache: tuple[tuple, torch.Tensor] | None = None
+
+
+def _read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"predict: an array holds {image.dtype}, expected bytes (uint8).")
+        image = Image.fromarray(image)
+    return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
 
 
 def _templates(prompt_template: str | Sequence[str]) -> tuple[str, ...]:

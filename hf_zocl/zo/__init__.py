@@ -6,6 +6,7 @@ from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPla
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
 from .parallel import SharedQueries
 from .perturbation import Combination, Moments, Perturbation, direction_seed, draw_direction
+from .replay import ReplayLog, ReplaySettings
 from .streaming import StreamedPerturbation
 
 
@@ -20,6 +21,8 @@ __all__ = [
     "ParameterSplit",
     "Perturbation",
     "PlainEvaluation",
+    "ReplayLog",
+    "ReplaySettings",
     "SharedQueries",
     "SignSGD",
     "StreamedPerturbation",

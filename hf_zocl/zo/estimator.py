@@ -100,6 +100,15 @@ class ZOEstimator:
                 name = "zo_queries" + (f" ({branch})" if branch else "")
                 raise ValueError(f"{name}={count}: zo_estimator={estimator!r} needs at least {least}.")
 
+    def direction_seeds(self, step: int, micro_step: int = 0) -> dict[str | None, tuple[int, ...]]:
+        """The seeds of the queries' directions by branch: they follow from the seed and the step alone."""
+        seeds, first = {}, 0
+        for branch, count in self.queries.items():
+            numbers = range(first, first + count)
+            seeds[branch] = tuple(direction_seed(self.seed, step, micro_step, number) for number in numbers)
+            first += count
+        return seeds
+
     @torch.no_grad()
     def estimate(
         self,
@@ -117,11 +126,7 @@ class ZOEstimator:
             base_loss: L(θ), if a first-order pass has it already.
             learning_rate: The size of the SGD step by which `conservative` judges its candidates.
         """
-        seeds, first = {}, 0
-        for branch, count in self.queries.items():
-            numbers = range(first, first + count)
-            seeds[branch] = tuple(direction_seed(self.seed, step, micro_step, number) for number in numbers)
-            first += count
+        seeds = self.direction_seeds(step, micro_step)
         if self.estimator == "two-sided":
             return self._two_sided(evaluation, seeds)
         estimate = self._one_sided(evaluation, seeds, base_loss)

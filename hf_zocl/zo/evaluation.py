@@ -207,7 +207,7 @@ class TowerPlan:
     def __init__(self, model: nn.Module, perturbations: Iterable[Perturbation]):
         self.towers = {} if getattr(model, "couples_towers", False) else find_towers(model)
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
-        self.packing = Packing()
+        self.packing = Packing(model)
         self.is_checked = False
         self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
         self.stacked: dict[str, list[tuple[nn.Module, str, int]] | None] = {}
@@ -242,11 +242,20 @@ class TowerPlan:
 
 
 class Packing:
-    """The packed prompts of the language tower, once they have stayed the same for two steps and were seen to work."""
+    """The packed prompts of the language tower, where they are buffers of the model and were seen to work.
 
-    def __init__(self):
+    A buffer stays the same from step to step, as a batch does not. Nothing is learned from earlier steps, so a run
+    that is resumed packs as one that never stopped, and gets the same rounding.
+
+    Args:
+        model: The model that the buffers are looked for in.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
         self._key: tuple[int, ...] | None = None
         self._tensors: tuple[torch.Tensor, ...] = ()
+        self._values: tuple[torch.Tensor, ...] = ()
         self._prompts: PackedPrompts | None = None
         self._works: bool | None = None
 
@@ -263,8 +272,13 @@ class Packing:
         # How often each was changed in place, too. Both are kept, so that no other tensor takes their identity.
         key = (id(ids), ids._version, id(mask), mask._version)
         if key != self._key:
-            self._key, self._tensors, self._prompts, self._works = key, (ids, mask), None, None
-            return None
+            buffers = {id(buffer) for buffer in self._model.buffers()}
+            if not {id(ids), id(mask)} <= buffers:
+                return None
+            self._key, self._tensors = key, (ids, mask)
+            # Data-parallel wrappers write the same values into a buffer every step.
+            if not self._values or not all(map(torch.equal, self._values, self._tensors)):
+                self._values, self._prompts, self._works = (ids.clone(), mask.clone()), None, None
         if self._works is False:
             return None
         if self._prompts is None:

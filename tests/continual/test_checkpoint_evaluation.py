@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(output_dir: Path, *arguments: str) -> dict:
-    options = "--class_order 3 8 0 --increment 2 --max_train_images_per_class 24 --max_test_images_per_class 10"
+    options = "--class_order 3 8 0 --partial_order true --increment 2"
+    options += " --max_train_images_per_class 24 --max_test_images_per_class 10"
     options += " --max_steps 3 --learning_rate 1e-2 --zo_learning_rate 1e-2 --zo_sign true --report_to none"
     options += " --save_strategy no --disable_tqdm true"
     return build_scheduler(parse_recipe(["--output_dir", str(output_dir), *options.split(), *arguments])).run()

@@ -26,6 +26,7 @@ def recipe(output_dir: Path) -> Recipe:
         "moe_router_per_task": "true",
         "moe_freeze_experts": 2,
         "class_order": "3 8 0 1 2 4",
+        "partial_order": "true",
         "increment": 2,
         "max_train_images_per_class": 16,
         "max_test_images_per_class": 5,

@@ -119,7 +119,7 @@ def test_bad_values_are_named_when_the_recipe_is_read(tmp_path, text, message):
         ("benchmark: cifar-10", "benchmark='cifar-10' is not registered. Did you mean 'cifar10'"),
         ("increment: 11", "increment=11"),
         ("prompt_template: a photo", "prompt_template='a photo'"),
-        ("push_to_hub: true", "push_to_hub"),
+        ("push_to_hub: true\nhub_model_id: a//b", "hub_model_id=.a//b.: expected name or user/name"),
         ("eval_strategy: epoch", "eval_strategy"),
     ],
 )

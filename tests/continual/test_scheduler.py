@@ -25,6 +25,7 @@ def small_recipe(output_dir: Path, *arguments: str) -> Recipe:
     options = {
         "output_dir": output_dir,
         "class_order": "3 8 0",
+        "partial_order": "true",
         "increment": 2,
         "max_train_images_per_class": 24,
         "max_test_images_per_class": 10,
@@ -79,7 +80,8 @@ def test_a_checkpoint_is_complete(run):
     folder = run[0] / "task-01"
     names = {entry.name for entry in folder.iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "task.json", "README.md"} <= names
-    assert {"processor_config.json", "tokenizer.json"} <= names
+    assert {"processor_config.json", "tokenizer.json", "results.json", "accuracy_matrix.png"} <= names
+    assert json.loads((folder / "results.json").read_text())["seen_accuracy"] == run[1]["seen_accuracy"][:1]
     task = json.loads((folder / "task.json").read_text())
     assert (task["classes"], task["class_order"], task["task"]) == (["cat", "ship"], [3, 8], 1)
     assert task["prompt_template"] == "a photo of a {}."
@@ -89,8 +91,8 @@ def test_a_checkpoint_is_complete(run):
 
 def test_the_card_carries_the_results(run):
     card = ModelCard((run[0] / "task-02" / "README.md").read_text())
-    values = {result.metric_name.split()[0]: result.metric_value for result in card.data.eval_results}
-    assert values == {"Last": run[1]["last"], "Avg": run[1]["avg"]}
+    values = [result.metric_value for result in card.data.eval_results]
+    assert values == [run[1]["last"], run[1]["avg"], *run[1]["accuracy_matrix"][-1]]
 
 
 def test_no_path_of_this_machine_is_in_a_card(run):

@@ -1,9 +1,32 @@
+import json
 import re
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
-from huggingface_hub import ModelCard, metadata_load
+import yaml
+from huggingface_hub import (
+    ModelCard,
+    ModelCardData,
+    constants,
+    eval_result_entries_to_yaml,
+    metadata_load,
+    parse_eval_result_entries,
+)
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image
 
-from hf_zocl.hub.model_card import render_task_card
+from hf_zocl import load_task_checkpoint
+from hf_zocl.hub import seal_task_checkpoint, write_task_card
+from hf_zocl.hub.model_card import TaskCardData, render_eval_results, render_task_card
+from hf_zocl.sample import sample_path
+from tests.hub.checkpoints import put_on_hub, save_checkpoint
+
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "model_cards" / "examples"
 
 
 @pytest.fixture
@@ -66,8 +89,10 @@ def table_rows(card: ModelCard) -> list[list[str]]:
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
-def code_block(card: ModelCard) -> str:
-    return re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
+def code_blocks(card: ModelCard) -> tuple[str, str]:
+    """How to load the checkpoint with hf_zocl, and with transformers."""
+    ours, theirs = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    return ours, theirs
 
 
 def test_metadata_names_base_model_dataset_and_tags(task, tmp_path):
@@ -83,10 +108,16 @@ def test_metadata_names_base_model_dataset_and_tags(task, tmp_path):
     assert metadata["license"] == "apache-2.0"
 
 
-def test_model_index_holds_last_and_avg_unrounded(task):
+def test_model_index_holds_last_avg_and_every_task_unrounded(task):
     data = ModelCard(str(render_task_card(task))).data
-    assert [result.metric_value for result in data.eval_results] == [0.658333, 0.769444]
-    assert [result.metric_name.split()[0] for result in data.eval_results] == ["Last", "Avg"]
+    values = {result.metric_name: result.metric_value for result in data.eval_results}
+    assert values == {
+        "Last (accuracy on all classes seen)": 0.658333,
+        "Avg (mean of that over the tasks)": 0.769444,
+        "Task 1": 0.6,
+        "Task 2": 0.625,
+        "Task 3": 0.75,
+    }
     assert {result.dataset_type for result in data.eval_results} == {"uoft-cs/cifar10"}
     assert data.eval_results[0].dataset_name == "cifar10, tasks 1 to 3 of 5"
     assert data.model_name == "clip-vit-base-patch16-lora-cifar10-task-03"
@@ -101,7 +132,7 @@ def test_local_base_model_and_dataset_stay_out_of_the_metadata(task):
     task |= {"base_model": "mini-clip", "base_model_is_local": True, "dataset": None}
     card = render_task_card(task)
     assert not {"base_model", "base_model_relation", "datasets"} & card.data.to_dict().keys()
-    assert 'BASE_MODEL = "path/to/mini-clip"' in card.text
+    assert 'CLIPModel.from_pretrained("path/to/mini-clip")' in card.text
 
 
 def test_first_order_run_is_not_tagged_zeroth_order(task):
@@ -208,16 +239,17 @@ def test_class_names_cannot_break_a_table(task):
 def test_loading_code_compiles_and_lists_the_classes(task, name):
     task["classes"] = [name, *(f"class number {i}" for i in range(40)), *task["task_classes"]]
     task["task_sizes"] = [41, 0, 2]
-    source = code_block(render_task_card(task))
-    compile(source, "card", "exec")
-    classes = re.search(r"^classes = (\[.*?\])\nprompts", source, re.DOTALL | re.MULTILINE).group(1)
+    ours, theirs = code_blocks(render_task_card(task))
+    compile(ours, "card", "exec")
+    compile(theirs, "card", "exec")
+    classes = re.search(r"^classes = (\[.*?\])\nclassify", theirs, re.DOTALL | re.MULTILINE).group(1)
     assert eval(classes) == task["classes"]
 
 
 @pytest.mark.parametrize(("adapter", "needed"), [("lora", False), ("moe", True)])
 def test_loading_code_imports_hf_zocl_for_moe_adapters_alone(task, adapter, needed):
     task["adapter"] = adapter
-    assert ("import hf_zocl" in code_block(render_task_card(task))) is needed
+    assert ("import hf_zocl" in code_blocks(render_task_card(task))[1]) is needed
 
 
 def test_a_card_shows_the_arguments_of_its_own_adapter_alone(task):
@@ -235,16 +267,161 @@ def test_card_admits_a_model_below_zero_shot(task):
     assert "below the zero-shot" in render_task_card(task).text
 
 
+def test_the_card_names_the_task_that_was_forgotten_most(task):
+    line = "It has forgotten: of task 1 it got 90.0 % right at its best and gets 60.0 % now."
+    assert line in render_task_card(task).text
+    task["metrics"]["accuracy_matrix"][-1] = [0.9, 0.8, 0.75]
+    assert "It has forgotten" not in render_task_card(task).text
+
+
 def test_several_prompts_are_listed_and_the_loading_code_says_that_it_takes_the_first(task):
     task["prompt_template"] = ["a photo of a {}.", "a sketch of a {}."]
     text = str(render_task_card(task))
     assert "Prompts, whose features are averaged: `a photo of a {}.`, `a sketch of a {}.`" in text
-    assert "# The first of 2 prompts; load_task_checkpoint, below, averages them all." in text
+    assert "# The first of 2 prompts; load_task_checkpoint, above, averages them all." in text
 
 
 def test_domains_are_listed_by_name_with_the_classes_they_share(task):
-    task["scenario"], task["task_titles"] = "domain", ["photo", "sketch"]
+    task["scenario"], task["task_titles"] = "domain", ["photo", "sketch", "toy"]
     text = str(render_task_card(task))
     names = ", ".join(task["classes"])
     assert f"| 1: photo | {names} |" in text and f"| 2: sketch | {names} |" in text
     assert "tested among all classes. Prompt" in text
+
+
+def test_the_metadata_is_what_the_hub_and_its_client_accept(task):
+    content = str(render_task_card(task))
+    block = REGEX_YAML_BLOCK.search(content).group(2)  # the Hub's own pattern
+    metadata = yaml.safe_load(block)
+    assert ModelCardData(**metadata, ignore_metadata_errors=False).to_dict() == metadata
+    assert metadata["metrics"] == ["accuracy"]
+    _, results = model_index_to_eval_results(metadata["model-index"])
+    assert results == TaskCardData(task).eval_results
+
+
+def test_the_card_data_are_model_card_data_without_the_task_in_them(task):
+    data = TaskCardData(task)
+    assert isinstance(data, ModelCardData)
+    assert not {"task", "repo_id", "revision"} & data.to_dict().keys()
+    assert data.title == "cifar10" and data.among == "all classes seen"
+
+
+def test_results_per_task_are_written_as_the_hub_reads_them(task):
+    ((name, content),) = render_eval_results(task).items()
+    assert name == ".eval_results/cifar10.yaml"
+    entries = parse_eval_result_entries(yaml.safe_load(content))
+    assert eval_result_entries_to_yaml(entries) == yaml.safe_load(content)
+    assert {entry.dataset_id for entry in entries} == {"uoft-cs/cifar10"}
+    values = {entry.task_id: entry.value for entry in entries}
+    assert values == {"all-seen": 0.658333, "average": 0.769444, "task-01": 0.6, "task-02": 0.625, "task-03": 0.75}
+    assert entries[0].notes == "hf_zocl, after task 3 of 5, among all classes seen"
+    task["recipe"]["max_test_images_per_class"] = 50
+    (capped, *_) = parse_eval_result_entries(yaml.safe_load(render_eval_results(task)[name]))
+    assert capped.notes == f"{entries[0].notes}, at most 50 test images of a class"
+
+
+@pytest.mark.parametrize("dataset", [None, "/srv/private/images"])
+def test_a_dataset_that_is_not_on_the_hub_has_no_results_file(task, dataset):
+    assert render_eval_results({**task, "dataset": dataset}) == {}
+
+
+def test_zero_shot_kept_is_shown_where_it_was_measured(task):
+    assert "not measured: the run held no dataset out" in str(render_task_card(task))
+    task |= {"zero_shot_retention": 0.925, "held_out": {"tiny|net": {"zero_shot": 0.4, "after": [0.39, 0.38, 0.37]}}}
+    rows = table_rows(render_task_card(task))
+    assert ["Zero-shot kept: accuracy on held-out datasets, of what it was", "92.5", "100.0"] in rows
+    assert [r"tiny\|net", "40.0", "37.0"] in rows
+
+
+def test_the_card_shows_the_figure_of_the_folder(task):
+    assert re.search(r"!\[[^]]+\]\(accuracy_matrix\.png\)", render_task_card(task).text)
+
+
+def test_a_card_for_the_hub_names_its_repository_and_revision(task):
+    ours, theirs = code_blocks(render_task_card(task, repo_id="user/stream"))
+    assert 'load_task_checkpoint("user/stream", revision="task-03")' in ours
+    assert 'CLIPModel.from_pretrained("user/stream", adapter_kwargs={"revision": "task-03"})' in theirs
+    assert "path/to" not in ours + theirs
+    assert 'revision="main"' in code_blocks(render_task_card(task, "user/stream", "main"))[0]
+
+
+def test_a_base_model_that_was_pushed_along_is_loaded_from_the_same_repository(task):
+    for change in ({"base_model": "/srv/clip", "base_model_is_local": True}, {"base_model": "user/stream"}):
+        card = render_task_card({**task, **change}, repo_id="user/stream")
+        assert 'CLIPModel.from_pretrained("user/stream", revision="task-03")' in code_blocks(card)[1]
+        assert "base_model" not in card.data.to_dict()
+        assert "/srv" not in str(card)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "moe"])
+def test_the_loading_code_of_a_folder_runs_and_names_the_same_class(run_code, tmp_path, adapter):
+    folder = save_checkpoint(tmp_path, adapter=adapter)
+    expected = load_task_checkpoint(folder)[0].predict(tmp_path / "image.png")[0]
+    places = {"path/to/this/checkpoint": folder, "path/to/mini-clip": sample_path("mini-clip")}
+    assert run_code(folder, places) == expected * 2
+
+
+@pytest.mark.parametrize("base_model", ["user/base", "user/stream"])
+def test_the_loading_code_of_a_repository_runs_and_names_the_same_class(run_code, tmp_path, base_model, monkeypatch):
+    folder = save_checkpoint(tmp_path)
+    expected = load_task_checkpoint(folder)[0].predict(tmp_path / "image.png")[0]
+    put_on_hub(tmp_path / "hub", "user/base", main=sample_path("mini-clip"))
+    push(folder, "user/stream", base_model, tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert run_code(folder) == expected * 2
+
+
+@pytest.fixture
+def run_code(tmp_path, monkeypatch, capsys):
+    """Runs the code of a checkpoint's card beside an `image.png`, and gives the classes that it prints."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+
+    def run(folder: Path, places: dict[str, Path] | None = None) -> list[str]:
+        printed = []
+        for source in code_blocks(ModelCard.load(folder / "README.md")):
+            for placeholder, path in (places or {}).items():
+                source = source.replace(placeholder, str(path))
+            exec(source, {})
+            printed.append(capsys.readouterr().out)
+        ours, theirs = printed
+        return [ours.split()[0], eval(theirs)["label"]]
+
+    return run
+
+
+def push(folder: Path, repository: str, base_model: str, cache: Path) -> None:
+    """A repository whose base model is another one, or lies beside the adapter."""
+    for name in ("task.json", "adapter_config.json"):
+        content = json.loads((folder / name).read_text())
+        key = "base_model" if name == "task.json" else "base_model_name_or_path"
+        content[key] = base_model
+        if name == "task.json":
+            content["base_model_is_local"] = False
+            write_task_card(folder, content, repository)
+        (folder / name).write_text(json.dumps(content))
+    if base_model == repository:
+        for name in ("config.json", "model.safetensors"):
+            shutil.copyfile(sample_path("mini-clip") / name, folder / name)
+    seal_task_checkpoint(folder)
+    put_on_hub(cache, repository, main=folder, task_03=folder)
+
+
+@pytest.mark.parametrize("folder", sorted(path for path in EXAMPLES.iterdir() if path.is_dir()), ids=lambda p: p.name)
+def test_an_example_is_what_the_template_makes_of_its_run(folder):
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    content = (folder / "README.md").read_text(encoding="utf-8")
+    assert content == str(render_task_card(task))
+    assert (folder / "accuracy_matrix.png").read_bytes().startswith(b"\x89PNG")
+    metadata = metadata_load(folder / "README.md")
+    _, results = model_index_to_eval_results(metadata["model-index"])
+    assert [result.metric_value for result in results][:2] == [task["metrics"]["last"], task["metrics"]["avg"]]
+    for name, expected in render_eval_results(task).items():
+        assert (folder / name).read_text(encoding="utf-8") == expected
+
+
+def test_the_examples_name_no_place_of_the_machine_they_ran_on():
+    for file in EXAMPLES.rglob("*.*"):
+        if file.suffix in (".md", ".json", ".yaml"):
+            assert not re.search(r'["\s(]/\w|[A-Z]:\\|~/', file.read_text(encoding="utf-8")), file

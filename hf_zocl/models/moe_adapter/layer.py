@@ -270,6 +270,14 @@ class MoEAdapter(nn.Module):
         self._logged = self.usage
         return recent / recent.sum().clamp(min=1.0)
 
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """What is counted, for a checkpoint within a task."""
+        return {"usage": self.usage.cpu(), "logged": self._logged.cpu().clone()}
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Count on from what `training_state` gave."""
+        self.usage, self._logged = state["usage"], state["logged"]
+
     def begin_task(self, task: int) -> None:
         """Switch to the router of a task, counted from 1, where every task has its own."""
         self.reset_usage()
@@ -297,7 +305,7 @@ class MoEAdapter(nn.Module):
         for index, router in enumerate(self.routers):
             if index != self._router:
                 router.requires_grad_(False)
-        if self.frozen is not None:
+        if self.frozen is not None and not self.frozen.is_meta:  # on meta nothing is known yet
             for expert, frozen in zip(self.experts, self.frozen.tolist(), strict=True):
                 if frozen:
                     expert.requires_grad_(False)

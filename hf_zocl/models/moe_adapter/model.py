@@ -74,6 +74,19 @@ class MoEAdapterModel(BaseTuner):
             for expert, share in enumerate(torch.stack(usage).mean(dim=0).tolist(), start=1)
         }
 
+    def training_state(self) -> dict[str, torch.Tensor]:
+        """How often every block's experts were used in the task so far, all told and when it was last logged."""
+        return {
+            f"{number}.{name}": value
+            for number, adapter in enumerate(self._active_mixtures())
+            for name, value in adapter.training_state().items()
+        }
+
+    def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Count on from what `training_state` gave."""
+        for number, adapter in enumerate(self._active_mixtures()):
+            adapter.load_training_state({name: state[f"{number}.{name}"] for name in adapter.training_state()})
+
     def _layers(self) -> list[tuple[str, MoEAdapterLayer]]:
         return [(name, m) for name, m in self.model.named_modules() if isinstance(m, MoEAdapterLayer)]
 

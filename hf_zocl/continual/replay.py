@@ -1,0 +1,94 @@
+"""A task's adapter, made again from the one before it and the log of its zeroth-order steps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from transformers import CLIPModel
+
+from ..hub.checkpoint import task_folder
+from ..models import AdapterArguments, add_adapter
+from ..sample import resolve
+from ..trainer import load_replay_log
+from ..zo import LayerAssignment
+from .run_state import RESULTS_FILE, RunFolder
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A rebuilt adapter beside the one in the task's checkpoint.
+
+    Args:
+        steps: The steps that were taken again.
+        different: The parameters that are not equal to the last bit, by name.
+        largest_difference: The largest absolute difference of two weights.
+        log_bytes: The size of the log.
+        checkpoint_bytes: The size of the adapter's weights in the checkpoint.
+    """
+
+    steps: int
+    different: tuple[str, ...]
+    largest_difference: float
+    log_bytes: int
+    checkpoint_bytes: int
+
+
+def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
+    """Make the adapter after `task` again, and compare it with the checkpoint.
+
+    Args:
+        run: A run's folder, all of whose trainable parameters are zeroth-order.
+        task: The task, counted from 1. Of the checkpoints that of the task before it is read; for the first task, the
+            adapter is drawn anew from the run's seed.
+        device: The run's device: directions are drawn there, and another kind of device draws others.
+
+    Raises:
+        ValueError: If there is no such run or task, or no log of it.
+    """
+    folder = RunFolder(run)
+    log_file = folder.path / "replay" / f"{task_folder(task)}.safetensors"
+    weights_file = folder.path / task_folder(task) / "adapter_model.safetensors"
+    for file in (folder.path / RESULTS_FILE, weights_file):
+        if not file.is_file():
+            raise ValueError(f"{file}: there is no such file, so {folder.path} holds no complete task {task}.")
+    if not log_file.is_file():
+        raise ValueError(f"{log_file}: there is no such file. Runs write it whose zo_layers are all (zo_branch=dual).")
+    results = json.loads((folder.path / RESULTS_FILE).read_text(encoding="utf-8"))
+    recipe = results["recipe"]
+    model = _adapted_model(recipe, len(results["tasks"])).to(device)
+    if task > 1:
+        set_peft_model_state_dict(model, _weights(folder.path, task - 1))
+    if hasattr(model, "begin_task"):
+        model.begin_task(task)
+    log = load_replay_log(log_file)
+    split = LayerAssignment(recipe["zo_branch"], recipe["zo_layers"]).split(model, recipe["zo_eps"])
+    log.replay(split.zo)
+    names = [name for group in split.zo for name in group.names]
+    rebuilt = {name: p.detach().clone() for name, p in zip(names, split.zo_parameters, strict=True)}
+    set_peft_model_state_dict(model, _weights(folder.path, task))
+    saved = dict(model.named_parameters())
+    return Rebuilt(
+        steps=len(log.steps),
+        different=tuple(name for name, value in rebuilt.items() if not torch.equal(value, saved[name])),
+        largest_difference=max(float((value - saved[name].detach()).abs().max()) for name, value in rebuilt.items()),
+        log_bytes=log_file.stat().st_size,
+        checkpoint_bytes=weights_file.stat().st_size,
+    )
+
+
+def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
+    """The model with its adapter as the run began."""
+    arguments = AdapterArguments(**{each.name: recipe[each.name] for each in fields(AdapterArguments)})
+    base = CLIPModel.from_pretrained(resolve(recipe["model_name_or_path"]))
+    torch.manual_seed(recipe["seed"])
+    return add_adapter(base, arguments, num_tasks=num_tasks)
+
+
+def _weights(run: Path, task: int) -> dict[str, torch.Tensor]:
+    return load_peft_weights(str(run / task_folder(task)), device="cpu")

@@ -1,0 +1,130 @@
+"""What a run's folder knows of the run: which tasks are complete, and how far the next one is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..hub.public import public_recipe
+from ..hub.push_queue import QUEUE_FILE
+from ..hub.task_file import write_json
+from ..trainer import is_whole, last_checkpoint, remove_checkpoint
+
+
+RESULTS_FILE = "results.json"
+# A run may move house, be watched or be kept safe in another way, and still be the same run.
+_NOT_THE_RUN = {"output_dir", "resume", "resume_from_checkpoint", "report_to", "run_name", "disable_tqdm"}
+_NOT_THE_RUN |= {"logging_steps", "dataset_path", "image_cache_gb", "dataloader_num_workers"}
+_NOT_THE_RUN |= {"seeds", "num_seeds", "vary_class_order"}
+_NOT_THE_RUN |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"}
+_NOT_THE_RUN |= {"hub_always_push", "hub_revision"}
+_NOT_THE_RUN |= {"save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"}
+
+
+class ResumeError(ValueError):
+    """A run cannot go on from what it was told to go on from."""
+
+
+class RunFolder:
+    """A run's folder, and what is true of it at every moment, also when the run was killed.
+
+    - `results.json` is the one place that says which tasks are complete. It is replaced in one move, after everything
+      that it speaks of is there; it is there as soon as training begins.
+    - `task-NN/` is complete or absent; one that `results.json` does not speak of yet is made anew.
+    - `trainer/task-NN/checkpoint-S/` are the Trainer's checkpoints within a task, until the task is complete.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def start(self, results: dict[str, Any]) -> None:
+        """Clear what an earlier run left behind, and write the first results."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / RESULTS_FILE).unlink(missing_ok=True)  # first: nothing must be taken for the new run's
+        (self.path / QUEUE_FILE).unlink(missing_ok=True)
+        for folder in (*self.path.glob("task-[0-9][0-9]*"), *self.path.glob(".task-*.tmp"), *self.path.glob("replay")):
+            shutil.rmtree(folder)
+        self.remove_checkpoints()
+        self.write(results)
+
+    def write(self, results: dict[str, Any]) -> None:
+        """Replace `results.json`."""
+        write_json(self.path / RESULTS_FILE, results)
+
+    def read(
+        self, recipe: dict[str, Any], class_names: Sequence[str], base_model_is_local: bool = False
+    ) -> dict[str, Any] | None:
+        """The results so far, or None if there are none.
+
+        Args:
+            recipe: All arguments of the run that is to go on.
+            class_names: Its classes, in order of arrival.
+            base_model_is_local: Whether `model_name_or_path` is a folder, which may lie elsewhere than it did.
+
+        Raises:
+            ResumeError: If the folder is the run of another recipe, which names the differing arguments.
+        """
+        file = self.path / RESULTS_FILE
+        if not file.is_file():
+            return None
+        results = json.loads(file.read_text(encoding="utf-8"))
+        # A run that was fetched from the Hub has no local paths.
+        mine = public_recipe(json.loads(json.dumps(recipe)), base_model_is_local)
+        theirs = public_recipe(results["recipe"], base_model_is_local)
+        different = [
+            f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
+            for key in sorted((mine.keys() | theirs.keys()) - _NOT_THE_RUN)
+            if mine.get(key) != theirs.get(key)
+        ]
+        if different:
+            raise ResumeError(f"resume: {file} is the run of another recipe ({', '.join(different)}).")
+        if results["classes"] != list(class_names):
+            raise ResumeError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
+        return results
+
+    def trainer_folder(self, task: str) -> Path:
+        """Where the Trainer of a task writes."""
+        return self.path / "trainer" / task
+
+    def replay_file(self, task: str) -> Path:
+        """The log of a task's zeroth-order steps; its folder is made."""
+        (self.path / "replay").mkdir(exist_ok=True)
+        return self.path / "replay" / f"{task}.safetensors"
+
+    def checkpoint(self, task: str, chosen: str | Path | None = None) -> Path | None:
+        """The checkpoint to go on from within the task in progress; None: from the task's beginning.
+
+        Args:
+            task: The first task that is not complete, by its name.
+            chosen: A checkpoint to go on from; by default, or if it is the run's folder, the last one that is whole.
+
+        Raises:
+            ResumeError: If the chosen one is none of this task, or is not whole.
+        """
+        folder = self.trainer_folder(task)
+        if chosen is None or Path(chosen).resolve() == self.path.resolve():
+            return last_checkpoint(folder)
+        if Path(chosen).resolve().parent != folder.resolve() or not is_whole(Path(chosen)):
+            raise ResumeError(
+                f"resume_from_checkpoint={str(chosen)!r}: expected true, the run's folder {self.path}, or a whole "
+                f"checkpoint of the task in progress, {folder}/checkpoint-…"
+            )
+        return Path(chosen)
+
+    def remove_checkpoints(self, task: str = "*") -> None:
+        """Remove the checkpoints within a task, or within all."""
+        for folder in (self.path / "trainer").glob(f"{task}/checkpoint-*"):
+            remove_checkpoint(folder)
+
+    def remove_empty_folders(self) -> None:
+        """A Trainer makes its folder whether or not it saves anything there."""
+        parent = self.path / "trainer"
+        for folder in [*parent.glob("*"), parent]:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()

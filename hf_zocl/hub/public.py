@@ -1,0 +1,139 @@
+"""What of a run may leave this machine: a checkpoint's files as they are pushed, and text without secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from ..sample import resolve
+from .checkpoint import RESULTS_FILE
+from .model_card import render_task_card
+from .seal import ADAPTER_CONFIG, BASE_CONFIG, BASE_WEIGHTS, seal
+from .task_file import TASK_FILE, read_json, read_task
+
+
+LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
+# Arguments that are always paths, so also where a relative one reads like the name of a repository.
+PATH_ARGUMENTS = {"output_dir", "logging_dir", "dataset_path", "resume_from_checkpoint", "deepspeed"}
+PATH_KEYS = re.compile(r"_?(\w+_)?(name_or_path|file|path|dir)")
+TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)")
+
+
+def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
+    """The files of a task's checkpoint as they stand in the repository `repo_id`.
+
+    A base model that is a folder of this machine comes along: the repository is then a whole model that holds an
+    adapter, which transformers loads at any revision. The files of the folder stay as they are.
+
+    Args:
+        folder: A task's checkpoint.
+        repo_id: The repository, which `adapter_config.json` names as the place of a base model that comes along.
+
+    Returns:
+        Path in the repository → a file, or the content of one from which local paths were taken out; the model card
+        says how to load the task from `repo_id`.
+
+    Raises:
+        ValueError: If `folder` is no task checkpoint.
+        FileNotFoundError: If its base model is a local folder that is no longer there or has no safetensors.
+    """
+    info = read_task(folder)
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path
+        for path in paths
+        if not {".cache", ".git"} & set(path.relative_to(folder).parts) and not path.name.endswith(".tmp")
+    }
+    is_local = info["base_model_is_local"]
+    if is_local:
+        files = {path.name: path for path in base_model_files(folder, info)} | files
+    for name, path in list(files.items()):
+        if name == RESULTS_FILE or (name.endswith("config.json") and "/" not in name):
+            content = read_json(path)
+            public = public_record(content, is_local) if name == RESULTS_FILE else _public_config(content)
+            if name == ADAPTER_CONFIG and is_local:
+                public["base_model_name_or_path"] = repo_id
+            if public != content:
+                files[name] = _json(public)
+    task = public_record(info, is_local)
+    files["README.md"] = str(render_task_card(task, repo_id)).encode()
+    files[TASK_FILE] = _json(seal(task, files))
+    return files
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def base_model_files(folder: Path, info: dict[str, Any]) -> list[Path]:
+    """The configuration and weights of the local base model of a checkpoint.
+
+    Raises:
+        FileNotFoundError: If they are no longer there, or are no safetensors.
+    """
+    recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    # A checkpoint that came from the Hub holds its base model; the embedded sample is known by its name.
+    for place in (folder, Path(resolve(info["base_model"])), Path(recorded or ".")):
+        if (place / BASE_CONFIG).is_file():
+            weights = sorted(place.glob(BASE_WEIGHTS)) + sorted(place.glob("model.safetensors.index.json"))
+            if not weights:
+                raise FileNotFoundError(f"{place}: the base model has no model.safetensors; save it again.")
+            return [place / BASE_CONFIG, *weights]
+    raise FileNotFoundError(
+        f"{folder / ADAPTER_CONFIG}: its local base model, {recorded}, is not there; it is pushed along."
+    )
+
+
+def public_record(record: dict[str, Any], base_model_is_local: bool) -> dict[str, Any]:
+    """The content of `task.json` or `results.json` without local paths; class names and prompts stay as they are."""
+    public = {**record, "recipe": public_recipe(record["recipe"], base_model_is_local)}
+    for name in ("benchmark", "dataset", "base_model"):
+        if name in record:
+            public[name] = _without_local_path(record[name])
+    if base_model_is_local and "base_model" in record:
+        public["base_model"] = _last_component(record["base_model"])
+    return public
+
+
+def public_recipe(recipe: dict[str, Any], base_model_is_local: bool) -> dict[str, Any]:
+    """A recipe whose paths keep their last component alone; the same for a run on another machine."""
+    paths = PATH_ARGUMENTS | ({"model_name_or_path"} if base_model_is_local else set())
+    return {
+        name: _last_component(value) if name in paths and isinstance(value, str) else _without_local_path(value)
+        for name, value in recipe.items()
+    }
+
+
+def redact(text: object, token: str | None = None) -> str:
+    """`text` without `token`, and without whatever else looks like a token or a password."""
+    cleaned = str(text).replace(token, "<token>") if token else str(text)
+    return TOKENS.sub("<token>", cleaned)
+
+
+def _public_config(config: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(config, dict):
+        return config
+    return {
+        key: _without_local_path(value) if PATH_KEYS.fullmatch(key) else _public_config(value)
+        for key, value in config.items()
+    }
+
+
+def _without_local_path(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_local_path(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _without_local_path(item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.partition("=")  # held_out=name=folder
+    if equals and LOCAL_PATH.match(path):
+        return f"{name}={_last_component(path)}"
+    return _last_component(value) if LOCAL_PATH.match(value) else value
+
+
+def _last_component(path: str) -> str:
+    return re.split(r"[\\/]+", os.fspath(path).rstrip("\\/"))[-1]

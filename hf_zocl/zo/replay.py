@@ -1,0 +1,133 @@
+"""A log of zeroth-order steps, from which a training's weights are made again: a few bytes a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .assignment import ZOGroup
+from .estimator import Estimate, ZOEstimator
+from .optimizer import build_zo_optimizer
+from .perturbation import Combination
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What all steps of a log have in common.
+
+    Args:
+        queries: The number of directions of every branch, in the order of the branches.
+        seed, direction, sign: As `ZOEstimator`'s.
+        optimizer, momentum, weight_decay: As `build_zo_optimizer`'s.
+        max_norm: Clips the estimate; 0 does not clip.
+    """
+
+    queries: tuple[tuple[str | None, int], ...]
+    seed: int
+    direction: str
+    sign: bool
+    optimizer: str
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    max_norm: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Step:
+    number: int
+    learning_rate: float
+    scale: float
+    weights: torch.Tensor  # the projected gradients, `(micro-steps, queries of all branches)`
+
+
+@dataclass
+class ReplayLog:
+    """The steps of a training in which every parameter is zeroth-order.
+
+    A step is the projected gradient of every query, the learning rate and what a micro-batch counts. The directions
+    follow from the seed and the step's number, so nothing of them is kept.
+    """
+
+    settings: ReplaySettings
+    steps: list[_Step] = field(default_factory=list)
+
+    def record(self, number: int, estimates: Sequence[tuple[Estimate, float]], learning_rate: float) -> None:
+        """Add the step that `estimates` are about to become.
+
+        Args:
+            number: The step, as it keyed the directions.
+            estimates: Those of the step's micro-batches, and what each counts, which is the same for all.
+            learning_rate: Of the zeroth-order groups.
+        """
+        rows = [
+            torch.cat([estimate.gradient[branch].weights for branch, _ in self.settings.queries])
+            for estimate, _ in estimates
+        ]
+        self.steps.append(_Step(number, learning_rate, estimates[0][1], torch.stack(rows)))
+
+    @torch.no_grad()
+    def replay(self, groups: Sequence[ZOGroup]) -> None:
+        """Take all steps again: parameters that are as before the first step become what they were after the last.
+
+        To the last bit on the same device, for every step goes through the estimator and the optimizer of a training.
+
+        Args:
+            groups: The groups of the training, in their order.
+        """
+        settings = self.settings
+        estimator = ZOEstimator(
+            groups,
+            queries=dict(settings.queries),
+            sign=settings.sign,
+            direction=settings.direction,
+            seed=settings.seed,
+        )
+        optimizer = build_zo_optimizer(
+            groups, settings.optimizer, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+        parameters = [parameter for group in groups for parameter in group.parameters]
+        sizes = [count for _, count in settings.queries]
+        for step in self.steps:
+            estimates = []
+            for micro_step, row in enumerate(step.weights.to(parameters[0].device)):
+                seeds = estimator.direction_seeds(step.number, micro_step)
+                weights = dict(zip(seeds, row.split(sizes), strict=True))
+                gradient = {branch: Combination(seeds[branch], weights[branch]) for branch in seeds}
+                estimates.append((Estimate(gradient), step.scale))
+            estimator.write(estimates)
+            if settings.max_norm > 0:
+                nn.utils.clip_grad_norm_(parameters, settings.max_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = step.learning_rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The steps as a few tensors; what is the same in all of them stands there once."""
+        columns = {
+            "step": torch.tensor([step.number for step in self.steps], dtype=torch.int32),
+            "learning_rate": torch.tensor([step.learning_rate for step in self.steps], dtype=torch.float64),
+            "scale": torch.tensor([step.scale for step in self.steps], dtype=torch.float64),
+            "micro_steps": torch.tensor([len(step.weights) for step in self.steps], dtype=torch.int32),
+        }
+        columns = {name: column[:1] if (column == column[:1]).all() else column for name, column in columns.items()}
+        weights = [step.weights.flatten().cpu() for step in self.steps]
+        return {**columns, "projected_gradients": torch.cat(weights) if weights else torch.empty(0)}
+
+    @classmethod
+    def from_tensors(cls, settings: ReplaySettings, tensors: Mapping[str, torch.Tensor]) -> ReplayLog:
+        """The log that `tensors` were made of.
+
+        Raises:
+            KeyError, RuntimeError: If they are those of no log, or of one with other settings.
+        """
+        queries = sum(count for _, count in settings.queries)
+        gradients = tensors["projected_gradients"].view(-1, queries)
+        steps = len(tensors["step"])
+        columns = [tensors[name].expand(steps) for name in ("step", "learning_rate", "scale", "micro_steps")]
+        pieces = gradients.split(columns[-1].tolist())
+        rows = zip(*(column.tolist() for column in columns[:-1]), pieces, strict=True)
+        return cls(settings, [_Step(*row) for row in rows])

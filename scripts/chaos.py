@@ -1,0 +1,259 @@
+"""Kill runs at random moments, resume them until they are done, and compare how they end with an undisturbed run.
+
+    python scripts/chaos.py --runs 20 --output_dir runs/chaos [--kills 2] [--seed 0] [--table docs/table.md]
+
+Any further argument is a recipe's and overrides the short one below; in it, {run} stands for the run's number. With
+--push_to_hub true --hub_model_id me/chaos-{run} the runs push, to the Hub that HF_ENDPOINT names, and are killed in a
+push, too. A run is a process of its own, which has imported the package already.
+"""
+
+import argparse
+import hashlib
+import json
+import mmap
+import os
+import random
+import runpy
+import shutil
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import HfApi
+
+from hf_zocl.continual import evaluation, recipe, scheduler
+from hf_zocl.trainer import ZOCLTrainer
+
+
+SCRIPTS = Path(__file__).resolve().parent
+RECIPE = f"""
+--recipe {SCRIPTS / "recipes" / "quickstart.yaml"} --class_order 3 8 0 1 --partial_order true
+--num_train_epochs 2 --logging_steps 4 --save_strategy steps --save_steps 2 --save_total_limit 2
+--max_train_images_per_class 24 --max_test_images_per_class 10 --per_device_train_batch_size 16
+--zo_queries_language 2 --lora_dropout 0.1 --disable_tqdm true --use_cpu true
+""".split()
+# What a run may be in the middle of, and the function in which it is.
+PHASES = {
+    "starting": (recipe, "build_scheduler"),
+    "measuring": (evaluation.StreamEvaluator, "_run"),
+    "in a step": (ZOCLTrainer, "training_step"),
+    "saving within a task": (ZOCLTrainer, "_save_checkpoint"),
+    "saving a task": (scheduler.ContinualTaskScheduler, "_save"),
+    "pushing": (HfApi, "create_commit"),
+}
+ANY = "any moment"
+NOT_COMPARED = ("seconds", "peak_memory_bytes", "recipe", "versions")
+
+
+class Trace:
+    """What the phases of a run are doing, in memory that the run shares with its killer."""
+
+    def __init__(self):
+        shape = (len(PHASES), 3)
+        self.entered, self.active, self.seconds = (
+            np.frombuffer(mmap.mmap(-1, 8 * shape[0] * shape[1]), dtype=np.float64).reshape(shape).T
+        )
+
+    def watch(self) -> None:
+        """In the run's process: let every phase's function say when it begins and ends."""
+        for number, (owner, name) in enumerate(PHASES.values()):
+            setattr(owner, name, self._watched(number, getattr(owner, name)))
+
+    def _watched(self, number: int, function):
+        def call(*args, **kwargs):
+            started = time.perf_counter()
+            self.entered[number] += 1
+            self.active[number] += 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.active[number] -= 1
+                self.seconds[number] += time.perf_counter() - started
+
+        return call
+
+    def now(self) -> str:
+        return " and ".join(name for name, active in zip(PHASES, self.active, strict=True) if active) or "in between"
+
+
+@dataclass
+class Undisturbed:
+    """How a run ends that nobody kills."""
+
+    outcome: dict[str, Any]
+    seconds: float
+    trace: Trace
+
+    def moment(self, rng: random.Random, aim: str) -> tuple[int | None, int, float]:
+        """When to kill: so many seconds after a phase began for the n-th time; without a phase, after the start."""
+        if aim == ANY:
+            return None, 0, rng.uniform(0, self.seconds)
+        number = list(PHASES).index(aim)
+        times = int(self.trace.entered[number])
+        return number, rng.randint(1, times), rng.uniform(0, self.trace.seconds[number] / times)
+
+
+@dataclass
+class Run:
+    """A run that was killed, and resumed until it was done."""
+
+    kills: list[str] = field(default_factory=list)
+    attempts: int = 0
+    outcome: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=2, help="the most that one run is killed")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/chaos"))
+    parser.add_argument("--table", type=Path, help="a Markdown file for the table")
+    options, further = parser.parse_known_args()
+    shutil.rmtree(options.output_dir, ignore_errors=True)
+    options.output_dir.mkdir(parents=True)
+    rng = random.Random(options.seed)
+
+    trace, started = Trace(), time.perf_counter()
+    folder = options.output_dir / "undisturbed"
+    code, _ = attempt(folder, 0, further, trace)
+    if code != 0:
+        sys.exit(f"error: the undisturbed run failed, see {log_of(folder)}.")
+    undisturbed = Undisturbed(outcome_of(folder), time.perf_counter() - started, trace)
+    aims = [ANY, *(name for name, times in zip(PHASES, trace.entered, strict=True) if times)]
+
+    runs = []
+    for number in range(1, options.runs + 1):
+        folder = options.output_dir / f"run-{number:02d}"
+        own_aims = [aims[(number + kill * (len(aims) // 2)) % len(aims)] for kill in range(options.kills)]
+        runs.append(torment(folder, number, further, undisturbed, own_aims, rng))
+        print(row(number, runs[-1], undisturbed), flush=True)
+    table = markdown(runs, undisturbed)
+    print(f"\n{table}")
+    if options.table is not None:
+        options.table.write_text(table + "\n", encoding="utf-8")
+    if any(run.outcome != undisturbed.outcome for run in runs):
+        sys.exit("error: not every run ended as the undisturbed one.")
+
+
+def torment(
+    folder: Path, number: int, further: list[str], undisturbed: Undisturbed, aims: list[str], rng: random.Random
+) -> Run:
+    """Start a run, kill it once for every aim if it lives so long, and resume it until it is done."""
+    run = Run()
+    while True:
+        moment = undisturbed.moment(rng, aims[len(run.kills)]) if len(run.kills) < len(aims) else None
+        code, killed = attempt(folder, number, [*further, "--resume", str(bool(run.kills))], Trace(), moment)
+        run.attempts += 1
+        if killed is not None:
+            run.kills.append(killed)
+        elif code != 0:
+            sys.exit(f"error: run {number} failed, see {log_of(folder)}.")
+        elif run.kills or not aims:
+            run.outcome = outcome_of(folder)
+            return run
+        else:  # it was done before the first kill: once more, from the beginning
+            shutil.rmtree(folder)
+            run.attempts = 0
+
+
+def attempt(
+    folder: Path,
+    number: int,
+    further: list[str],
+    trace: Trace,
+    moment: tuple[int | None, int, float] | None = None,
+) -> tuple[int | None, str | None]:
+    """Run scripts/train.py in a process of its own.
+
+    Returns:
+        Its exit code, and what it was doing when it was killed: None if it was not.
+    """
+    arguments = [part.replace("{run}", str(number)) for part in [*RECIPE, *further]]
+    process = os.fork()
+    if process == 0:
+        train(log_of(folder), [*arguments, "--output_dir", str(folder)], trace)
+    deadline, started = None, time.perf_counter()
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status), None
+        now = time.perf_counter()
+        if moment is not None and deadline is None:
+            phase, times, delay = moment
+            if phase is None:
+                deadline = started + delay
+            elif trace.entered[phase] >= times:
+                deadline = now + delay
+        if deadline is not None and now >= deadline:
+            os.kill(process, signal.SIGKILL)
+            _, status = os.waitpid(process, 0)
+            if not os.WIFSIGNALED(status):  # it was quicker
+                return os.waitstatus_to_exitcode(status), None
+            return None, f"{trace.now()}, {now - started:.1f} s"
+        time.sleep(0.0002)
+
+
+def train(log: Path, arguments: list[str], trace: Trace) -> None:
+    """The life of a run's process."""
+    code = 1
+    try:
+        torch.set_num_threads(1)
+        with log.open("a", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.argv = ["train.py", *arguments]
+        trace.watch()
+        runpy.run_path(str(SCRIPTS / "train.py"), run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+        code = int(bool(end.code))
+    except Exception:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def outcome_of(folder: Path) -> dict[str, Any]:
+    """What must be equal: the results, and every task's weights, by their hash."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    outcome = {name: value for name, value in results.items() if name not in NOT_COMPARED}
+    for file in sorted(folder.glob("task-*/adapter_model.safetensors")):
+        outcome[f"weights of {file.parent.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    return outcome
+
+
+def row(number: int, run: Run, undisturbed: Undisturbed) -> str:
+    accuracy = ["/".join(f"{100 * value:.1f}" for value in run.outcome["seen_accuracy"])]
+    accuracy += ["equal" if run.outcome == undisturbed.outcome else "DIFFERENT"]
+    return f"| {number} | {'; '.join(run.kills)} | {run.attempts} | {' | '.join(accuracy)} |"
+
+
+def markdown(runs: list[Run], undisturbed: Undisturbed) -> str:
+    equal = sum(run.outcome == undisturbed.outcome for run in runs)
+    kills = sum(len(run.kills) for run in runs)
+    lines = ["| run | killed while, after | starts | accuracy after each task, % | against the undisturbed run |"]
+    lines += ["|---:|---|---:|---|---|", *(row(number, run, undisturbed) for number, run in enumerate(runs, start=1))]
+    lines += [
+        "",
+        f"{equal} of {len(runs)} runs, killed {kills} times in all, ended with the accuracies, logs and weights of "
+        f"the undisturbed run (which takes {undisturbed.seconds:.1f} s), to the last bit.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""A log of zeroth-order steps gives the weights again."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_zocl.zo import LayerAssignment, PlainEvaluation, ReplayLog, ReplaySettings, ZOEstimator, build_zo_optimizer
+
+
+def trained(
+    optimizer: str, micro_steps: tuple[int, ...] = (1, 2, 2), **options
+) -> tuple[nn.Module, nn.Module, ReplayLog]:
+    """A model before and after a few steps, and their log."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+    before = deepcopy(model)
+    inputs, targets = torch.randn(16, 6).double(), torch.randn(16, 1).double()
+    groups = LayerAssignment().split(model).zo
+    sign = options.pop("sign", False)
+    settings = ReplaySettings(((None, 3),), seed=5, direction="gaussian", sign=sign, optimizer=optimizer, **options)
+    estimator, log = ZOEstimator(groups, queries=3, sign=sign, seed=5), ReplayLog(settings)
+    rule = build_zo_optimizer(groups, optimizer, 0.1, settings.momentum, settings.weight_decay)
+    evaluation = PlainEvaluation(lambda: nn.functional.mse_loss(model(inputs), targets))
+    for step, count in enumerate(micro_steps):
+        estimates = [(estimator.estimate(evaluation, step, micro), 1 / count) for micro in range(count)]
+        rule.param_groups[0]["lr"] = 0.1 / (step + 1)
+        log.record(step, estimates, rule.param_groups[0]["lr"])
+        estimator.write(estimates)
+        if settings.max_norm > 0:
+            nn.utils.clip_grad_norm_(model.parameters(), settings.max_norm)
+        rule.step()
+    return before, model, log
+
+
+def weights(model: nn.Module) -> torch.Tensor:
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "sgd", "momentum": 0.9},
+        {"optimizer": "sign", "weight_decay": 0.1},
+        {"optimizer": "adamw", "sign": True},
+        {"optimizer": "sgd", "max_norm": 0.01},
+    ],
+    ids=str,
+)
+def test_a_log_gives_the_weights_again_to_the_last_bit(options):
+    before, after, log = trained(**options)
+    read = ReplayLog.from_tensors(log.settings, log.tensors())
+    read.replay(LayerAssignment().split(before).zo)
+    assert not torch.equal(weights(after), weights(trained(**options)[0]))
+    assert torch.equal(weights(before), weights(after))
+
+
+def test_what_is_the_same_in_all_steps_is_kept_once():
+    tensors = trained("sgd", micro_steps=(2, 2, 2, 2))[2].tensors()
+    sizes = {name: len(tensor) for name, tensor in tensors.items()}
+    assert sizes == {"step": 4, "learning_rate": 4, "scale": 1, "micro_steps": 1, "projected_gradients": 4 * 2 * 3}
+
+
+def test_a_log_without_a_step_changes_nothing():
+    before, _, log = trained("sgd", micro_steps=())
+    expected = weights(before)
+    ReplayLog.from_tensors(log.settings, log.tensors()).replay(LayerAssignment().split(before).zo)
+    assert torch.equal(weights(before), expected)
