@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from copy import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType, broadcast, find_batch_size, slice_tensors
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .replay_file import load_replay_log, save_replay_log
 from .training_args import ZOCLTrainingArguments
 from .zo import (
     Estimate,
@@ -562,28 +562,6 @@ def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, if it is there, so that one whose removal was cut off is not whole."""
     (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def save_replay_log(log: ReplayLog, path: Path) -> None:
-    """Write a log as safetensors, its settings as their metadata; beside, then renamed."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    save_file(log.tensors(), unfinished, metadata={"settings": json.dumps(asdict(log.settings))})
-    os.replace(unfinished, path)
-
-
-def load_replay_log(path: str | Path) -> ReplayLog:
-    """Read a log.
-
-    Raises:
-        ValueError: If the file is none.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            settings = json.loads(file.metadata()["settings"])
-        settings["queries"] = tuple((branch, count) for branch, count in settings["queries"])
-        return ReplayLog.from_tensors(ReplaySettings(**settings), load_file(path))
-    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is no log of zeroth-order steps ({error}).") from error
 
 
 class _RestoreProgress(TrainerCallback):

@@ -14,8 +14,8 @@ from transformers import CLIPModel
 
 from ..hub.checkpoint import task_folder
 from ..models import AdapterArguments, add_adapter
+from ..replay_file import load_replay_log
 from ..sample import resolve
-from ..trainer import load_replay_log
 from ..zo import LayerAssignment
 from .run_state import RESULTS_FILE, RunFolder
 

@@ -25,8 +25,9 @@ from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
 from ..hub.task_file import task_folder
 from ..models import CLIPClassifier, adapter_name
+from ..replay_file import save_replay_log
 from ..report import plot_accuracy_matrix
-from ..trainer import WRITE_ERRORS, SaveError, ZOCLTrainer, save_replay_log
+from ..trainer import WRITE_ERRORS, SaveError, ZOCLTrainer
 from ..training_args import ZOCLTrainingArguments
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
