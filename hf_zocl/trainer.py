@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
-import shutil
-import time
 from collections.abc import Iterator
 from copy import copy
 from pathlib import Path
@@ -15,17 +10,13 @@ from typing import Any
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType, broadcast, find_batch_size, slice_tensors
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainerCallback
 
 from .replay_file import load_replay_log, save_replay_log
+from .resumable import ResumableTrainer
 from .training_args import ZOCLTrainingArguments
 from .zo import (
     Estimate,
@@ -48,41 +39,17 @@ from .zo import (
 STREAMED_PARAMETERS = 1 << 24
 STREAMED_FRACTION = 0.1
 REPLAY_FILE = "zo_replay.safetensors"
-# What goes wrong in a write: torch and safetensors have no OSError for a full disk.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
-class SaveError(OSError):
-    """Something could not be saved, for want of space as a rule; what was saved before is whole.
-
-    Args:
-        path: What was to be saved.
-        cause: What went wrong.
-    """
-
-    def __init__(self, path: str | Path, cause: Exception):
-        there = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
-        reason = str(getattr(cause, "strerror", None) or cause).strip().split("\n")[0]
-        super().__init__(
-            f"{path} could not be saved: {reason.rstrip('.')}. {shutil.disk_usage(there).free / 1e6:.0f} MB are free "
-            "there. What was saved before is whole: make room, then go on with --resume."
-        )
-
-
-class ZOCLTrainer(Trainer):
+class ZOCLTrainer(ResumableTrainer):
     """Trains the zeroth-order layers by loss differences, and all other trainable parameters by backpropagation.
 
     `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is a gradient: it goes into
     `.grad`, and accumulation, schedulers, callbacks and checkpoints are the `Trainer`'s own. With `zo_branch="none"`
     this is a `Trainer`. It takes the arguments of `Trainer`, with `args` a `ZOCLTrainingArguments`.
 
-    A training that goes on from a checkpoint ends with the weights and the logs of one that never stopped. For that, a
-    checkpoint also holds the loss not yet logged, and what a model counts (`training_state()`, if it has that); of a
-    model that is no `PreTrainedModel` it leaves out the parameters that are not trained.
-
     Attributes:
         replay_log: Where all is zeroth-order, the steps so far (see `ReplayLog`); else None.
-        earlier_seconds: How long the training lasted up to the checkpoint that it went on from.
 
     Raises:
         ValueError: If the assignment does not fit the model, or an optimizer is passed in (choose `optim` and
@@ -103,11 +70,6 @@ class ZOCLTrainer(Trainer):
         self._estimates: list[tuple[Estimate, float]] = []
         self._zo_logs: dict[str, torch.Tensor | float] = {}
         self.replay_log: ReplayLog | None = None
-        self.earlier_seconds = 0.0
-        self._started = 0.0
-        self._checkpoint: Path | None = None
-        self._saves_checkpoint = False
-        self.add_callback(_RestoreProgress(self))
         # The examples in an epoch's last batch over all processes, 0 if it is full; and what those of this process
         # count in the mean over the processes: for every micro-batch of the step, and for the present one.
         self._tail = 0
@@ -137,6 +99,10 @@ class ZOCLTrainer(Trainer):
     def has_zo_parameters(self) -> bool:
         return self.split is not None and bool(self.split.zo)
 
+    @property
+    def _gradient_free_parameters(self) -> list[nn.Parameter]:
+        return self.split.zo_parameters if self.split is not None else []
+
     def _split_is_current(self) -> bool:
         """Whether the split is of what this model trains: `model_init` makes a new one, and parameters get frozen."""
         if self.split is None:
@@ -154,22 +120,10 @@ class ZOCLTrainer(Trainer):
         args: ZOCLTrainingArguments = self.args
         self.split = args.layer_assignment.split(self.model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """`Trainer.train`; the zeroth-order parameters take no part in autograd while it runs.
-
-        Args:
-            resume_from_checkpoint: A checkpoint's folder; True: the last one in `output_dir` that is whole.
-
-        Raises:
-            SaveError: If a checkpoint cannot be written.
-        """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, Path):
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+    def train(self, *args, **kwargs):
+        """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(*args, **kwargs)
         finally:
             if self._is_detached:
                 self._detach_zo_parameters(False)
@@ -383,98 +337,16 @@ class ZOCLTrainer(Trainer):
             max_norm=args.zo_max_grad_norm,
         )
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """As the Trainer, which would take one more step from a checkpoint that was saved after the last one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """`Trainer._save_checkpoint`; no half checkpoint is taken for a whole one.
-
-        The Trainer writes trainer_state.json last and closes it with a brace: where that can be read, all is there.
-
-        Raises:
-            SaveError: If it cannot be written; it is removed then.
-        """
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:  # another's, or the half of an earlier one
-            remove_checkpoint(folder)
-        self.accelerator.wait_for_everyone()
-        self._saves_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        except WRITE_ERRORS as error:
-            remove_checkpoint(folder)
-            raise SaveError(folder, error) from error
-        finally:
-            self._saves_checkpoint = False
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._saves_checkpoint and state_dict is None and not isinstance(self.model, (PreTrainedModel, PeftModel)):
-            frozen = self._frozen_names()
-            state_dict = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
-        super()._save(output_dir, state_dict)
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As the Trainer; parameters that are not trained need not be in a checkpoint, all others must."""
-        if isinstance(self.model, (PreTrainedModel, PeftModel)):
-            return super()._issue_warnings_after_load(load_result)
-        missing = sorted(set(load_result.missing_keys) - self._frozen_names())
-        if missing or load_result.unexpected_keys:
-            raise ValueError(
-                f"{self._checkpoint}: the checkpoint of another model: "
-                f"missing {missing or 'nothing'}, unexpected {load_result.unexpected_keys or 'nothing'}."
-            )
-
-    def _frozen_names(self) -> set[str]:
-        """The parameters that are not trained, by all their names."""
-        zo = {id(parameter) for parameter in self.split.zo_parameters} if self.split is not None else set()
-        named = self.model.named_parameters(remove_duplicate=False)
-        return {name for name, parameter in named if not parameter.requires_grad and id(parameter) not in zo}
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The random state, and beside it what else a training needs that goes on; of every process its own."""
-        super()._save_rng_state(output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        counts = model.training_state() if hasattr(model, "training_state") else {}
-        progress = {
-            "seconds": torch.tensor(self.earlier_seconds + time.perf_counter() - self._started, dtype=torch.float64),
-            "pending_loss": self._tr_loss.detach(),
-            "last_logged_step": torch.tensor(self._globalstep_last_logged),
-            **{f"model.{name}": value for name, value in counts.items()},
-        }
-        save_file(progress, os.path.join(output_dir, self._progress_file))
+    def _save_progress(self, folder: Path) -> None:
+        super()._save_progress(folder)
         if self.replay_log is not None and self.args.should_save:
-            save_replay_log(self.replay_log, Path(output_dir) / REPLAY_FILE)
-        self.accelerator.wait_for_everyone()  # what the Trainer writes next says that everything is there
+            save_replay_log(self.replay_log, folder / REPLAY_FILE)
 
-    @property
-    def _progress_file(self) -> str:
-        suffix = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
-        return f"progress{suffix}.safetensors"
-
-    def _restore_progress(self) -> None:
-        """As training begins: take what `_save_rng_state` kept, where the checkpoint was saved by this class."""
-        self._started, self.earlier_seconds = time.perf_counter(), 0.0
-        if self._checkpoint is None:
-            return
+    def _restore_progress(self, folder: Path) -> None:
+        super()._restore_progress(folder)
         if self.replay_log is not None:
-            file = self._checkpoint / REPLAY_FILE
+            file = folder / REPLAY_FILE
             self.replay_log = load_replay_log(file) if file.is_file() else None
-        file = self._checkpoint / self._progress_file
-        if not file.is_file():
-            return
-        progress = load_file(file)
-        self.earlier_seconds = float(progress["seconds"])
-        self._globalstep_last_logged = int(progress["last_logged_step"])
-        self._tr_loss += progress["pending_loss"].to(self._tr_loss.device)
-        self._total_loss_scalar -= float(progress["pending_loss"])  # `train_loss` is of the steps of this call
-        model = self.accelerator.unwrap_model(self.model)
-        if hasattr(model, "load_training_state"):
-            counts = {name.removeprefix("model."): v for name, v in progress.items() if name.startswith("model.")}
-            model.load_training_state(counts)
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """What the Trainer multiplies the loss of a micro-batch by (see `Trainer.loss_is_scaled_for_ga`)."""
@@ -537,39 +409,6 @@ def _tail(shard: BatchSamplerShard) -> int:
     """The examples in an epoch's last batch over all processes; 0 if it is full, or left out."""
     total = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
     return 0 if shard.drop_last else len(shard.batch_sampler.sampler) % total
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint after the most steps, of those in `folder` that are whole."""
-    found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*")]
-    by_step = sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-    return next((path for _, path in by_step if is_whole(path)), None)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a training can go on from a checkpoint: its trainer_state.json, which is written last, can be read.
-
-    One that `save_only_model` made has no scheduler, nor an optimizer, and is none.
-    """
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / SCHEDULER_NAME).is_file()
-
-
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there, so that one whose removal was cut off is not whole."""
-    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-class _RestoreProgress(TrainerCallback):
-    def __init__(self, trainer: ZOCLTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer._restore_progress()
 
 
 def _take_rows(value: Any, rows: tuple[int, int], count: int) -> Any:

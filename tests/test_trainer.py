@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.trainer import last_checkpoint
+from hf_zocl.resumable import last_checkpoint
 from tests.helpers import image_examples, mini_clip_classifier
 
 

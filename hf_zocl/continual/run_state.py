@@ -11,7 +11,7 @@ from typing import Any
 from ..hub.public import public_recipe
 from ..hub.push_queue import QUEUE_FILE
 from ..hub.task_file import write_json
-from ..trainer import is_whole, last_checkpoint, remove_checkpoint
+from ..resumable import is_whole, last_checkpoint, remove_checkpoint
 
 
 RESULTS_FILE = "results.json"

@@ -27,7 +27,8 @@ from ..hub.task_file import task_folder
 from ..models import CLIPClassifier, adapter_name
 from ..replay_file import save_replay_log
 from ..report import plot_accuracy_matrix
-from ..trainer import WRITE_ERRORS, SaveError, ZOCLTrainer
+from ..resumable import WRITE_ERRORS, SaveError
+from ..trainer import ZOCLTrainer
 from ..training_args import ZOCLTrainingArguments
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator

@@ -1,0 +1,210 @@
+"""`ResumableTrainer`: a `transformers.Trainer` whose trainings can stop anywhere and go on to the last bit."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+# What goes wrong in a write: torch and safetensors have no OSError for a full disk.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+class SaveError(OSError):
+    """Something could not be saved, for want of space as a rule; what was saved before is whole.
+
+    Args:
+        path: What was to be saved.
+        cause: What went wrong.
+    """
+
+    def __init__(self, path: str | Path, cause: Exception):
+        there = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
+        reason = str(getattr(cause, "strerror", None) or cause).strip().split("\n")[0]
+        super().__init__(
+            f"{path} could not be saved: {reason.rstrip('.')}. {shutil.disk_usage(there).free / 1e6:.0f} MB are free "
+            "there. What was saved before is whole: make room, then go on with --resume."
+        )
+
+
+class ResumableTrainer(Trainer):
+    """A training that goes on from a checkpoint ends with the weights and the logs of one that never stopped.
+
+    For that, a checkpoint also holds the loss not yet logged, and what a model counts (`training_state()` and
+    `load_training_state(state)`, if it has them). A checkpoint is whole or not taken for one. Of a model that is no
+    `PreTrainedModel` it leaves out the parameters that are not trained. It takes the arguments of `Trainer`.
+
+    A subclass says what it trains without autograd (`_gradient_free_parameters`), and extends `_save_progress` and
+    `_restore_progress` by what else its training needs to go on.
+
+    Attributes:
+        earlier_seconds: How long the training lasted up to the checkpoint that it went on from.
+    """
+
+    # Parameters that are trained though they require no gradient.
+    _gradient_free_parameters: Sequence[nn.Parameter] = ()
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.earlier_seconds = 0.0
+        self._started = 0.0
+        self._checkpoint: Path | None = None
+        self._saves_checkpoint = False
+        self.add_callback(_Begin(self))
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
+        """`Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: A checkpoint's folder; True: the last one in `output_dir` that is whole.
+
+        Raises:
+            SaveError: If a checkpoint cannot be written.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, Path):
+            resume_from_checkpoint = str(resume_from_checkpoint)
+        self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _begin(self) -> None:
+        self._started, self.earlier_seconds = time.perf_counter(), 0.0
+        if self._checkpoint is not None:
+            self._restore_progress(self._checkpoint)
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """As the Trainer, which would take one more step from a checkpoint that was saved after the last one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """`Trainer._save_checkpoint`; no half checkpoint is taken for a whole one.
+
+        The Trainer writes trainer_state.json last and closes it with a brace: where that can be read, all is there.
+
+        Raises:
+            SaveError: If it cannot be written; it is removed then.
+        """
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:  # another's, or the half of an earlier one
+            remove_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        self._saves_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        except WRITE_ERRORS as error:
+            remove_checkpoint(folder)
+            raise SaveError(folder, error) from error
+        finally:
+            self._saves_checkpoint = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self._saves_checkpoint and state_dict is None and not isinstance(self.model, (PreTrainedModel, PeftModel)):
+            frozen = self._frozen_names()
+            state_dict = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        super()._save(output_dir, state_dict)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """As the Trainer; parameters that are not trained need not be in a checkpoint, all others must."""
+        if isinstance(self.model, (PreTrainedModel, PeftModel)):
+            return super()._issue_warnings_after_load(load_result)
+        missing = sorted(set(load_result.missing_keys) - self._frozen_names())
+        if missing or load_result.unexpected_keys:
+            raise ValueError(
+                f"{self._checkpoint}: the checkpoint of another model: "
+                f"missing {missing or 'nothing'}, unexpected {load_result.unexpected_keys or 'nothing'}."
+            )
+
+    def _frozen_names(self) -> set[str]:
+        """The parameters that are not trained, by all their names."""
+        trained = {id(parameter) for parameter in self._gradient_free_parameters}
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad and id(parameter) not in trained}
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """The random state, and beside it what else a training needs that goes on; of every process its own."""
+        super()._save_rng_state(output_dir)
+        self._save_progress(Path(output_dir))
+        self.accelerator.wait_for_everyone()  # what the Trainer writes next says that everything is there
+
+    def _save_progress(self, folder: Path) -> None:
+        """Write into a checkpoint what the Trainer forgets. Every process calls this."""
+        model = self.accelerator.unwrap_model(self.model)
+        counts = model.training_state() if hasattr(model, "training_state") else {}
+        progress = {
+            "seconds": torch.tensor(self.earlier_seconds + time.perf_counter() - self._started, dtype=torch.float64),
+            "pending_loss": self._tr_loss.detach(),
+            "last_logged_step": torch.tensor(self._globalstep_last_logged),
+            **{f"model.{name}": value for name, value in counts.items()},
+        }
+        save_file(progress, folder / self._progress_file)
+
+    def _restore_progress(self, folder: Path) -> None:
+        """As training begins: take what `_save_progress` wrote, where the checkpoint was saved by this class."""
+        file = folder / self._progress_file
+        if not file.is_file():
+            return
+        progress = load_file(file)
+        self.earlier_seconds = float(progress["seconds"])
+        self._globalstep_last_logged = int(progress["last_logged_step"])
+        self._tr_loss += progress["pending_loss"].to(self._tr_loss.device)
+        self._total_loss_scalar -= float(progress["pending_loss"])  # `train_loss` is of the steps of this call
+        model = self.accelerator.unwrap_model(self.model)
+        if hasattr(model, "load_training_state"):
+            counts = {name.removeprefix("model."): v for name, v in progress.items() if name.startswith("model.")}
+            model.load_training_state(counts)
+
+    @property
+    def _progress_file(self) -> str:
+        suffix = f"_{self.args.process_index}" if self.args.world_size > 1 else ""
+        return f"progress{suffix}.safetensors"
+
+
+class _Begin(TrainerCallback):
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._begin()
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint after the most steps, of those in `folder` that are whole."""
+    found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*")]
+    by_step = sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    return next((path for _, path in by_step if is_whole(path)), None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a training can go on from a checkpoint: its trainer_state.json, which is written last, can be read.
+
+    One that `save_only_model` made has no scheduler, nor an optimizer, and is none.
+    """
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / SCHEDULER_NAME).is_file()
+
+
+def remove_checkpoint(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there, so that one whose removal was cut off is not whole."""
+    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
