@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import DistributedType, broadcast, find_batch_size, slice_tensors
+from accelerate.utils import find_batch_size
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
+from .data_parallel import DataParallelTrainer
 from .replay_file import load_replay_log, save_replay_log
 from .resumable import ResumableTrainer
 from .training_args import ZOCLTrainingArguments
@@ -41,7 +42,7 @@ STREAMED_FRACTION = 0.1
 REPLAY_FILE = "zo_replay.safetensors"
 
 
-class ZOCLTrainer(ResumableTrainer):
+class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     """Trains the zeroth-order layers by loss differences, and all other trainable parameters by backpropagation.
 
     `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is a gradient: it goes into
@@ -70,11 +71,6 @@ class ZOCLTrainer(ResumableTrainer):
         self._estimates: list[tuple[Estimate, float]] = []
         self._zo_logs: dict[str, torch.Tensor | float] = {}
         self.replay_log: ReplayLog | None = None
-        # The examples in an epoch's last batch over all processes, 0 if it is full; and what those of this process
-        # count in the mean over the processes: for every micro-batch of the step, and for the present one.
-        self._tail = 0
-        self._shares: list[float] = []
-        self._share = 1.0
         if args.zo_branch == "none":
             return
         if self.optimizer is not None:
@@ -174,58 +170,29 @@ class ZOCLTrainer(ResumableTrainer):
             ValueError: If the queries are to be shared, and the dataset is a stream.
         """
         dataloader = super().get_train_dataloader()
-        shard = dataloader.batch_sampler
-        is_shard = isinstance(shard, BatchSamplerShard)
         if self._shares_queries:
-            if not is_shard:
+            shard = dataloader.batch_sampler
+            if not isinstance(shard, BatchSamplerShard):
                 raise ValueError("zo_parallelism='queries' needs a dataset with a length, not a stream.")
             shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
-        self._tail = _tail(shard) if is_shard and shard.num_processes > 1 else 0
         return dataloader
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The Trainer's, without the examples that accelerate repeats to fill the last batch of every process."""
-        self._shares.clear()
-        return super().get_batch_samples(map(self._own_examples, epoch_iterator), num_batches, device)
-
-    def training_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        num_items_in_batch: torch.Tensor | int | None = None,
+    def _micro_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
     ) -> torch.Tensor:
         """One micro-batch: backpropagation for the first-order parameters, then the zeroth-order estimate.
 
         Returns:
             The loss at θ, scaled for accumulation as the Trainer scales it; detached.
         """
-        self._share = self._shares.pop(0) if self._shares else 1.0
-        try:
-            if not self.has_zo_parameters:
-                return super().training_step(model, inputs, num_items_in_batch)
-            return self._hybrid_step(model, inputs, num_items_in_batch)
-        finally:
-            self._share = 1.0
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """`Trainer.compute_loss`, in training times what this process's examples count in the mean over all.
-
-        That is 1 but for an epoch's last batch in several processes. An override should call this one for it.
-        """
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._share == 1.0:
-            return result
-        return (result[0] * self._share, result[1]) if return_outputs else result * self._share
-
-    def _hybrid_step(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
+        if not self.has_zo_parameters:
+            return super()._micro_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         scale = self._loss_scale(num_items_in_batch)
         evaluation, base_loss = self._evaluation(model, inputs, num_items_in_batch), None
         if self.split.fo:
             with evaluation.recording():
-                base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
+                base_loss = super()._micro_step(model, inputs, num_items_in_batch) / scale
             evaluation.check(base_loss)
         else:
             model.train()
@@ -366,49 +333,6 @@ class ZOCLTrainer(ResumableTrainer):
 
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
-
-    def _own_examples(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
-        """A micro-batch without repeated examples; what it counts is noted.
-
-        `BatchSamplerShard` fills the last batch of an epoch, process after process, with examples from the epoch's
-        beginning. A process for which none but these are left keeps one, which counts nothing: the others wait for its
-        part in the means.
-        """
-        share, count = 1.0, self.accelerator.num_processes
-        if self._tail and self.accelerator.gradient_state.end_of_dataloader:
-            size = find_batch_size(inputs)
-            own = min(max(self._tail - size * self.accelerator.process_index, 0), size)
-            inputs = slice_tensors(inputs, slice(max(own, 1)))
-            # A loss that counts items is a sum divided by those of all processes: it is in proportion already.
-            if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-                share = own * count / self._tail
-            elif own == 0 and "labels" in inputs:
-                inputs["labels"] = torch.full_like(inputs["labels"], -100)
-        self._shares.append(share)
-        return inputs
-
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
-        """The Trainer's, before accelerate wraps the model for several processes.
-
-        A model that accelerate has prepared once, for an evaluation, it takes as it is from then on, and training
-        would go without the data-parallel wrapper: it must be prepared anew. Where nothing requires a gradient there
-        is nothing to wrap for, and torch refuses to.
-        """
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        is_launched = self.accelerator.distributed_type != DistributedType.NO  # perhaps as the only process
-        if training and model is self.model and is_launched and not is_sharded:
-            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            model._is_accelerate_prepared = False
-            if self.has_zo_parameters and not self.split.fo:
-                broadcast([parameter.data for parameter in self.split.zo_parameters])  # the wrapper does this first
-                return self.accelerator.prepare_model(model, evaluation_mode=True)
-        return super()._wrap_model(model, training, dataloader)
-
-
-def _tail(shard: BatchSamplerShard) -> int:
-    """The examples in an epoch's last batch over all processes; 0 if it is full, or left out."""
-    total = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
-    return 0 if shard.drop_last else len(shard.batch_sampler.sampler) % total
 
 
 def _take_rows(value: Any, rows: tuple[int, int], count: int) -> Any:
