@@ -85,7 +85,8 @@ class DataParallelTrainer(Trainer):
         """
         share, count = 1.0, self.accelerator.num_processes
         is_last = self._shard is not None and self.accelerator.gradient_state.end_of_dataloader
-        if tail := _tail(self._shard) if is_last else 0:
+        tail = _tail(self._shard) if is_last else 0
+        if tail:
             size = find_batch_size(inputs)
             own = min(max(tail - size * self.accelerator.process_index, 0), size)
             inputs = slice_tensors(inputs, slice(max(own, 1)))

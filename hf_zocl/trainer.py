@@ -49,6 +49,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     `.grad`, and accumulation, schedulers, callbacks and checkpoints are the `Trainer`'s own. With `zo_branch="none"`
     this is a `Trainer`. It takes the arguments of `Trainer`, with `args` a `ZOCLTrainingArguments`.
 
+    Several processes train as one does (`DataParallelTrainer`), and a training that goes on from a checkpoint ends as
+    one that never stopped (`ResumableTrainer`).
+
     Attributes:
         replay_log: Where all is zeroth-order, the steps so far (see `ReplayLog`); else None.
 
@@ -94,10 +97,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     @property
     def has_zo_parameters(self) -> bool:
         return self.split is not None and bool(self.split.zo)
-
-    @property
-    def _gradient_free_parameters(self) -> list[nn.Parameter]:
-        return self.split.zo_parameters if self.split is not None else []
 
     def _split_is_current(self) -> bool:
         """Whether the split is of what this model trains: `model_init` makes a new one, and parameters get frozen."""
@@ -303,6 +302,12 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             weight_decay=args.zo_weight_decay,
             max_norm=args.zo_max_grad_norm,
         )
+
+    # What the two bases ask, beside `_micro_step`.
+
+    @property
+    def _gradient_free_parameters(self) -> list[nn.Parameter]:
+        return self.split.zo_parameters if self.split is not None else []
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
