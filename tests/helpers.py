@@ -1,10 +1,13 @@
-"""Tiny models and data that several tests share."""
+"""Tiny models, data and trainings that several tests share."""
 
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from transformers import AutoProcessor, CLIPModel
 
+from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import sample_path
 
@@ -34,3 +37,57 @@ def image_examples(size: int = 32, classes: int = len(CLASSES)) -> list[dict]:
 
 def folders(path: Path) -> list[str]:
     return sorted(entry.name for entry in path.iterdir())
+
+
+class Mlp(nn.Module):
+    """A regression with dropout; `layers.0` can be zeroth-order and the rest first-order."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 16), nn.Linear(16, 1)])
+        self.dropout = nn.Dropout(dropout)
+        self.forwards: list[bool] = []
+        self.losses: list[float] = []
+
+    def forward(self, x, labels=None):
+        self.forwards.append(self.layers[0].weight.requires_grad)
+        output = self.layers[1](self.dropout(self.layers[0](x).tanh())).squeeze(-1)
+        loss = F.mse_loss(output, labels)
+        self.losses.append(loss.item())
+        return {"loss": loss, "logits": output}
+
+
+def rows(count: int = 32) -> list[dict]:
+    generator = torch.Generator().manual_seed(5)
+    return [{"x": x, "labels": x.sum()} for x in torch.randn(count, 4, generator=generator)]
+
+
+def arguments(tmp_path, cls=ZOCLTrainingArguments, **options):
+    defaults = {
+        "output_dir": str(tmp_path / "trainer"),
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+    }
+    return cls(**{**defaults, **options})
+
+
+def train(tmp_path, model=None, trainer_class=ZOCLTrainer, callbacks=(), data=None, **options):
+    trainer = trainer_class(
+        model=model or mini_clip_classifier(),
+        args=arguments(tmp_path, **options),
+        train_dataset=data or image_examples(),
+        callbacks=list(callbacks),
+    )
+    trainer.train()
+    return trainer
+
+
+def training_logs(trainer) -> list[dict]:
+    return [entry for entry in trainer.state.log_history if "loss" in entry]

@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
 from torch import nn
 from transformers import (
     BatchEncoding,
@@ -17,43 +15,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.resumable import last_checkpoint
-from tests.helpers import image_examples, mini_clip_classifier
-
-
-def arguments(tmp_path, cls=ZOCLTrainingArguments, **options):
-    defaults = {
-        "output_dir": str(tmp_path / "trainer"),
-        "report_to": "none",
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-    }
-    return cls(**{**defaults, **options})
-
-
-def train(tmp_path, model=None, trainer_class=ZOCLTrainer, callbacks=(), data=None, **options):
-    trainer = trainer_class(
-        model=model or mini_clip_classifier(),
-        args=arguments(tmp_path, **options),
-        train_dataset=data or image_examples(),
-        callbacks=list(callbacks),
-    )
-    trainer.train()
-    return trainer
+from hf_zocl import ZOCLTrainer
+from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
 
 def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
-
-
-def training_logs(trainer) -> list[dict]:
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 class Watch(TrainerCallback):
@@ -64,30 +31,6 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.seen.append(self.look())
-
-
-class Mlp(nn.Module):
-    """A regression with dropout; `layers.0` can be zeroth-order and the rest first-order."""
-
-    def __init__(self, dropout: float = 0.0):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = nn.ModuleList([nn.Linear(4, 16), nn.Linear(16, 1)])
-        self.dropout = nn.Dropout(dropout)
-        self.forwards: list[bool] = []
-        self.losses: list[float] = []
-
-    def forward(self, x, labels=None):
-        self.forwards.append(self.layers[0].weight.requires_grad)
-        output = self.layers[1](self.dropout(self.layers[0](x).tanh())).squeeze(-1)
-        loss = F.mse_loss(output, labels)
-        self.losses.append(loss.item())
-        return {"loss": loss, "logits": output}
-
-
-def rows(count: int = 32) -> list[dict]:
-    generator = torch.Generator().manual_seed(5)
-    return [{"x": x, "labels": x.sum()} for x in torch.randn(count, 4, generator=generator)]
 
 
 def test_branch_none_is_a_plain_trainer_to_the_last_bit(tmp_path):
@@ -341,58 +284,6 @@ def test_a_second_call_of_train_works(tmp_path):
     trainer = train(tmp_path, Mlp(), data=rows(), zo_layers=[1])
     trainer.train()
     assert trainer.state.global_step == 2
-
-
-def test_resuming_from_a_trainer_checkpoint_goes_on_to_the_same_weights(tmp_path):
-    options = {"zo_layers": [1], "zo_optim": "adamw", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = train(tmp_path, Mlp(), data=rows(), **options)
-    resumed = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **options), train_dataset=rows())
-    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
-
-
-SAVING = {"zo_layers": [1], "save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "max_steps": 5}
-
-
-def resumed(tmp_path, model, checkpoint: str) -> ZOCLTrainer:
-    trainer = ZOCLTrainer(model=model, args=arguments(tmp_path, **SAVING), train_dataset=rows())
-    trainer.train(resume_from_checkpoint=str(tmp_path / "trainer" / checkpoint))
-    return trainer
-
-
-def test_a_resumed_training_logs_what_the_undisturbed_one_does(tmp_path):
-    whole = train(tmp_path, Mlp(), data=rows(), **SAVING)
-    again = resumed(tmp_path, Mlp(), "checkpoint-2")
-    assert training_logs(again) == training_logs(whole)
-    assert again.earlier_seconds > 0
-
-
-def test_a_training_that_was_saved_after_its_last_step_takes_no_further_one(tmp_path):
-    whole = train(tmp_path, Mlp(), data=rows(), **SAVING)
-    again = resumed(tmp_path, Mlp(), "checkpoint-5")
-    assert again.state.global_step == 5
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
-
-
-def test_true_resumes_from_the_last_checkpoint_that_is_whole(tmp_path):
-    train(tmp_path, Mlp(), data=rows(), **SAVING)
-    folder = tmp_path / "trainer"
-    (folder / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5')
-    (folder / "checkpoint-4" / "scheduler.pt").unlink()
-    assert last_checkpoint(folder) == folder / "checkpoint-2"
-    trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **SAVING), train_dataset=rows())
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer._initial_global_step == 2
-
-
-def test_a_checkpoint_leaves_out_what_is_frozen_and_is_refused_where_more_is_missing(tmp_path):
-    model = Mlp()
-    model.layers[1].bias.requires_grad_(False)
-    train(tmp_path, model, data=rows(), **SAVING)
-    saved = load_file(tmp_path / "trainer" / "checkpoint-2" / "model.safetensors")
-    assert sorted(saved) == ["layers.0.bias", "layers.0.weight", "layers.1.weight"]
-    with pytest.raises(ValueError, match=r"another model: missing \['layers.1.bias'\], unexpected nothing"):
-        resumed(tmp_path, Mlp(), "checkpoint-2")
 
 
 class _Fp16(TrainerCallback):

@@ -1,0 +1,61 @@
+"""A training that stopped and goes on from a checkpoint is one that never stopped."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_zocl import ZOCLTrainer
+from hf_zocl.resumable import last_checkpoint
+from tests.helpers import Mlp, arguments, rows, train, training_logs
+
+
+def test_resuming_from_a_trainer_checkpoint_goes_on_to_the_same_weights(tmp_path):
+    options = {"zo_layers": [1], "zo_optim": "adamw", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = train(tmp_path, Mlp(), data=rows(), **options)
+    resumed = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **options), train_dataset=rows())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+SAVING = {"zo_layers": [1], "save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "max_steps": 5}
+
+
+def resumed(tmp_path, model, checkpoint: str) -> ZOCLTrainer:
+    trainer = ZOCLTrainer(model=model, args=arguments(tmp_path, **SAVING), train_dataset=rows())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "trainer" / checkpoint))
+    return trainer
+
+
+def test_a_resumed_training_logs_what_the_undisturbed_one_does(tmp_path):
+    whole = train(tmp_path, Mlp(), data=rows(), **SAVING)
+    again = resumed(tmp_path, Mlp(), "checkpoint-2")
+    assert training_logs(again) == training_logs(whole)
+    assert again.earlier_seconds > 0
+
+
+def test_a_training_that_was_saved_after_its_last_step_takes_no_further_one(tmp_path):
+    whole = train(tmp_path, Mlp(), data=rows(), **SAVING)
+    again = resumed(tmp_path, Mlp(), "checkpoint-5")
+    assert again.state.global_step == 5
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_true_resumes_from_the_last_checkpoint_that_is_whole(tmp_path):
+    train(tmp_path, Mlp(), data=rows(), **SAVING)
+    folder = tmp_path / "trainer"
+    (folder / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5')
+    (folder / "checkpoint-4" / "scheduler.pt").unlink()
+    assert last_checkpoint(folder) == folder / "checkpoint-2"
+    trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **SAVING), train_dataset=rows())
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._initial_global_step == 2
+
+
+def test_a_checkpoint_leaves_out_what_is_frozen_and_is_refused_where_more_is_missing(tmp_path):
+    model = Mlp()
+    model.layers[1].bias.requires_grad_(False)
+    train(tmp_path, model, data=rows(), **SAVING)
+    saved = load_file(tmp_path / "trainer" / "checkpoint-2" / "model.safetensors")
+    assert sorted(saved) == ["layers.0.bias", "layers.0.weight", "layers.1.weight"]
+    with pytest.raises(ValueError, match=r"another model: missing \['layers.1.bias'\], unexpected nothing"):
+        resumed(tmp_path, Mlp(), "checkpoint-2")
