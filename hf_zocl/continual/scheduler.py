@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from peft import set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
-from ..hub.checkpoint import save_task_checkpoint
+from ..hub.checkpoint import read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
@@ -346,8 +345,10 @@ class ContinualTaskScheduler:
         return results
 
     def _load_adapter(self, task: int) -> None:
-        # By way of the CPU: safetensors does not know the device of one CPU process among several, cpu:0.
-        weights = load_peft_weights(str(self.output_dir / task_folder(task)), device="cpu")
+        try:
+            weights = read_adapter_weights(self.output_dir / task_folder(task))
+        except ValueError as error:
+            raise ResumeError(f"resume: {error}") from error
         set_peft_model_state_dict(self.model.clip, weights)
 
 
