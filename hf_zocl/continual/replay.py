@@ -87,4 +87,3 @@ def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
     base = CLIPModel.from_pretrained(resolve(recipe["model_name_or_path"]))
     torch.manual_seed(recipe["seed"])
     return add_adapter(base, arguments, num_tasks=num_tasks)
-

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.public import public_recipe
+from ..hub.push_on_save import SCRATCH
 from ..hub.push_queue import QUEUE_FILE
 from ..hub.task_file import read_json, write_json
 from ..trainer import is_whole, last_checkpoint, remove_checkpoint
@@ -55,6 +56,7 @@ class RunFolder:
         for folder in (*self.path.glob("task-[0-9][0-9]*"), *self.path.glob(".task-*.tmp"), *self.path.glob("replay")):
             shutil.rmtree(folder)
         self.remove_checkpoints()
+        self.remove_scratch()
         self.write(results)
 
     def write(self, results: dict[str, Any]) -> None:
@@ -132,6 +134,11 @@ class RunFolder:
         """Remove the checkpoints within a task, or within all."""
         for folder in (self.path / "trainer").glob(f"{task}/checkpoint-*"):
             remove_checkpoint(folder)
+
+    def remove_scratch(self) -> None:
+        """Remove what a run that was killed was pushing from within a task; before anything is pushed."""
+        for folder in (self.path / "trainer").glob(f"*/{SCRATCH}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def remove_empty_folders(self) -> None:
         """A Trainer makes its folder whether or not it saves anything there."""

@@ -22,6 +22,7 @@ from ..hub.checkpoint import read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
+from ..hub.push_queue import complete_tasks
 from ..hub.task_file import task_folder
 from ..models import CLIPClassifier, adapter_name
 from ..report import plot_accuracy_matrix
@@ -121,7 +122,7 @@ class ContinualTaskScheduler:
             results = self._start()
         else:
             checkpoint = self._go_on(results, chosen)
-            self._push(*range(1, len(results["accuracy_matrix"]) + 1))  # what is there already stays as it is
+            self._push(*complete_tasks(self.output_dir))  # what is there already stays as it is
         if not train:
             return self._finish_untrained(results)
         started = time.perf_counter() - results["seconds"]
@@ -206,6 +207,7 @@ class ContinualTaskScheduler:
         if done:
             self._load_adapter(done)
         if self.args.should_save:
+            self.folder.remove_scratch()
             for task in self.stream[:done]:  # of a run that was killed before it could
                 self.folder.remove_checkpoints(task.name)
         if done == len(self.stream):

@@ -268,6 +268,14 @@ def test_another_tasks_checkpoint_is_not_gone_on_from(undisturbed, stopped):
         resume(folder, HYBRID)
 
 
+def test_what_was_being_pushed_when_the_run_was_killed_is_removed(stopped):
+    folder = stopped(HYBRID)
+    scratch = folder / "trainer" / "task-01" / ".push-checkpoint-2"
+    scratch.mkdir(parents=True)
+    resume(folder, HYBRID)
+    assert not scratch.exists()
+
+
 @pytest.mark.parametrize("content", ["{", "[]", "{}"])
 def test_damaged_results_are_named(content, stopped):
     folder = stopped(HYBRID)
