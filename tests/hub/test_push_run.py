@@ -197,6 +197,17 @@ def test_a_run_of_a_mixture_of_experts_loads_with_its_accuracies(tmp_path):
 
 
 @pytest.mark.slow
+def test_runs_that_are_killed_leave_whole_repositories(tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        command = [sys.executable, "scripts/chaos.py", "--runs", "3", "--output_dir", str(tmp_path / "chaos")]
+        command += ["--push_to_hub", "true", "--hub_model_id", "tester/chaos-{run}"]
+        env = environment(hub, tmp_path / "cache")
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "On the Hub, 3 have task-01 and task-02" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
     original, folder, _ = pushed
     shutil.copytree(original.folder, tmp_path / "hub")
