@@ -28,6 +28,9 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_zocl.continual import evaluation, recipe, scheduler
+from hf_zocl.hub import push
+from hf_zocl.hub.commits import changes
+from hf_zocl.hub.public import public_files
 from hf_zocl.trainer import ZOCLTrainer
 
 
@@ -45,7 +48,7 @@ PHASES = {
     "in a step": (ZOCLTrainer, "training_step"),
     "saving within a task": (ZOCLTrainer, "_save_checkpoint"),
     "saving a task": (scheduler.ContinualTaskScheduler, "_save"),
-    "pushing": (HfApi, "create_commit"),
+    "pushing": (push, "push_files"),
 }
 ANY = "any moment"
 NOT_COMPARED = ("seconds", "peak_memory_bytes", "recipe", "versions")
@@ -228,12 +231,24 @@ def log_of(folder: Path) -> Path:
 
 
 def outcome_of(folder: Path) -> dict[str, Any]:
-    """What must be equal: the results, and every task's weights, by their hash."""
+    """What must be equal: the results, every task's weights, by their hash, and the tags on the Hub."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     outcome = {name: value for name, value in results.items() if name not in NOT_COMPARED}
     for file in sorted(folder.glob("task-*/adapter_model.safetensors")):
         outcome[f"weights of {file.parent.name}"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    if results["recipe"].get("push_to_hub"):
+        outcome["tags"] = tags_of(folder, results["recipe"]["hub_model_id"])
     return outcome
+
+
+def tags_of(folder: Path, repo_id: str) -> list[str]:
+    """The tags of a run's repository that hold exactly what the run's folder does."""
+    api, whole = HfApi(), []
+    for name in sorted(ref.name for ref in api.list_repo_refs(repo_id).tags):
+        files = public_files(folder / name, repo_id)
+        if not changes(api, repo_id, name, files, lambda path: path != ".gitattributes"):
+            whole.append(name)
+    return whole
 
 
 def row(number: int, run: Run, undisturbed: Undisturbed) -> str:
@@ -252,6 +267,9 @@ def markdown(runs: list[Run], undisturbed: Undisturbed) -> str:
         f"{equal} of {len(runs)} runs, killed {kills} times in all, ended with the accuracies, logs and weights of "
         f"the undisturbed run (which takes {undisturbed.seconds:.1f} s), to the last bit.",
     ]
+    if tags := undisturbed.outcome.get("tags"):
+        whole = sum(run.outcome["tags"] == tags for run in runs)
+        lines[-1] += f" On the Hub, {whole} have {' and '.join(tags)}, with exactly the files of the run's folder."
     return "\n".join(lines)
 
 

@@ -1,7 +1,6 @@
 """Push what a run could not push, or a run that was never pushed: `python scripts/push.py runs/quickstart`."""
 
 import argparse
-import json
 import logging
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 from hf_zocl.hub.checkpoint import RESULTS_FILE, task_folder
 from hf_zocl.hub.push import HubPusher
 from hf_zocl.hub.push_queue import PushQueue, complete_tasks
+from hf_zocl.hub.task_file import read_json
 
 
 def main() -> None:
@@ -51,13 +51,15 @@ def push_run(
     if queue is not None:
         repo_id, private = repo_id or queue.repo_id, queue.private if private is None else private
     elif repo_id is None and (output_dir / RESULTS_FILE).is_file():
-        repo_id = json.loads((output_dir / RESULTS_FILE).read_text(encoding="utf-8"))["recipe"].get("hub_model_id")
+        repo_id = read_json(output_dir / RESULTS_FILE).get("recipe", {}).get("hub_model_id")
     pusher = HubPusher(output_dir, repo_id, token, private)
     pusher.check()
     complete = [task_folder(task) for task in tasks]
     is_rest = queue is not None and repo_id == queue.repo_id
     pusher.queue.pending = [name for name in complete if name in queue.pending] if is_rest else complete
     outcomes = pusher.drain()
+    if queue is not None and not is_rest:
+        queue.write()  # what waits for its own repository goes on waiting
     return outcomes, pusher.queue.pending, pusher.repo_id or pusher.queue.repo_id
 
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from transformers import CLIPModel
 
-from ..hub.checkpoint import task_folder
+from ..hub.checkpoint import read_adapter_weights, task_folder
 from ..models import AdapterArguments, add_adapter
 from ..replay_file import load_replay_log
 from ..sample import resolve
@@ -63,7 +62,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
     recipe = results["recipe"]
     model = _adapted_model(recipe, len(results["tasks"])).to(device)
     if task > 1:
-        set_peft_model_state_dict(model, _weights(folder.path, task - 1))
+        set_peft_model_state_dict(model, read_adapter_weights(folder.path / task_folder(task - 1)))
     if hasattr(model, "begin_task"):
         model.begin_task(task)
     log = load_replay_log(log_file)
@@ -71,7 +70,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
     log.replay(split.zo)
     names = [name for group in split.zo for name in group.names]
     rebuilt = {name: p.detach().clone() for name, p in zip(names, split.zo_parameters, strict=True)}
-    set_peft_model_state_dict(model, _weights(folder.path, task))
+    set_peft_model_state_dict(model, read_adapter_weights(weights_file.parent))
     saved = dict(model.named_parameters())
     return Rebuilt(
         steps=len(log.steps),
@@ -88,7 +87,3 @@ def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
     base = CLIPModel.from_pretrained(resolve(recipe["model_name_or_path"]))
     torch.manual_seed(recipe["seed"])
     return add_adapter(base, arguments, num_tasks=num_tasks)
-
-
-def _weights(run: Path, task: int) -> dict[str, torch.Tensor]:
-    return load_peft_weights(str(run / task_folder(task)), device="cpu")

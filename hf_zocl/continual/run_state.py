@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..hub.public import public_recipe
+from ..hub.push_on_save import SCRATCH
 from ..hub.push_queue import QUEUE_FILE
-from ..hub.task_file import write_json
+from ..hub.task_file import read_json, write_json
 from ..resumable import is_whole, last_checkpoint, remove_checkpoint
 
 
@@ -22,6 +23,10 @@ _NOT_THE_RUN |= {"seeds", "num_seeds", "vary_class_order"}
 _NOT_THE_RUN |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"}
 _NOT_THE_RUN |= {"hub_always_push", "hub_revision"}
 _NOT_THE_RUN |= {"save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"}
+# What going on reads and adds to.
+_LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
+_NEEDED = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
+_NEEDED |= dict.fromkeys(("seconds", "peak_memory_bytes"), (int, float))
 
 
 class ResumeError(ValueError):
@@ -51,6 +56,7 @@ class RunFolder:
         for folder in (*self.path.glob("task-[0-9][0-9]*"), *self.path.glob(".task-*.tmp"), *self.path.glob("replay")):
             shutil.rmtree(folder)
         self.remove_checkpoints()
+        self.remove_scratch()
         self.write(results)
 
     def write(self, results: dict[str, Any]) -> None:
@@ -68,12 +74,19 @@ class RunFolder:
             base_model_is_local: Whether `model_name_or_path` is a folder, which may lie elsewhere than it did.
 
         Raises:
-            ResumeError: If the folder is the run of another recipe, which names the differing arguments.
+            ResumeError: If the folder is the run of another recipe, which names the differing arguments; or if the
+                file is damaged.
         """
         file = self.path / RESULTS_FILE
         if not file.is_file():
             return None
-        results = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            results = read_json(file)
+        except ValueError as error:
+            raise ResumeError(f"resume: {error}") from error
+        missing = [name for name, kind in _NEEDED.items() if not isinstance(results.get(name), kind)]
+        if missing:
+            raise ResumeError(f"resume: {file} is damaged: expected the results of a run, with {missing[0]}.")
         # A run that was fetched from the Hub has no local paths.
         mine = public_recipe(json.loads(json.dumps(recipe)), base_model_is_local)
         theirs = public_recipe(results["recipe"], base_model_is_local)
@@ -121,6 +134,11 @@ class RunFolder:
         """Remove the checkpoints within a task, or within all."""
         for folder in (self.path / "trainer").glob(f"{task}/checkpoint-*"):
             remove_checkpoint(folder)
+
+    def remove_scratch(self) -> None:
+        """Remove what a run that was killed was pushing from within a task; before anything is pushed."""
+        for folder in (self.path / "trainer").glob(f"*/{SCRATCH}*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def remove_empty_folders(self) -> None:
         """A Trainer makes its folder whether or not it saves anything there."""

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from peft import set_peft_model_state_dict
-from peft.utils import load_peft_weights
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
-from ..hub.checkpoint import save_task_checkpoint
+from ..hub.checkpoint import read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
+from ..hub.push_queue import complete_tasks
 from ..hub.task_file import task_folder
 from ..models import CLIPClassifier, adapter_name
 from ..replay_file import save_replay_log
@@ -124,7 +124,7 @@ class ContinualTaskScheduler:
             results = self._start()
         else:
             checkpoint = self._go_on(results, chosen)
-            self._push(*range(1, len(results["accuracy_matrix"]) + 1))  # what is there already stays as it is
+            self._push(*complete_tasks(self.output_dir))  # what is there already stays as it is
         if not train:
             return self._finish_untrained(results)
         started = time.perf_counter() - results["seconds"]
@@ -209,6 +209,7 @@ class ContinualTaskScheduler:
         if done:
             self._load_adapter(done)
         if self.args.should_save:
+            self.folder.remove_scratch()
             for task in self.stream[:done]:  # of a run that was killed before it could
                 self.folder.remove_checkpoints(task.name)
         if done == len(self.stream):
@@ -348,8 +349,10 @@ class ContinualTaskScheduler:
         return results
 
     def _load_adapter(self, task: int) -> None:
-        # By way of the CPU: safetensors does not know the device of one CPU process among several, cpu:0.
-        weights = load_peft_weights(str(self.output_dir / task_folder(task)), device="cpu")
+        try:
+            weights = read_adapter_weights(self.output_dir / task_folder(task))
+        except ValueError as error:
+            raise ResumeError(f"resume: {error}") from error
         set_peft_model_state_dict(self.model.clip, weights)
 
 

@@ -179,6 +179,21 @@ def load_task_checkpoint(
     return model.eval(), processor
 
 
+def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights in a run's folder `task-NN`, on the CPU.
+
+    Raises:
+        ValueError: If the folder is not, as it was saved, the checkpoint of that task.
+    """
+    info = read_task(folder)
+    check_seal(folder, info)
+    if task_folder(info["task"]) != folder.name:
+        raise ValueError(f"{folder / TASK_FILE} is foreign: it is of task {info['task']}.")
+    file = folder / ADAPTER_WEIGHTS
+    with _refusing(f"{file} is damaged: it cannot be read as safetensors"):
+        return load_file(file)
+
+
 def _newest(folder: Path) -> Path:
     folders = [file.parent for file in folder.glob(f"task-[0-9]*/{TASK_FILE}")]
     if not folders:

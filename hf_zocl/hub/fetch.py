@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
@@ -37,9 +37,12 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
 
     Raises:
         OSError: If the Hub cannot be reached.
-        ValueError: If a tag holds something else than its task's checkpoint, whole.
+        ValueError: If `output_dir` holds a run, or a tag something else than its task's checkpoint, whole.
     """
     output_dir = Path(output_dir)
+    if (output_dir / RESULTS_FILE).is_file():
+        raise ValueError(f"{output_dir} holds a run already: fetch into another folder.")
+    token = token or get_token()
     api = HfApi(token=token, library_name="hf_zocl")
     try:
         if "/" not in repo_id:
@@ -72,7 +75,8 @@ def _fetch_task(
     try:
         paths = api.list_repo_files(repo_id, revision=commit)
         for path in paths:
-            if path.startswith("/") or "\\" in path or ".." in PurePosixPath(path).parts:
+            windows = PureWindowsPath(path)  # which knows every way out that other systems know
+            if windows.anchor or ".." in windows.parts:
                 raise PermissionError(f"the file name {path!r} leads out of the folder")
         options = {"allow_patterns": FETCHED, "ignore_patterns": ["checkpoints/*"], "token": token, **hub_kwargs}
         snapshot_download(repo_id, revision=commit, local_dir=unfinished, **options)

@@ -11,7 +11,7 @@ from typing import Any
 from ..sample import resolve
 from .checkpoint import RESULTS_FILE
 from .model_card import render_task_card
-from .seal import ADAPTER_CONFIG, BASE_CONFIG, BASE_WEIGHTS, seal
+from .seal import ADAPTER_CONFIG, BASE_CONFIG, BASE_WEIGHTS, check_seal, seal
 from .task_file import TASK_FILE, read_json, read_task
 
 
@@ -19,7 +19,9 @@ LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 # Arguments that are always paths, so also where a relative one reads like the name of a repository.
 PATH_ARGUMENTS = {"output_dir", "logging_dir", "dataset_path", "resume_from_checkpoint", "deepspeed"}
 PATH_KEYS = re.compile(r"_?(\w+_)?(name_or_path|file|path|dir)")
-TOKENS = re.compile(r"\bhf_[A-Za-z0-9]{8,}|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)")
+TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{8,}|\b(?:hf_oauth|hf_jwt|api_org)_[\w.-]+|(?<=Bearer )\S+|(?<=://)[^/\s@]+(?=@)"
+)
 
 
 def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
@@ -37,10 +39,11 @@ def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         says how to load the task from `repo_id`.
 
     Raises:
-        ValueError: If `folder` is no task checkpoint.
+        ValueError: If `folder` is no task checkpoint, or not as it was saved.
         FileNotFoundError: If its base model is a local folder that is no longer there or has no safetensors.
     """
     info = read_task(folder)
+    check_seal(folder, info)  # the copy is sealed anew: damage must not become what is expected
     paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path

@@ -240,6 +240,8 @@ class HubPusher:
             while True:
                 self.drain()
                 with self._lock:
+                    if self.queue.pending and self.queue.error is None:
+                        continue  # it came when the one before was just done
                     if not self._saves:
                         self._worker = None
                         return
@@ -334,4 +336,4 @@ def _status(error: BaseException) -> int | None:
 def _retry_after(error: BaseException) -> float:
     response = _response(error)
     value = "" if response is None else response.headers.get("Retry-After", "")
-    return float(value) if value.isdigit() else 0.0
+    return float(value) if value.isdecimal() else 0.0

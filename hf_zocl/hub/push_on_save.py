@@ -15,6 +15,7 @@ from .push import HubPusher, Save
 from .task_file import task_folder
 
 
+SCRATCH = ".push-"  # begins the name of a folder that lives as long as its push
 LEFT_OUT = ("training_args.bin", "README.md")  # arguments hold tokens and paths, and are a pickle
 
 
@@ -41,7 +42,7 @@ class PushOnSave(TrainerCallback):
         files: dict[str, Path | bytes] = {"adapter_model.safetensors": save(weights, metadata={"format": "pt"})}
         scratch, replaces = None, ()
         if self.strategy != "every_save":
-            scratch = checkpoint.with_name(f".push-{checkpoint.name}")  # the Trainer may remove its own meanwhile
+            scratch = checkpoint.with_name(f"{SCRATCH}{checkpoint.name}")  # the Trainer may remove its own meanwhile
             folder = "last-checkpoint/"
             if self.strategy == "all_checkpoints":
                 folder = f"checkpoints/{task_folder(self.task)}/{checkpoint.name}/"

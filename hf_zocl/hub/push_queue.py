@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from .task_file import task_folder, write_json
+from .checkpoint import RESULTS_FILE
+from .task_file import read_json, task_folder, write_json
 
 
 logger = logging.get_logger(__name__)
@@ -64,13 +65,21 @@ class PushQueue:
 
 
 def complete_tasks(output_dir: Path) -> list[int]:
-    """The tasks whose checkpoints `output_dir` holds, in order."""
-    return sorted(task_number(folder.name) for folder in output_dir.glob("task-*") if is_task_name(folder.name))
+    """The tasks whose checkpoints `output_dir` holds, in order; of a run's folder, those that its results speak of.
+
+    Raises:
+        ValueError: If the results cannot be read.
+    """
+    tasks = sorted(task_number(folder.name) for folder in output_dir.glob("task-*") if is_task_name(folder.name))
+    if not (output_dir / RESULTS_FILE).is_file():
+        return tasks
+    done = len(read_json(output_dir / RESULTS_FILE).get("accuracy_matrix", ()))
+    return [task for task in tasks if task <= done]  # a run that was killed makes the next one again
 
 
 def is_task_name(name: str) -> bool:
     number = name.removeprefix("task-")
-    return number.isdigit() and name == task_folder(int(number))
+    return number.isdecimal() and int(number) > 0 and name == task_folder(int(number))
 
 
 def task_number(name: str) -> int:

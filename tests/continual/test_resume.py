@@ -234,6 +234,56 @@ def test_how_often_is_saved_is_not_the_run_and_everything_else_is(stopped):
         resume(stopped(HYBRID), f"{HYBRID} --zo_eps 0.5 --save_steps 3")
 
 
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def as_pickle(file: Path) -> None:
+    torch.save(load_file(file), file.with_name("adapter_model.bin"))
+    file.unlink()
+
+
+DAMAGES = {
+    "flipped": (flip, "task-01/adapter_model.safetensors is damaged"),
+    "a pickle": (as_pickle, "task-01/adapter_model.safetensors is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_not_gone_on_from(damage, stopped):
+    folder = stopped(HYBRID)
+    spoil, message = DAMAGES[damage]
+    spoil(folder / "task-01" / "adapter_model.safetensors")
+    with pytest.raises(ResumeError, match=message):
+        resume(folder, HYBRID)
+
+
+def test_another_tasks_checkpoint_is_not_gone_on_from(undisturbed, stopped):
+    folder = stopped(HYBRID)
+    shutil.rmtree(folder / "task-01")
+    shutil.copytree(undisturbed(HYBRID) / "task-02", folder / "task-01")
+    with pytest.raises(ResumeError, match=r"task-01/task\.json is foreign: it is of task 2"):
+        resume(folder, HYBRID)
+
+
+def test_what_was_being_pushed_when_the_run_was_killed_is_removed(stopped):
+    folder = stopped(HYBRID)
+    scratch = folder / "trainer" / "task-01" / ".push-checkpoint-2"
+    scratch.mkdir(parents=True)
+    resume(folder, HYBRID)
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_damaged_results_are_named(content, stopped):
+    folder = stopped(HYBRID)
+    (folder / "results.json").write_text(content)
+    with pytest.raises(ResumeError, match=r"results\.json is damaged"):
+        resume(folder, HYBRID)
+
+
 @pytest.mark.parametrize("task", [1, 2])
 @pytest.mark.parametrize("kind", [ALL_ZO, ACCUMULATED], ids=["adamw", "sgd, accumulated, clipped"])
 def test_the_log_of_zeroth_order_steps_makes_the_adapter_again(kind, task, undisturbed):

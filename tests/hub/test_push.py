@@ -1,6 +1,7 @@
 """Task checkpoints on the Hub: what is pushed, what a fault does to it, and that it loads anywhere."""
 
 import json
+import re
 import runpy
 import shutil
 import sys
@@ -19,7 +20,7 @@ from hf_zocl.hub.checkpoint import save_task_checkpoint
 from hf_zocl.hub.fetch import fetch_run
 from hf_zocl.hub.public import public_files, public_recipe, redact
 from hf_zocl.hub.push import HubPusher
-from hf_zocl.hub.push_queue import QUEUE_FILE, PushQueue
+from hf_zocl.hub.push_queue import QUEUE_FILE, PushQueue, is_task_name
 from hf_zocl.hub.seal import seal_task_checkpoint
 from hf_zocl.hub.task_file import read_json
 from hf_zocl.models import AdapterArguments
@@ -27,6 +28,7 @@ from hf_zocl.sample import sample_path
 from hf_zocl.training_args import HUB_STRATEGIES
 
 from ..helpers import mini_clip_classifier
+from .checkpoints import save_checkpoint
 from .conftest import use_hub
 from .hub_server import HubServer
 
@@ -289,6 +291,22 @@ def test_a_later_task_pushes_what_an_earlier_one_could_not(client, hub, run):
     assert is_complete(hub)
 
 
+def test_a_task_that_comes_as_the_last_one_is_done_is_not_forgotten(client, hub, run, monkeypatch):
+    pusher = pusher_of(run)
+    drain, more = pusher.drain, [2, 3]
+
+    def drain_and_come():
+        outcomes = drain()
+        if more:  # the worker has found nothing left, and is still there
+            pusher.push(more.pop(0))
+        return outcomes
+
+    monkeypatch.setattr(pusher, "drain", drain_and_come)
+    pusher.push(1)
+    pusher._worker.join(60)
+    assert is_complete(hub)
+
+
 def test_a_hub_that_is_down_stops_nothing(run, tmp_path, monkeypatch):
     with HubServer(tmp_path / "hub") as hub:
         use_hub(hub, tmp_path / "cache", monkeypatch)
@@ -381,6 +399,22 @@ def test_the_script_pushes_a_run_that_was_never_pushed(client, hub, run, monkeyp
     assert code.startswith(f"error: {tmp_path}: expected a run's folder")
 
 
+def test_the_script_leaves_the_queue_of_another_repository(client, hub, run, monkeypatch, capsys):
+    PushQueue(run, "run", pending=["task-03"]).write()
+    assert run_script(run, monkeypatch, capsys, "--hub_model_id", "other")[0] == 0
+    queue = PushQueue.read(run)
+    assert (queue.repo_id, queue.pending) == ("run", ["task-03"])
+
+
+def test_the_script_pushes_the_tasks_that_the_results_speak_of(client, hub, run, monkeypatch, capsys):
+    shutil.copyfile(run / "task-02" / "results.json", run / "results.json")  # killed before it wrote the third
+    code, lines = run_script(run, monkeypatch, capsys)
+    assert (code, lines[-1]) == (0, "2 of 2 are on tester/run.")
+    (run / "results.json").write_text("{")
+    code, _ = run_script(run, monkeypatch, capsys)
+    assert code.startswith(f"error: {run / 'results.json'} is damaged")
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"repo_id": "run", "token": "x"}'])
 def test_a_queue_that_is_none_is_named(tmp_path, text):
     (tmp_path / QUEUE_FILE).write_text(text)
@@ -388,11 +422,12 @@ def test_a_queue_that_is_none_is_named(tmp_path, text):
         PushQueue.read(tmp_path)
 
 
-def test_a_checkpoint_that_is_damaged_here_is_named_and_not_tried_again(client, hub, run, caplog):
-    with (run / "task-02" / "task.json").open("a") as file:
+@pytest.mark.parametrize("name", ["task.json", "adapter_model.safetensors"])
+def test_a_checkpoint_that_is_damaged_here_is_named_and_not_tried_again(client, hub, run, caplog, name):
+    with (run / "task-02" / name).open("a") as file:
         file.write("}")
     assert push_all(run) == ["task-02", "task-03"]
-    assert f"{run / 'task-02' / 'task.json'} is damaged" in PushQueue.read(run).error
+    assert f"{run / 'task-02' / name} is damaged" in PushQueue.read(run).error
     assert "again in" not in caplog.text
     assert list(hub.repository(REPO).tags) == ["task-01"]
 
@@ -424,6 +459,16 @@ def test_tokens_are_redacted():
     assert redact(text, "my-token") == "Bearer <token> at https://<token>@host/x with <token> and <token>"
 
 
+@pytest.mark.parametrize("token", ["hf_oauth_eyJh-bGci.eyJz_dWIi.c2ln", "hf_jwt_eyJh.x", "api_org_abcDEF"])
+def test_tokens_of_other_kinds_are_redacted(token):
+    assert redact(f"with {token} it failed") == "with <token> it failed"
+
+
+@pytest.mark.parametrize("name", ["task-²", "task-٠٣", "task-00", "task-3", "task-", "task--1"])
+def test_what_is_called_almost_like_a_task_is_none(name):
+    assert not is_task_name(name)
+
+
 def test_a_run_is_fetched_as_it_was_pushed(client, hub, run, tmp_path):
     push_all(run)
     assert fetch_run("run", tmp_path / "fetched") == 3
@@ -444,6 +489,29 @@ def test_a_run_is_fetched_as_it_was_pushed(client, hub, run, tmp_path):
         assert model.class_names == ("cat", "dog")
 
 
+def test_a_run_is_not_fetched_over_another(client, hub, run):
+    with pytest.raises(ValueError, match="holds a run already"):
+        fetch_run(REPO, run)
+    assert {*TASKS, "results.json"} <= {path.name for path in run.iterdir()}
+
+
+def test_a_mixture_of_experts_comes_back(client, hub, tmp_path):
+    folder = save_checkpoint(tmp_path, task=3, adapter="moe")
+    pusher = pusher_of(tmp_path)
+    pusher.push(3)
+    assert pusher.finish() == []
+    here, processor = load_task_checkpoint(folder)
+    there, _ = load_task_checkpoint(REPO, task=3)
+    clip = CLIPModel.from_pretrained(REPO, revision="task-03").eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    prompts = [f"a photo of a {name}." for name in here.class_names]
+    prompts = processor.tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        expected = here(pixel_values=pixels).logits
+        assert torch.equal(there(pixel_values=pixels).logits, expected)
+        assert torch.allclose(clip(pixel_values=pixels, **prompts).logits_per_image, expected, atol=1e-4)
+
+
 def test_a_repository_without_tasks_gives_no_run(client, hub, tmp_path):
     assert fetch_run("run", tmp_path / "fetched") == 0
     client.create_repo("run")
@@ -451,12 +519,15 @@ def test_a_repository_without_tasks_gives_no_run(client, hub, tmp_path):
     assert not (tmp_path / "fetched").exists()
 
 
-def test_a_file_name_that_leads_out_of_the_folder_is_refused(client, hub, run, tmp_path):
+@pytest.mark.parametrize(
+    "name", ["../evil.json", "/evil.json", "a/../../evil.json", "C:evil.json", "a\\..\\evil.json"]
+)
+def test_a_file_name_that_leads_out_of_the_folder_is_refused(client, hub, run, tmp_path, name):
     push_all(run)
     repository = hub.repository(REPO)
     described = repository.folder / "commits" / f"{repository.tags['task-02']}.json"
-    described.write_text(described.read_text().replace('"processor_config.json"', '"../evil.json"'))
-    with pytest.raises(OSError, match="task-02.*'../evil.json' leads out of the folder"):
+    described.write_text(described.read_text().replace('"processor_config.json"', json.dumps(name)))
+    with pytest.raises(OSError, match=f"task-02.*{re.escape(repr(name))} leads out of the folder"):
         fetch_run(REPO, tmp_path / "fetched")
     assert not list(tmp_path.rglob("evil.json"))
 

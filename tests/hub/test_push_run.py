@@ -185,6 +185,29 @@ def test_each_revision_loads_in_a_process_of_its_own(pushed, tmp_path, name):
 
 
 @pytest.mark.slow
+def test_a_run_of_a_mixture_of_experts_loads_with_its_accuracies(tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        env = environment(hub, tmp_path / "cache")
+        moe = ["--adapter", "moe", "--moe_freeze_experts", "1", "--moe_router_per_task", "true", "--increment", "5"]
+        done = train(tmp_path / "run", env, *moe)
+        assert done.returncode == 0, done.stderr
+        assert list(hub.repository(REPO).tags) == TASKS[:2]
+        expected = {str(task): results_of(hub, f"task-0{task}")["seen_accuracy"][-1] for task in (1, 2)}
+        assert fresh_process(LOAD_BY_TASK, env, REPO, "1", "2") == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_leave_whole_repositories(tmp_path):
+    with HubServer(tmp_path / "hub") as hub:
+        command = [sys.executable, "scripts/chaos.py", "--runs", "3", "--output_dir", str(tmp_path / "chaos")]
+        command += ["--push_to_hub", "true", "--hub_model_id", "tester/chaos-{run}"]
+        env = environment(hub, tmp_path / "cache")
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "On the Hub, 3 have task-01 and task-02" in done.stdout
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
     original, folder, _ = pushed
     shutil.copytree(original.folder, tmp_path / "hub")
