@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ class DataParallelTrainer(Trainer):
     examples: these are cut off, and a process's loss is multiplied by what its own examples count. It takes the
     arguments of `Trainer`.
 
-    A subclass with a training step of its own overrides `_micro_step`, and says what it trains without autograd
-    (`_gradient_free_parameters`).
+    A subclass that takes losses beside `Trainer.training_step`'s does so within `_counting_own_examples`, and says what
+    it trains without autograd (`_gradient_free_parameters`).
     """
 
     # Parameters that are trained though they require no gradient.
@@ -32,9 +33,9 @@ class DataParallelTrainer(Trainer):
         # How the examples are shared out among the processes, if they are.
         self._shard: BatchSamplerShard | None = None
         # What this process's examples count in the mean over the processes: for every micro-batch of the step, and
-        # for the present one.
+        # for the present one, within its training step.
         self._shares: list[float] = []
-        self._share = 1.0
+        self._share: float | None = None
 
     def get_train_dataloader(self) -> DataLoader:
         dataloader = super().get_train_dataloader()
@@ -53,18 +54,21 @@ class DataParallelTrainer(Trainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """`_micro_step`, in which all losses count what this process's examples do."""
+        """`Trainer.training_step`, in which the loss counts what this process's examples do."""
+        with self._counting_own_examples():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextmanager
+    def _counting_own_examples(self) -> Iterator[None]:
+        """Inside, every loss of the next micro-batch counts what this process's examples do; may be nested."""
+        if self._share is not None:
+            yield
+            return
         self._share = self._shares.pop(0) if self._shares else 1.0
         try:
-            return self._micro_step(model, inputs, num_items_in_batch)
+            yield
         finally:
-            self._share = 1.0
-
-    def _micro_step(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
-    ) -> torch.Tensor:
-        """What is done with one micro-batch: `Trainer.training_step`."""
-        return super().training_step(model, inputs, num_items_in_batch)
+            self._share = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`Trainer.compute_loss`, in training times what this process's examples count in the mean over all.
@@ -72,7 +76,7 @@ class DataParallelTrainer(Trainer):
         That is 1 but for an epoch's last batch in several processes. An override should call this one for it.
         """
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._share == 1.0:
+        if self._share in (None, 1.0):
             return result
         return (result[0] * self._share, result[1]) if return_outputs else result * self._share
 

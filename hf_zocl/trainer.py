@@ -176,8 +176,11 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
         return dataloader
 
-    def _micro_step(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         """One micro-batch: backpropagation for the first-order parameters, then the zeroth-order estimate.
 
@@ -185,13 +188,19 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             The loss at θ, scaled for accumulation as the Trainer scales it; detached.
         """
         if not self.has_zo_parameters:
-            return super()._micro_step(model, inputs, num_items_in_batch)
+            return super().training_step(model, inputs, num_items_in_batch)
+        with self._counting_own_examples():
+            return self._hybrid_step(model, inputs, num_items_in_batch)
+
+    def _hybrid_step(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
+    ) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)
         scale = self._loss_scale(num_items_in_batch)
         evaluation, base_loss = self._evaluation(model, inputs, num_items_in_batch), None
         if self.split.fo:
             with evaluation.recording():
-                base_loss = super()._micro_step(model, inputs, num_items_in_batch) / scale
+                base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
             evaluation.check(base_loss)
         else:
             model.train()
@@ -303,7 +312,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             max_norm=args.zo_max_grad_norm,
         )
 
-    # What the two bases ask, beside `_micro_step`.
+    # What the two bases ask.
 
     @property
     def _gradient_free_parameters(self) -> list[nn.Parameter]:
