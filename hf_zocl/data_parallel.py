@@ -21,8 +21,8 @@ class DataParallelTrainer(Trainer):
     examples: these are cut off, and a process's loss is multiplied by what its own examples count. It takes the
     arguments of `Trainer`.
 
-    A subclass that takes losses beside `Trainer.training_step`'s does so within `_counting_own_examples`, and says what
-    it trains without autograd (`_gradient_free_parameters`).
+    A subclass that takes losses beside `Trainer.training_step`'s does so within `_counting_own_examples`, and says
+    what it trains without autograd (`_gradient_free_parameters`).
     """
 
     # Parameters that are trained though they require no gradient.
