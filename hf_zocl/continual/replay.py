@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from transformers import CLIPModel
 
 from ..hub.checkpoint import read_adapter_weights, task_folder
+from ..hub.task_file import read_json
 from ..models import AdapterArguments, add_adapter
 from ..replay_file import load_replay_log
 from ..sample import resolve
@@ -57,8 +57,10 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
         if not file.is_file():
             raise ValueError(f"{file}: there is no such file, so {folder.path} holds no complete task {task}.")
     if not log_file.is_file():
-        raise ValueError(f"{log_file}: there is no such file. Runs write it whose zo_layers are all (zo_branch=dual).")
-    results = json.loads((folder.path / RESULTS_FILE).read_text(encoding="utf-8"))
+        raise ValueError(
+            f"{log_file}: there is no such file. Runs write it whose zo_layers are all (zo_branch=dual), and keep it."
+        )
+    results = read_json(folder.path / RESULTS_FILE)
     recipe = results["recipe"]
     model = _adapted_model(recipe, len(results["tasks"])).to(device)
     if task > 1:

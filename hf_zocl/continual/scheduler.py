@@ -157,7 +157,10 @@ class ContinualTaskScheduler:
         """Where `output_dir` holds no run yet, go on from the one in the repository."""
         with self.args.main_process_first(desc="fetching the run"):
             if self._pusher is not None and not (self.output_dir / RESULTS_FILE).is_file():
-                fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
+                try:
+                    fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
+                except (OSError, ValueError) as error:  # to begin anew would replace what is there
+                    raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
 
     def _prepare_images(self) -> None:
         """Decode and resize ahead; the first process fills the cache for the others."""

@@ -46,7 +46,10 @@ class PushQueue:
         if not file.is_file():
             return None
         try:
-            return cls(output_dir, **json.loads(file.read_text(encoding="utf-8")))
+            queue = cls(output_dir, **json.loads(file.read_text(encoding="utf-8")))
+            if not isinstance(queue.repo_id, str) or not isinstance(queue.pending, list):
+                raise TypeError("repo_id is text, pending a list")
+            return queue
         except (TypeError, ValueError) as error:
             raise ValueError(f"{file}: expected a queue of tasks to push, as a run leaves it ({error}).") from error
 

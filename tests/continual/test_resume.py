@@ -268,6 +268,13 @@ def test_another_tasks_checkpoint_is_not_gone_on_from(undisturbed, stopped):
         resume(folder, HYBRID)
 
 
+def test_a_run_that_cannot_be_fetched_does_not_begin_anew(tmp_path):
+    pushed = ("--push_to_hub", "true", "--hub_model_id", "tester/run")
+    with pytest.raises(ResumeError, match=r"tester/run: the run cannot be fetched .* Without --resume"):
+        build_scheduler(recipe(tmp_path, HYBRID, *pushed)).run(resume=True)  # the Hub is switched off for the tests
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_was_being_pushed_when_the_run_was_killed_is_removed(stopped):
     folder = stopped(HYBRID)
     scratch = folder / "trainer" / "task-01" / ".push-checkpoint-2"

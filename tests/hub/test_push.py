@@ -415,7 +415,7 @@ def test_the_script_pushes_the_tasks_that_the_results_speak_of(client, hub, run,
     assert code.startswith(f"error: {run / 'results.json'} is damaged")
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"repo_id": "run", "token": "x"}'])
+@pytest.mark.parametrize("text", ["[]", "{", '{"repo_id": "run", "token": "x"}', '{"repo_id": "run", "pending": 3}'])
 def test_a_queue_that_is_none_is_named(tmp_path, text):
     (tmp_path / QUEUE_FILE).write_text(text)
     with pytest.raises(ValueError, match=QUEUE_FILE):
