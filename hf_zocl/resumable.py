@@ -74,9 +74,12 @@ class ResumableTrainer(Trainer):
 
         Raises:
             SaveError: If a checkpoint cannot be written.
+            ValueError: If the last one is asked for, and none is whole.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"resume_from_checkpoint=True: no checkpoint in {self.args.output_dir} is whole.")
         if isinstance(resume_from_checkpoint, Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
         self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None

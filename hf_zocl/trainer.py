@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -189,15 +190,19 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         """
         if not self.has_zo_parameters:
             return super().training_step(model, inputs, num_items_in_batch)
-        with self._counting_own_examples():
-            return self._hybrid_step(model, inputs, num_items_in_batch)
+        inputs = self._prepare_inputs(inputs)
+        evaluation = self._evaluation(model, inputs, num_items_in_batch)
+        with self._counting_own_examples(), closing(evaluation):
+            return self._hybrid_step(model, inputs, num_items_in_batch, evaluation)
 
     def _hybrid_step(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        num_items_in_batch: torch.Tensor | int | None,
+        evaluation: PlainEvaluation | TowerEvaluation,
     ) -> torch.Tensor:
-        inputs = self._prepare_inputs(inputs)
-        scale = self._loss_scale(num_items_in_batch)
-        evaluation, base_loss = self._evaluation(model, inputs, num_items_in_batch), None
+        scale, base_loss = self._loss_scale(num_items_in_batch), None
         if self.split.fo:
             with evaluation.recording():
                 base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
@@ -212,7 +217,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             base_loss=base_loss,
             learning_rate=self._zo_learning_rate,
         )
-        evaluation.close()
         # FZOO's quotient of losses has no scale of its own.
         is_quotient = self.args.zo_estimator == "fzoo"
         self._estimates.append((estimate, 1.0 / self.current_gradient_accumulation_steps if is_quotient else scale))
