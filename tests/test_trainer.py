@@ -263,6 +263,34 @@ def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estim
     assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
 
 
+@pytest.mark.parametrize("batch", [32, 20])  # of 32 examples: the second has a last batch of 12
+def test_queries_that_share_the_batch_learn(tmp_path, batch):
+    model = Mlp()
+    trainer = train(
+        tmp_path,
+        model,
+        data=rows(),
+        zo_layers="all",
+        zo_share_batch=True,
+        zo_queries=batch,
+        zo_optim="adamw",
+        zo_learning_rate=0.02,
+        max_steps=30,
+        per_device_train_batch_size=batch,
+    )
+    logs = training_logs(trainer)
+    assert sum(log["loss"] for log in logs[-4:]) < 0.5 * sum(log["loss"] for log in logs[:4])
+
+
+@pytest.mark.parametrize("layers", ["all", "hop-even"])
+def test_a_hybrid_step_of_clip_may_share_the_batch(tmp_path, layers):
+    model = mini_clip_classifier()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = train(tmp_path, model, zo_layers=layers, zo_share_batch=True, zo_queries=8, zo_learning_rate=1e-2)
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for group in trainer.split.zo for name in group.names} <= moved
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
 def test_the_first_order_group_takes_any_optim(tmp_path, optim):
     model = Mlp()
@@ -476,6 +504,10 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
         ({"zo_optim": "lion"}, "zo_optim='lion'"),
         ({"zo_learning_rate": -1.0}, "zo_learning_rate=-1.0"),
         ({"zo_estimator": "conservative", "zo_max_grad_norm": 1.0}, "'conservative' judges its steps unclipped"),
+        (
+            {"zo_share_batch": True, "zo_estimator": "two-sided"},
+            "expected zo_estimator='one-sided'",
+        ),
         ({"optim": "lomo"}, "steps within the backward pass"),
     ],
 )
