@@ -14,7 +14,8 @@ from .zo import ReplayLog, ReplaySettings
 
 
 def save_replay_log(log: ReplayLog, path: Path) -> None:
-    """Write a log as safetensors, its settings as their metadata; beside, then renamed."""
+    """Write a log as safetensors, its settings as their metadata; beside, then renamed; its folder is made."""
+    path.parent.mkdir(exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     save_file(log.tensors(), unfinished, metadata={"settings": json.dumps(asdict(log.settings))})
     os.replace(unfinished, path)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig
 
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
-from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups
+from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
 from hf_zocl.sample import resolve
 
 
@@ -142,9 +142,8 @@ def with_paper(comparison: Comparison, groups: list[RunGroup], benchmark: str) -
 
 
 def p_value(group: RunGroup, baseline: RunGroup, name: str) -> str:
-    theirs = {run["seed"]: run[name] for run in baseline.runs}
-    pairs = [(run[name], theirs[run["seed"]]) for run in group.runs if run["seed"] in theirs]
-    return f"{stats.ttest_rel(*zip(*pairs, strict=True)).pvalue:.3f}" if len(pairs) > 1 else "–"
+    differences = paired_differences(group, baseline, name)
+    return f"{stats.ttest_1samp(differences, 0.0).pvalue:.3f}" if len(differences) > 1 else "–"
 
 
 def paper_differences(cell: str, benchmark: str) -> list[str]:

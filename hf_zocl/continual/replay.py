@@ -51,7 +51,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
         ValueError: If there is no such run or task, or no log of it.
     """
     folder = RunFolder(run)
-    log_file = folder.path / "replay" / f"{task_folder(task)}.safetensors"
+    log_file = folder.replay_file(task_folder(task))
     weights_file = folder.path / task_folder(task) / "adapter_model.safetensors"
     for file in (folder.path / RESULTS_FILE, weights_file):
         if not file.is_file():

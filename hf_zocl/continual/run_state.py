@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..hub.checkpoint import RESULTS_FILE
 from ..hub.public import public_recipe
 from ..hub.push_on_save import SCRATCH
 from ..hub.push_queue import QUEUE_FILE
@@ -15,7 +16,6 @@ from ..hub.task_file import read_json, write_json
 from ..resumable import is_whole, last_checkpoint, remove_checkpoint
 
 
-RESULTS_FILE = "results.json"
 # A run may move house, be watched or be kept safe in another way, and still be the same run.
 _NOT_THE_RUN = {"output_dir", "resume", "resume_from_checkpoint", "report_to", "run_name", "disable_tqdm"}
 _NOT_THE_RUN |= {"logging_steps", "dataset_path", "image_cache_gb", "dataloader_num_workers"}
@@ -106,8 +106,7 @@ class RunFolder:
         return self.path / "trainer" / task
 
     def replay_file(self, task: str) -> Path:
-        """The log of a task's zeroth-order steps; its folder is made."""
-        (self.path / "replay").mkdir(exist_ok=True)
+        """The log of a task's zeroth-order steps."""
         return self.path / "replay" / f"{task}.safetensors"
 
     def checkpoint(self, task: str, chosen: str | Path | None = None) -> Path | None:

@@ -18,7 +18,7 @@ from peft import set_peft_model_state_dict
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
-from ..hub.checkpoint import read_adapter_weights, save_task_checkpoint
+from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
@@ -228,7 +228,7 @@ class ContinualTaskScheduler:
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
         if self.args.should_save:
             with self._saving(RESULTS_FILE):
-                plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
+                plot_accuracy_matrix(results, self.output_dir / FIGURE)
                 self.folder.write(results)
             self.folder.remove_empty_folders()
         return results
@@ -302,7 +302,7 @@ class ContinualTaskScheduler:
             save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results), results)
             if replay_log is not None:
                 save_replay_log(replay_log, self.folder.replay_file(task.name))
-            plot_accuracy_matrix(results, self.output_dir / "accuracy_matrix.png")
+            plot_accuracy_matrix(results, self.output_dir / FIGURE)
             self.folder.write(results)
         self.folder.remove_checkpoints(task.name)
 

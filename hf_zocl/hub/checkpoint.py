@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 
 from ..models import ADAPTERS, CLIPClassifier, adapter_name
-from ..report import plot_accuracy_matrix
+from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..sample import resolve
 from .model_card import render_eval_results, render_task_card
 from .seal import (
@@ -37,7 +37,6 @@ from .task_file import FORMAT_VERSION, TASK_FILE, is_snapshot, read_json, read_t
 
 
 FIGURE = "accuracy_matrix.png"
-RESULTS_FILE = "results.json"
 # Fields of a PEFT configuration that would have a module imported, or another folder read, by name.
 _REACHES_OUT = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
 _DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")

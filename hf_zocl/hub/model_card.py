@@ -15,6 +15,7 @@ from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined
 
+from .local_paths import last_component, without_local_paths
 from .task_file import task_folder
 
 
@@ -26,7 +27,6 @@ SHOWN_ARGUMENTS = re.compile(
     "|max_(train|test)_images_per_class|optim|learning_rate|weight_decay|lr_scheduler_type|warmup_steps|max_steps"
     "|num_train_epochs|per_device_train_batch_size|gradient_accumulation_steps|max_grad_norm|bf16|fp16"
 )
-LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTERS = ("lora", "moe")
 AMONG = {
@@ -52,7 +52,7 @@ class TaskCardData(ModelCardData):
         self.revision = revision or task_folder(task["task"])
         on_hub = not self.base_is_local and not self.base_is_here and bool(REPO_ID.fullmatch(self.base_model_name))
         method = ["zeroth-order-optimization"] if task["assignment"]["branch"] != "none" else []
-        short = f"{_last_component(self.base_model_name)}-{task['adapter']}-{_last_component(self.title)}"
+        short = f"{last_component(self.base_model_name)}-{task['adapter']}-{last_component(self.title)}"
         super().__init__(
             license="apache-2.0",
             library_name="peft",
@@ -117,7 +117,7 @@ class TaskCardData(ModelCardData):
 
     @property
     def base_model_name(self) -> str:
-        return _last_component(self.task["base_model"]) if self.base_is_local else self.task["base_model"]
+        return last_component(self.task["base_model"]) if self.base_is_local else self.task["base_model"]
 
     @property
     def dataset_id(self) -> str | None:
@@ -130,7 +130,7 @@ class TaskCardData(ModelCardData):
         """What the dataset is called."""
         recipe = self.task["recipe"]
         names = (self.task["benchmark"], self.task["dataset"], recipe.get("dataset_name"), recipe.get("dataset_path"))
-        return next((_without_local_paths(name) for name in names if name and name != "none"), "a local dataset")
+        return next((without_local_paths(name) for name in names if name and name != "none"), "a local dataset")
 
     @property
     def among(self) -> str:
@@ -182,7 +182,7 @@ class TaskCardData(ModelCardData):
             for name, value in self.task["recipe"].items()
             if value is not None and _is_shown(name, self.task["adapter"])
         }
-        return {name: _without_local_paths(value) for name, value in shown.items()}
+        return {name: without_local_paths(value) for name, value in shown.items()}
 
 
 def render_task_card(task: dict[str, Any], repo_id: str | None = None, revision: str | None = None) -> ModelCard:
@@ -218,7 +218,7 @@ def render_eval_results(task: dict[str, Any]) -> dict[str, str]:
     if not card.dataset_id:
         return {}
     content = yaml_dump(eval_result_entries_to_yaml(card.entries()), sort_keys=False)
-    return {f"{EVAL_RESULTS_FOLDER}/{_last_component(card.dataset_id)}.yaml": content}
+    return {f"{EVAL_RESULTS_FOLDER}/{last_component(card.dataset_id)}.yaml": content}
 
 
 @cache  # a run whose package is replaced meanwhile goes on as it began
@@ -254,16 +254,6 @@ def _is_shown(argument: str, adapter: str) -> bool:
     """The arguments of adapters that this checkpoint does not have say nothing of it."""
     owner = argument.split("_")[0]
     return bool(SHOWN_ARGUMENTS.fullmatch(argument)) and (owner not in ADAPTERS or owner == adapter)
-
-
-def _last_component(path: str) -> str:
-    return re.split(r"[\\/]+", path.rstrip("\\/"))[-1]
-
-
-def _without_local_paths(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_local_paths(item) for item in value]
-    return _last_component(value) if isinstance(value, str) and LOCAL_PATH.match(value) else value
 
 
 def _markdown(value: Any) -> str:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 from ..sample import resolve
 from .checkpoint import RESULTS_FILE
+from .local_paths import last_component, without_local_paths
 from .model_card import render_task_card
 from .seal import ADAPTER_CONFIG, BASE_CONFIG, BASE_WEIGHTS, check_seal, seal
 from .task_file import TASK_FILE, read_json, read_task
 
 
-LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 # Arguments that are always paths, so also where a relative one reads like the name of a repository.
 PATH_ARGUMENTS = {"output_dir", "logging_dir", "dataset_path", "resume_from_checkpoint", "deepspeed"}
 PATH_KEYS = re.compile(r"_?(\w+_)?(name_or_path|file|path|dir)")
@@ -95,9 +94,9 @@ def public_record(record: dict[str, Any], base_model_is_local: bool) -> dict[str
     public = {**record, "recipe": public_recipe(record["recipe"], base_model_is_local)}
     for name in ("benchmark", "dataset", "base_model"):
         if name in record:
-            public[name] = _without_local_path(record[name])
+            public[name] = without_local_paths(record[name])
     if base_model_is_local and "base_model" in record:
-        public["base_model"] = _last_component(record["base_model"])
+        public["base_model"] = last_component(record["base_model"])
     return public
 
 
@@ -105,7 +104,7 @@ def public_recipe(recipe: dict[str, Any], base_model_is_local: bool) -> dict[str
     """A recipe whose paths keep their last component alone; the same for a run on another machine."""
     paths = PATH_ARGUMENTS | ({"model_name_or_path"} if base_model_is_local else set())
     return {
-        name: _last_component(value) if name in paths and isinstance(value, str) else _without_local_path(value)
+        name: last_component(value) if name in paths and isinstance(value, str) else without_local_paths(value)
         for name, value in recipe.items()
     }
 
@@ -120,23 +119,6 @@ def _public_config(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config, dict):
         return config
     return {
-        key: _without_local_path(value) if PATH_KEYS.fullmatch(key) else _public_config(value)
+        key: without_local_paths(value) if PATH_KEYS.fullmatch(key) else _public_config(value)
         for key, value in config.items()
     }
-
-
-def _without_local_path(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_without_local_path(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _without_local_path(item) for key, item in value.items()}
-    if not isinstance(value, str):
-        return value
-    name, equals, path = value.partition("=")  # held_out=name=folder
-    if equals and LOCAL_PATH.match(path):
-        return f"{name}={_last_component(path)}"
-    return _last_component(value) if LOCAL_PATH.match(value) else value
-
-
-def _last_component(path: str) -> str:
-    return re.split(r"[\\/]+", os.fspath(path).rstrip("\\/"))[-1]

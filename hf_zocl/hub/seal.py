@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.utils.sha import sha_fileobj
 
 from .task_file import FORMAT_VERSION, TASK_FILE, check_place, is_sealed, read_json, task_digest, write_json
 
@@ -107,9 +108,6 @@ def _loaded_files(folder: Path) -> list[str]:
 
 
 def _fingerprint(file: Path | bytes) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
     with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        digest = sha_fileobj(stream).hex()
+        return {"bytes": stream.tell(), "sha256": digest}

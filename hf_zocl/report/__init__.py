@@ -1,13 +1,14 @@
 """Figures, tables and reports of runs, drawn from their `results.json` alone."""
 
-from .compare import Comparison, compare_groups, compare_runs
+from .compare import Comparison, compare_groups, compare_runs, paired_differences
 from .figures import draw_accuracy_matrix, plot_accuracy_matrix
 from .html import write_report
-from .runs import RunGroup, load_groups
+from .runs import RESULTS_FILE, RunGroup, load_groups
 from .table import format_evaluation, format_results
 
 
 __all__ = [
+    "RESULTS_FILE",
     "Comparison",
     "RunGroup",
     "compare_groups",
@@ -16,6 +17,7 @@ __all__ = [
     "format_evaluation",
     "format_results",
     "load_groups",
+    "paired_differences",
     "plot_accuracy_matrix",
     "write_report",
 ]

@@ -112,7 +112,9 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
         rows[0] += [""] * len(PAIRED)
         for row, group in zip(rows[1:], groups, strict=True):
             row += [
-                "baseline" if group is reference else _cell(100 * _paired(group, reference, name), 1, sign=True)
+                "baseline"
+                if group is reference
+                else _cell(100 * paired_differences(group, reference, name), 1, sign=True)
                 for name in PAIRED
             ]
     note = (
@@ -128,8 +130,19 @@ def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
     return ["zero-shot", "", *(f"{100 * zero_shot[name]:.1f}" if name in zero_shot else "" for name, *_ in figures)]
 
 
-def _paired(group: RunGroup, reference: RunGroup, name: str) -> np.ndarray:
-    """The difference of the runs with the same seed. Shape: (common seeds,)."""
+def paired_differences(group: RunGroup, reference: RunGroup, name: str) -> np.ndarray:
+    """How far a figure of the runs is from that of the reference's runs with the same seed.
+
+    Args:
+        group, reference: The two settings.
+        name: The figure, for example `avg`.
+
+    Returns:
+        The differences, `(common seeds,)`.
+
+    Raises:
+        ValueError: If they have no seed in common.
+    """
     theirs = {run["seed"]: run[name] for run in reference.runs}
     differences = [run[name] - theirs[run["seed"]] for run in group.runs if run["seed"] in theirs]
     if not differences:

@@ -505,14 +505,10 @@ class TowerEvaluation:
                 with perturbation.at(chunk[0]):
                     record.outputs[chunk[0]] = self._tower_output(name)
                 continue
-            try:
-                with self._stacked(name, perturbation.stack(chunk)):
-                    output = self._tower_output(name, copies=len(chunk))
-            except (RuntimeError, TypeError) as error:
-                logger.warning(f"Candidates cannot go through the {name} tower as one batch ({error}): one by one.")
-                self.plan.stacked[name] = None
+            outputs = self._stacked_outputs(name, chunk, copies=len(chunk))
+            if outputs is None:
                 return self._run_tower(name, missing)
-            record.outputs.update(zip(chunk, _split(output, len(chunk)), strict=True))
+            record.outputs.update(zip(chunk, outputs, strict=True))
 
     def _run_parts(self, name: str, pairs: Sequence[tuple[Combination, Rows]]) -> None:
         """Make sure of the tower's output on some rows of the batch at every offset: one pass for all of them."""
@@ -522,15 +518,30 @@ class TowerEvaluation:
             return
         tiles = [first for _, (first, _) in pairs] == [0, *(last for _, (_, last) in pairs[:-1])]
         rows, is_whole = _rows((record.args, record.kwargs)), pairs[-1][1][1] == self.batch_rows
-        if self.plan.stacked.get(name) is None or not tiles or not is_whole or rows != self.batch_rows:
-            for offset, part in pairs:
-                with perturbation.at(offset):
-                    record.outputs[offset, part] = _take(self._tower_output(name), part)
+        outputs = None
+        if self.plan.stacked.get(name) is not None and tiles and is_whole and rows == self.batch_rows:
+            # The rows keep their places, and with them their dropout masks.
+            outputs = self._stacked_outputs(name, [offset for offset, _ in pairs])
+        if outputs is not None:
+            record.outputs.update(zip(pairs, outputs, strict=True))
             return
-        # The rows keep their places, and with them their dropout masks.
-        with self._stacked(name, perturbation.stack([offset for offset, _ in pairs])):
-            output = self._tower_output(name)
-        record.outputs.update(zip(pairs, _split(output, len(pairs)), strict=True))
+        for offset, part in pairs:
+            with perturbation.at(offset):
+                record.outputs[offset, part] = _take(self._tower_output(name), part)
+
+    def _stacked_outputs(self, name: str, offsets: Sequence[Combination], copies: int = 1) -> list[Any] | None:
+        """The tower's output at every offset by one pass, of `copies` of the batch or of a part of it for each.
+
+        None where the tower cannot hold the candidates' weights side by side; it is not tried again.
+        """
+        try:
+            with self._stacked(name, self.plan.perturbations[name].stack(offsets)):
+                output = self._tower_output(name, copies=copies)
+        except (RuntimeError, TypeError) as error:
+            logger.warning(f"Candidates cannot go through the {name} tower as one batch ({error}): one by one.")
+            self.plan.stacked[name] = None
+            return None
+        return _split(output, len(offsets))
 
     def _recorded_again(self, name: str, packed: PackedPrompts) -> Any:
         """The output where the record was taken, by way of packed prompts."""
