@@ -61,6 +61,9 @@ def look(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     def loss() -> torch.Tensor:
         return model(**inputs).loss
 
+    # What acts in training alone, such as a router's noise, has no part in this loss.
+    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    parameters = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
     generator = torch.Generator().manual_seed(0)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
         sharpness = largest_eigenvalue(loss, parameters, options.iterations, generator)
