@@ -461,9 +461,13 @@ def _cell(figures: dict[str, float], name: str, width: int, form: str, unit: int
 def format_bars(bars: list[tuple], rows: dict[str, Row]) -> str:
     lines = [f"{'ratio':<52}{'is':>8}{'at most':>9}"]
     for title, row, beside, figure, limit in bars:
-        if row in rows and beside in rows:
-            ratio = rows[row].figures[figure] / rows[beside].figures[figure]
-            lines.append(f"{title:<52}{ratio:>8.3f}{limit:>9.3f}{'' if ratio <= limit else '   missed'}")
+        if row not in rows or beside not in rows:
+            continue
+        if rows[beside].figures[figure] == 0:  # a model so small that its pass takes no memory from the system
+            lines.append(f"{title:<52}{'–':>8}{limit:>9.3f}")
+            continue
+        ratio = rows[row].figures[figure] / rows[beside].figures[figure]
+        lines.append(f"{title:<52}{ratio:>8.3f}{limit:>9.3f}{'' if ratio <= limit else '   missed'}")
     return "\n".join(lines)
 
 
