@@ -3,8 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
-# Of the Hugging Face packages, the releases that the tests ran with (transformers: 5.20, 5.23 and 5.24; constraints.txt
-# has those of `make test`); of torch, the first with the functions used.
+# Of the Hugging Face packages, the releases that the tests ran with (transformers: 5.20, 5.23 and 5.24); of torch, the
+# first with the functions used. constraints.txt has the very releases of `make`.
 REQUIRED = [
     "torch>=2.6",
     "transformers>=5.20,<6",

@@ -48,7 +48,8 @@ class ZOCLTrainingArguments(TrainingArguments):
         zo_branch: Where the zeroth-order layers are: `none`, `vision`, `language` or `dual` (every tower).
         zo_layers: Which layers of the branch: `all`, `hop-odd`, `hop-even`, `prefix-N`, `suffix-N`, a list of layer
             numbers counted from 1, or a list of regular expressions over parameter names.
-        zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative` or `fzoo`.
+        zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative`, `fzoo` or
+            `forward-gradient` (the derivative along the direction, without ε; twice the memory of inference).
         zo_queries: Directions per branch and step; their estimates are averaged.
         zo_queries_vision, zo_queries_language: `zo_queries` of one tower: many where a forward pass is cheap.
         zo_share_batch: Let the vision tower's queries (of a model without towers: all queries) share the batch: each

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_zocl import ZOCLTrainer
+from hf_zocl.zo.estimator import ESTIMATORS
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
 
@@ -243,7 +244,7 @@ def test_tensorboard_receives_the_zeroth_order_figures(tmp_path, monkeypatch):
     assert "train/zo_loss_difference" in events.Tags()["scalars"]
 
 
-@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "conservative", "fzoo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("optim", ["sgd", "sign", "adamw"])
 def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estimator, optim):
     rates = {"sgd": 0.02, "sign": 0.01, "adamw": 0.02}

@@ -22,6 +22,7 @@ from .tasks import SCENARIOS, TaskStream
 
 
 LEARNING = ("sequential", "joint", "none")
+DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 _STREAM_ARGUMENTS = (
     *("train_split", "test_split", "image_column", "label_column", "name_column", "test_fraction"),
     *("scenario", "domain_column", "initial_increment", "increment"),
@@ -36,6 +37,8 @@ class RunArguments:
 
     Args:
         model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`.
+        dtype: The model's dtype once loaded: `auto` (its checkpoint's own), `float64`, `float32`, `bfloat16` or
+            `float16`; the adapter's weights are float32 at least.
         benchmark: A registered benchmark, or `none` for any image-classification dataset.
         dataset_name: Hub id of the dataset under `benchmark=none`.
         dataset_path: A local copy of the benchmark's dataset, or the dataset itself under `benchmark=none`.
@@ -71,6 +74,7 @@ class RunArguments:
     """
 
     model_name_or_path: str = field(default="mini-clip", metadata={"help": "Hub id, folder, or mini-clip."})
+    dtype: str = field(default="auto", metadata={"help": f"The model's dtype: {', '.join(DTYPES)}."})
     benchmark: str = field(default="cifar10-sample", metadata={"help": "A registered benchmark, or none."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a dataset (benchmark=none)."})
     dataset_path: str | None = field(default=None, metadata={"help": "Local folder of the dataset."})
@@ -106,6 +110,8 @@ class RunArguments:
     def __post_init__(self):
         if self.learning not in LEARNING:
             raise ValueError(f"learning={self.learning!r} is unknown: expected one of {', '.join(LEARNING)}.")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown: expected one of {', '.join(DTYPES)}.")
         if self.scenario is not None and self.scenario not in SCENARIOS:
             raise ValueError(f"scenario={self.scenario!r} is unknown: expected one of {', '.join(SCENARIOS)}.")
         if isinstance(self.prompt_template, list) and len(self.prompt_template) == 1:
@@ -308,7 +314,7 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
     base = resolve(run.model_name_or_path)
     processor = AutoProcessor.from_pretrained(base)
     torch.manual_seed(training.seed)  # the adapter's initial weights
-    clip = add_adapter(CLIPModel.from_pretrained(base), recipe.adapter, num_tasks=len(stream))
+    clip = add_adapter(CLIPModel.from_pretrained(base, dtype=run.dtype), recipe.adapter, num_tasks=len(stream))
     model = CLIPClassifier(clip, processor.tokenizer, stream.class_names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task

@@ -86,6 +86,6 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
 def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
     """The model with its adapter as the run began."""
     arguments = AdapterArguments(**{each.name: recipe[each.name] for each in fields(AdapterArguments)})
-    base = CLIPModel.from_pretrained(resolve(recipe["model_name_or_path"]))
+    base = CLIPModel.from_pretrained(resolve(recipe["model_name_or_path"]), dtype=recipe["dtype"])
     torch.manual_seed(recipe["seed"])
     return add_adapter(base, arguments, num_tasks=num_tasks)

@@ -8,13 +8,15 @@ from typing import Protocol
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .assignment import ZOGroup
 from .perturbation import Combination, Moments, Perturbation, direction_seed
 from .streaming import StreamedPerturbation
 
 
-ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo")
+ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo", "forward-gradient")
 
 # Where a loss is asked for: the perturbations that are not at θ, and their offsets. Empty: L(θ).
 Point = Mapping[Perturbation, Combination]
@@ -37,7 +39,8 @@ class Estimate:
 
     Attributes:
         gradient: Σᵢ wᵢ·Δᵢ.
-        differences: The q loss differences, shape `(q,)`: L(θ+εΔ) − L(θ), or half of L(θ+εΔ) − L(θ−εΔ).
+        differences: The q loss differences, shape `(q,)`: L(θ+εΔ) − L(θ), or half of L(θ+εΔ) − L(θ−εΔ); for
+            `forward-gradient` the derivatives ∇L·Δ.
         loss: L(θ); for `two-sided`, which does without it, the mean of its losses, equal up to O(ε²).
     """
 
@@ -58,6 +61,7 @@ class ZOEstimator:
     - `fzoo`: g = [L(θ+εΔᵢ) − L(θ)] / σ · Δᵢ, σ the standard deviation of the q losses (FZOO, ICLR 2026)
     - `conservative`: the one-sided estimate of every query, and their mean, are tried as an SGD step; the one with the
       lowest loss is g, or zero when no step beats standing still (ZO-SGD-Cons; ZO-LLM, ICML 2024)
+    - `forward-gradient`: g = (∇L·Δᵢ) · Δᵢ, without ε, by forward-mode differentiation (Baydin et al. 2022)
 
     Where a branch's queries share the batch, each has an equal part of it: L is then the loss on that part, both at θ
     and at θ+εΔᵢ. All of them together cost one forward pass, however many they are.
@@ -66,13 +70,14 @@ class ZOEstimator:
 
     Args:
         groups: The zeroth-order parameters; all groups of a branch are perturbed together.
-        estimator: One of `one-sided`, `two-sided`, `conservative`, `fzoo`.
+        estimator: One of `one-sided`, `two-sided`, `conservative`, `fzoo`, `forward-gradient`.
         queries: q, the number of directions; one number, or one per branch.
         sign: Use the sign of the estimate, not its magnitude (gradient sign normalisation of MoZO).
         direction: `gaussian` or `rademacher`.
         seed: Keys the directions, with the step, the micro-step and the query.
         reduce: Averages a tensor of losses over data-parallel ranks.
-        model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied.
+        model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied. Not by
+            `forward-gradient`, whose tangents are as many as the parameters anyway.
         sharing: The branches whose queries share the batch; of `one-sided` alone.
 
     Raises:
@@ -99,9 +104,11 @@ class ZOEstimator:
         branches: dict[str | None, list[ZOGroup]] = {}
         for group in groups:
             branches.setdefault(group.branch, []).append(group)
-        self.is_streamed = model is not None
+        self.is_streamed = model is not None and estimator != "forward-gradient"
         self.perturbations = {
-            branch: StreamedPerturbation(members, model, direction) if model else Perturbation(members, direction)
+            branch: StreamedPerturbation(members, model, direction)
+            if self.is_streamed
+            else Perturbation(members, direction)
             for branch, members in branches.items()
         }
         self.queries = {branch: queries if isinstance(queries, int) else queries[branch] for branch in branches}
@@ -140,6 +147,8 @@ class ZOEstimator:
         seeds = self.direction_seeds(step, micro_step)
         if self.estimator == "two-sided":
             return self._two_sided(evaluation, seeds)
+        if self.estimator == "forward-gradient":
+            return self._forward_gradient(evaluation, seeds, base_loss)
         estimate = self._one_sided(evaluation, seeds, base_loss)
         if self.estimator == "conservative":
             self._choose(estimate, evaluation, learning_rate)
@@ -224,6 +233,29 @@ class ZOEstimator:
             first += size
             differences = estimate.differences[branch] = (mine[:, 0] - mine[:, 1]) / 2
             estimate.gradient[branch] = Combination(seeds[branch], _finite(differences / perturbation.eps) / count)
+        return estimate
+
+    def _forward_gradient(
+        self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]], base_loss: torch.Tensor | None
+    ) -> Estimate:
+        tangents: list[Point] = [
+            {perturbation: perturbation.tangent(seed)}
+            for branch, perturbation in self.perturbations.items()
+            for seed in seeds[branch]
+        ]
+        # Of the attention kernels, the plain one alone has a forward-mode derivative.
+        with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
+            own = [base_loss] if base_loss is not None else evaluation.losses([{}])
+            losses = torch.stack([_wide(loss) for loss in own + evaluation.losses(tangents)])
+            values, derivatives = forward_ad.unpack_dual(losses)
+        derivatives = torch.zeros_like(values) if derivatives is None else derivatives
+        base_loss, *derivatives = self.reduce(torch.cat([values[:1], derivatives[1:]]))
+        estimate, first = Estimate(loss=base_loss), 0
+        for branch in self.perturbations:
+            count = len(seeds[branch])
+            mine = estimate.differences[branch] = torch.stack(derivatives[first : first + count])
+            first += count
+            estimate.gradient[branch] = Combination(seeds[branch], _finite(mine) / count)
         return estimate
 
     def _choose(self, estimate: Estimate, evaluation: Evaluation, learning_rate: float) -> None:

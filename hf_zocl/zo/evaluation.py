@@ -695,7 +695,9 @@ def _is_pooled(output: Any) -> bool:
 
 def _pooled(output: Any) -> Any:
     """What a dual encoder reads of its tower's output: the pooled features; the hidden states would fill memory."""
-    return type(output)(pooler_output=output["pooler_output"].detach())
+    features = output["pooler_output"]
+    # `detach` would also take a tangent away.
+    return type(output)(pooler_output=features.detach() if features.requires_grad else features)
 
 
 def _take(output: Any, rows: Rows) -> Any:

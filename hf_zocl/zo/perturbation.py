@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
+from torch.autograd import forward_ad
 
 from .assignment import ZOGroup
 
@@ -53,12 +54,14 @@ class Combination:
         weights: wᵢ, shape `(q,)`.
         scale: Multiplies the sum, or its sign.
         sign: Whether to take the sign.
+        is_tangent: Whether parameters stay at θ and carry this as their tangent, in forward-mode differentiation.
     """
 
     seeds: tuple[int, ...]
     weights: torch.Tensor | Sequence[float]
     scale: float = 1.0
     sign: bool = False
+    is_tangent: bool = False
 
     def scaled(self, factor: float) -> Combination:
         return replace(self, scale=self.scale * factor)
@@ -113,6 +116,10 @@ class Perturbation:
         """±ε·Δ."""
         return Combination((seed,), (1.0,), sign * self.eps)
 
+    def tangent(self, seed: int) -> Combination:
+        """Δ, as a tangent."""
+        return Combination((seed,), (1.0,), is_tangent=True)
+
     def vector(self, combination: Combination) -> torch.Tensor:
         """The combination's value, float32 or wider, shape `(n,)`."""
         total = None
@@ -146,19 +153,33 @@ class Perturbation:
     @contextmanager
     def at(self, offset: Combination) -> Iterator[None]:
         """Inside, the parameters are θ + offset; afterwards θ again, bit by bit, also when the block raises."""
-        data = self._data
+        data, pieces = self._data, self.pieces(self.vector(offset))
         saved = [tensor.clone() for tensor in data]
         try:
-            torch._foreach_add_(data, self.pieces(self.vector(offset)))
+            if offset.is_tangent:
+                # The parameters themselves: what is written to their data leaves them without a tangent.
+                self._assign(map(forward_ad.make_dual, saved, pieces))
+            else:
+                torch._foreach_add_(data, pieces)
             yield
         finally:
+            if offset.is_tangent:
+                self._assign(saved)
             torch._foreach_copy_(data, saved)
+
+    @torch.no_grad()
+    def _assign(self, values: Iterable[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     def stack(self, offsets: Sequence[Combination]) -> list[torch.Tensor]:
         """θ + offset for every offset: one tensor of shape `(len(offsets), *shape)` per parameter."""
         vectors = torch.stack([self.vector(offset) for offset in offsets])
         split = zip(vectors.split(self._sizes, dim=1), self._data, strict=True)
-        return [data + piece.view(len(offsets), *data.shape).to(data.device, data.dtype) for piece, data in split]
+        pieces = [(data, piece.view(len(offsets), *data.shape).to(data.device, data.dtype)) for piece, data in split]
+        if offsets[0].is_tangent:
+            return [forward_ad.make_dual(data.expand_as(piece).clone(), piece) for data, piece in pieces]
+        return [data + piece for data, piece in pieces]
 
     def _draw(self, seed: int) -> torch.Tensor:
         # Drawn again whenever it is needed: none is in memory while a forward pass runs.

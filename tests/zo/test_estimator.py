@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from hf_zocl.zo import (
     LayerAssignment,
@@ -11,6 +12,7 @@ from hf_zocl.zo import (
     direction_seed,
     draw_direction,
 )
+from hf_zocl.zo.estimator import ESTIMATORS
 
 
 class Quadratic(nn.Module):
@@ -176,7 +178,37 @@ def test_conservative_stands_still_when_every_step_would_climb():
     assert not model.theta.grad.any()
 
 
-@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "conservative", "fzoo"])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_the_forward_gradient_is_the_derivative_along_each_direction(queries):
+    model = Quadratic()
+    before = model.theta.detach().clone()
+    estimate, _ = accumulate(estimator_of(model, estimator="forward-gradient", queries=queries), model)
+    exact = model.matrix @ (before - model.centre)
+    directions = directions_of(model, queries)
+    torch.testing.assert_close(estimate.differences[None], torch.stack([exact @ d for d in directions]))
+    torch.testing.assert_close(model.theta.grad, sum(exact @ d * d for d in directions) / queries)
+    assert estimate.loss == model.at(before)
+    assert torch.equal(model.theta, before)
+
+
+def test_the_forward_gradient_of_a_loss_that_does_not_depend_on_the_parameters_is_zero():
+    model = Quadratic()
+    accumulate(estimator_of(model, estimator="forward-gradient"), lambda: torch.tensor(3.0))
+    assert not model.theta.grad.any()
+
+
+def test_a_tangent_is_gone_after_its_pass_also_when_the_pass_fails():
+    model = Quadratic()
+    (perturbation,) = estimator_of(model).perturbations.values()
+
+    with forward_ad.dual_level(), torch.no_grad():
+        with pytest.raises(RuntimeError), perturbation.at(perturbation.tangent(1)):
+            raise RuntimeError
+        tangent = forward_ad.unpack_dual(model()).tangent
+    assert tangent is None or not tangent.any()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_query_without_a_finite_loss_leaves_the_estimate_finite(estimator, bad):
     model, calls = Quadratic(), []

@@ -21,6 +21,7 @@ from hf_zocl.zo import (
     find_towers,
     stacked_linear,
 )
+from hf_zocl.zo.estimator import ESTIMATORS
 from tests.helpers import image_batch, mini_clip_classifier
 
 
@@ -191,7 +192,7 @@ def test_experts_that_are_partly_perturbed_go_one_by_one(layers):
     assert_same(model, inputs, "language", layers, queries=3)
 
 
-@pytest.mark.parametrize("estimator", ["conservative", "fzoo"])
+@pytest.mark.parametrize("estimator", ["conservative", "fzoo", "forward-gradient"])
 def test_so_do_the_other_estimators(estimator):
     model, inputs = classifier()
     assert_same(model, inputs, "dual", "hop-even", estimator=estimator, queries=2)
@@ -329,7 +330,7 @@ class CountSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "conservative", "fzoo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_no_query_waits_for_the_accelerator(estimator):
     """transformers reads the mask of a plain text pass; a step has one such pass, however many queries."""
     model, inputs = classifier()
