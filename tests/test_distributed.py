@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from hf_zocl import ZOCLTrainingArguments
@@ -155,19 +157,41 @@ def test_launch_configurations_are_accelerates_own(name):
     assert (config.distributed_type == DistributedType.MULTI_GPU) == (config.num_processes > 1)
 
 
-@pytest.mark.slow
-def test_the_configuration_for_two_cpu_processes_starts_a_pair(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "scripts/launch/cpu_2.yaml"]
-    recipe = ["--recipe", "scripts/recipes/quickstart.yaml", "--output_dir", str(tmp_path), "--use_cpu", "true"]
-    small = ["--initial_increment", "10", "--max_steps", "2", "--max_test_images_per_class", "3"]
+def launch_quickstart(folder: Path, *launcher: str, arguments: Sequence[str]) -> str:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *launcher]
+    recipe = ["--recipe", "scripts/recipes/quickstart.yaml", "--output_dir", str(folder), "--use_cpu", "true"]
     env = environment()
     del env["ACCELERATE_USE_CPU"]
     done = subprocess.run(
-        [*command, "--main_process_port", "0", "scripts/train.py", *recipe, *small],
+        [*command, "scripts/train.py", *recipe, *arguments],
         **{"env": env, "cwd": ROOT, "capture_output": True, "text": True, "check": False},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Written to") == 1
+    return done.stdout
+
+
+TWO_PROCESSES = ("--config_file", "scripts/launch/cpu_2.yaml")
+
+
+@pytest.mark.slow
+def test_the_configuration_for_two_cpu_processes_starts_a_pair(tmp_path):
+    small = ["--initial_increment", "10", "--max_steps", "2", "--max_test_images_per_class", "3"]
+    assert launch_quickstart(tmp_path, *TWO_PROCESSES, arguments=small).count("Written to") == 1
+
+
+@pytest.mark.slow
+def test_the_quickstart_has_the_same_accuracies_in_two_processes(tmp_path):
+    """In float64: in float32, signs make whole steps of rounding errors (docs/scaling.md)."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    exact = ["--dtype", "float64", "--max_test_images_per_class", "50", "--num_train_epochs", "1"]
+    launch_quickstart(one, "--num_processes", "1", arguments=[*exact, "--per_device_train_batch_size", "32"])
+    launch_quickstart(two, *TWO_PROCESSES, arguments=[*exact, "--per_device_train_batch_size", "16"])
+    mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
+    assert mine["accuracy_matrix"] == theirs["accuracy_matrix"]
+    for task in range(1, 6):
+        adapters = [load_file(folder / f"task-{task:02d}" / "adapter_model.safetensors") for folder in (one, two)]
+        for name, value in adapters[0].items():
+            torch.testing.assert_close(value, adapters[1][name], rtol=1e-10, atol=1e-12)
 
 
 def test_the_slurm_script_starts_torchrun_on_every_node_and_resumes_when_requeued(tmp_path):

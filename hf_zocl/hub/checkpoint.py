@@ -166,7 +166,9 @@ def load_task_checkpoint(
     options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
     if base_model is None:
         base_model = _base_model(folder, info, config)
-    clip = _load_base_model(folder, base_model, config, options)
+    # In the run's own dtype, so that it predicts as it did there.
+    dtype = info["recipe"].get("dtype", "auto")
+    clip = _load_base_model(folder, base_model, config, dtype, options)
     processor = _load_processor(folder)
     model = CLIPClassifier(
         PeftModel.from_pretrained(clip, folder, config=config),
@@ -243,7 +245,9 @@ def _base_model(folder: Path, info: dict[str, Any], config: PeftConfig) -> str |
     return name
 
 
-def _load_base_model(folder: Path, base_model: str | Path, config: PeftConfig, options: dict[str, Any]) -> CLIPModel:
+def _load_base_model(
+    folder: Path, base_model: str | Path, config: PeftConfig, dtype: str, options: dict[str, Any]
+) -> CLIPModel:
     """The base model, once it is known that the adapter fits it."""
     options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
     with _refusing(f"the base model {str(base_model)!r} cannot be read"):
@@ -256,7 +260,7 @@ def _load_base_model(folder: Path, base_model: str | Path, config: PeftConfig, o
         source = {"pretrained_model_name_or_path": base_model, **options}
     with _refusing(f"the base model {str(base_model)!r} cannot be read"):
         clip, report = CLIPModel.from_pretrained(
-            **source, config=clip_config, use_safetensors=True, output_loading_info=True
+            **source, config=clip_config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     missing = sorted(report["missing_keys"])
     if missing:

@@ -22,6 +22,8 @@ class AdapterArguments:
         lora_rank: r.
         lora_alpha: The scale is α/r.
         lora_dropout: Dropout on LoRA's input.
+        lora_freeze_a: Train B alone, A stays as it was drawn (LoRA-FA, Zhang et al. 2023): half the parameters. With
+            zeroth-order steps A's are mere noise as long as B is small.
         moe_num_experts: Experts beside the MLP of every block; 2 in MoE-Adapters4CL, whose settings the defaults are.
         moe_top_k: Experts that an example is sent to.
         moe_bottleneck: Hidden units of an expert.
@@ -47,6 +49,7 @@ class AdapterArguments:
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: float = field(default=16.0, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on LoRA's input."})
+    lora_freeze_a: bool = field(default=False, metadata={"help": "Train LoRA's B alone (LoRA-FA)."})
     moe_num_experts: int = field(default=2, metadata={"help": "Experts of a block."})
     moe_top_k: int = field(default=2, metadata={"help": "Experts that an example is sent to."})
     moe_bottleneck: int = field(default=64, metadata={"help": "Hidden units of an expert."})
@@ -109,7 +112,11 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, num_tasks: int =
     """
     if args.adapter == "moe" and args.moe_layers:
         _check_depth(model, args)
-    return get_peft_model(model, ADAPTERS[args.adapter](args, num_tasks))
+    adapted = get_peft_model(model, ADAPTERS[args.adapter](args, num_tasks))
+    if args.adapter == "lora" and args.lora_freeze_a:
+        for name, parameter in adapted.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
+    return adapted
 
 
 def _check_depth(model: PreTrainedModel, args: AdapterArguments) -> None:

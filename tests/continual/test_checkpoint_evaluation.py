@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from hf_zocl import load_task_checkpoint
 from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.continual.replay import rebuild_task
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +39,18 @@ def test_the_numbers_are_those_of_the_run(run, number):
     assert measured["accuracy_row"] == results["accuracy_matrix"][number - 1]
     assert measured["seen_accuracy"] == results["seen_accuracy"][number - 1]
     assert measured["details"] == results["details"][number - 1]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "moe"])
+@pytest.mark.parametrize(("dtype", "adapters_own"), [("bfloat16", torch.float32), ("float64", torch.float64)])
+def test_a_checkpoint_is_loaded_in_the_dtype_of_its_run(tmp_path, dtype, adapters_own, adapter):
+    results = train(tmp_path, "--dtype", dtype, "--adapter", adapter, "--zo_branch", "dual", "--zo_layers", "all")
+    model, _ = load_task_checkpoint(tmp_path, task=2)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes["clip.base_model.model.visual_projection.weight"] == getattr(torch, dtype)
+    assert {own for name, own in dtypes.items() if "lora_" in name or "experts" in name} == {adapters_own}
+    assert evaluate_checkpoint(tmp_path, task=2)["details"] == results["details"][1]
+    assert rebuild_task(tmp_path, task=2).different == ()
 
 
 def test_a_task_of_a_run_and_a_revision_on_the_hub_name_a_checkpoint(run, monkeypatch):

@@ -98,6 +98,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("dtype: float8", "dtype='float8' is unknown"),
         ("zo_branch: both", "zo_branch='both' is unknown"),
         ("zo_layers: hop-evn", "zo_layers='hop-evn' is unknown"),
         ("zo_eps: 0", "zo_eps=0"),
