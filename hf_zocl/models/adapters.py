@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -22,8 +23,6 @@ class AdapterArguments:
         lora_rank: r.
         lora_alpha: The scale is α/r.
         lora_dropout: Dropout on LoRA's input.
-        lora_freeze_a: Train B alone, A stays as it was drawn (LoRA-FA, Zhang et al. 2023): half the parameters. With
-            zeroth-order steps A's are mere noise as long as B is small.
         moe_num_experts: Experts beside the MLP of every block; 2 in MoE-Adapters4CL, whose settings the defaults are.
         moe_top_k: Experts that an example is sent to.
         moe_bottleneck: Hidden units of an expert.
@@ -37,6 +36,9 @@ class AdapterArguments:
         moe_balance_loss: Weight of the load-balancing loss.
         moe_towers: The towers that carry the adapters: `vision`, `language` or `both`.
         moe_layers: The blocks that carry them, counted from 1; default: all.
+        frozen_parameters: Regular expressions: the adapter's parameters with such a name stay as they were drawn. With
+            `lora_A`, B alone is trained (LoRA-FA, Zhang et al. 2023); with `down` and `routers`, the experts' second
+            layers. What has no effect while the other factor is zero is mere noise to zeroth-order steps.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -49,7 +51,6 @@ class AdapterArguments:
     lora_rank: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: float = field(default=16.0, metadata={"help": "LoRA's scale is lora_alpha / lora_rank."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on LoRA's input."})
-    lora_freeze_a: bool = field(default=False, metadata={"help": "Train LoRA's B alone (LoRA-FA)."})
     moe_num_experts: int = field(default=2, metadata={"help": "Experts of a block."})
     moe_top_k: int = field(default=2, metadata={"help": "Experts that an example is sent to."})
     moe_bottleneck: int = field(default=64, metadata={"help": "Hidden units of an expert."})
@@ -62,6 +63,9 @@ class AdapterArguments:
     moe_balance_loss: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     moe_towers: str = field(default="both", metadata={"help": "Towers with adapters: vision, language or both."})
     moe_layers: list[int] | None = field(default=None, metadata={"help": "Blocks with adapters, counted from 1."})
+    frozen_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Adapter parameters that stay as drawn, by regular expressions: lora_A."}
+    )
 
     def __post_init__(self):
         if self.adapter not in ADAPTERS:
@@ -70,6 +74,13 @@ class AdapterArguments:
             self.target_modules = [self.target_modules]
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank={self.lora_rank}: expected at least 1.")
+        if isinstance(self.frozen_parameters, str):
+            self.frozen_parameters = [self.frozen_parameters]
+        for pattern in self.frozen_parameters or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"frozen_parameters={pattern!r} is no regular expression: {error}.") from error
         if self.moe_layers is not None and (not self.moe_layers or min(self.moe_layers) < 1):
             raise ValueError(f"moe_layers={self.moe_layers}: expected layer numbers counted from 1.")
         try:
@@ -108,15 +119,26 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, num_tasks: int =
         num_tasks: The length of the stream, for an adapter with something of its own for every task.
 
     Raises:
-        ValueError: If the model has none of the layers named.
+        ValueError: If the model has none of the layers named, or a pattern freezes no parameter, or all of them.
     """
     if args.adapter == "moe" and args.moe_layers:
         _check_depth(model, args)
     adapted = get_peft_model(model, ADAPTERS[args.adapter](args, num_tasks))
-    if args.adapter == "lora" and args.lora_freeze_a:
-        for name, parameter in adapted.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and ".lora_A." not in name)
+    _freeze(adapted, args.frozen_parameters or ())
     return adapted
+
+
+def _freeze(model: PeftModel, patterns: Sequence[str]) -> None:
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for pattern in patterns:
+        names = [name for name in trainable if re.search(pattern, name)]
+        for name in names:
+            trainable[name].requires_grad_(False)
+        if not names or not any(parameter.requires_grad for parameter in trainable.values()):
+            raise ValueError(
+                f"frozen_parameters={list(patterns)}: {pattern!r} leaves {'all' if names else 'no'} parameters of the "
+                f"adapter frozen, of {', '.join(list(trainable)[:2])}, …; expected some."
+            )
 
 
 def _check_depth(model: PreTrainedModel, args: AdapterArguments) -> None:

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel
 
-from hf_zocl.models import AdapterArguments, CLIPClassifier
+from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import sample_path
 from tests.helpers import image_batch, mini_clip_classifier
 
@@ -127,6 +127,27 @@ def test_rank_alpha_and_target_modules_are_arguments():
     assert {n.split("lora_")[0].split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"fc1"}
 
 
+@pytest.mark.parametrize(
+    ("adapter", "patterns", "left"), [("lora", ["lora_A"], {"lora_B"}), ("moe", ["down", "routers"], {"up"})]
+)
+def test_frozen_parameters_stay_as_they_were_drawn(adapter, patterns, left):
+    arguments = AdapterArguments(adapter=adapter, frozen_parameters=patterns)
+    model = add_adapter(CLIPModel.from_pretrained(sample_path("mini-clip")), arguments)
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable
+    assert all(any(part in name for part in left) for name in trainable)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [(["lora_C"], "'lora_C' leaves no parameters"), (["lora_A", "lora_B"], "'lora_B' leaves all parameters")],
+)
+def test_patterns_that_freeze_none_or_all_are_refused(patterns, message):
+    clip = CLIPModel.from_pretrained(sample_path("mini-clip"))
+    with pytest.raises(ValueError, match=message):
+        add_adapter(clip, AdapterArguments(frozen_parameters=patterns))
+
+
 def test_predict_gives_names_and_probabilities(classifier):
     names, probabilities = classifier.predict(image_batch()["pixel_values"])
     assert probabilities.shape == (8, 3)
@@ -141,7 +162,12 @@ def test_a_template_without_one_place_for_the_name_is_refused(classifier, templa
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"adapter": "ia3"}, "adapter='ia3'.* lora, moe"), ({"lora_rank": 0}, "lora_rank=0")]
+    ("options", "message"),
+    [
+        ({"adapter": "ia3"}, "adapter='ia3'.* lora, moe"),
+        ({"lora_rank": 0}, "lora_rank=0"),
+        ({"frozen_parameters": "lora_(A"}, r"frozen_parameters='lora_\(A' is no regular expression"),
+    ],
 )
 def test_bad_adapter_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
