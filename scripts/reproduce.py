@@ -3,23 +3,40 @@
     python scripts/reproduce.py branch                                   # FO, dual, vision, language
     python scripts/reproduce.py layers --benchmark tiny-imagenet-32 --dataset_path path/to/it --adapter moe
     python scripts/reproduce.py all --seeds 0 1 2                        # branch and layers as one table
+    python scripts/reproduce.py mozo --retention path/to/known/dataset   # dual/hop-even with and without MoZO's parts
+    python scripts/reproduce.py variants --retention path/to/known/dataset
+    python scripts/reproduce.py passes                                   # all-ZO against the number of forward passes
+    python scripts/reproduce.py seeds                                    # what the seeds alone do to a figure
+    python scripts/reproduce.py memory                                   # of one training step at the size of ViT-B/16
 
 Every cell is a folder, shared by the tables; one that is finished is not run again, so the command can be stopped and
 repeated. Any further argument goes to every run, as on the command line of scripts/train.py. `--recipe` takes a recipe
 of one's own in the place of the benchmark's. Needs SciPy for the paired test.
+
+The cells of `mozo` and `variants` step in units of their own, so each has its own ZO learning rate: that with the
+greatest √(A·R) on the first task alone (scripts/tune.py, which says what A and R are; first seed, one pass). The
+choice is written to the cell's folder, `chosen.json`, with every candidate. All other cells have the recipe's rate.
 """
 
 import argparse
-import statistics
+import functools
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from scipy import stats
+import numpy as np
+import torch
+from benchmark_engine import Row, Setting, measure_apart
+from matplotlib.figure import Figure
+from paper import ACCURACIES, PEAK_GB, compare_with_findings, p_value, paper_differences
 from tqdm.auto import tqdm
 from transformers import CLIPConfig
+from tune import FirstTask, add_judge_arguments, mark_best, markdown_table, retention_stream
 
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.hub.checkpoint import read_json, write_json
 from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
 from hf_zocl.sample import resolve
 
@@ -33,31 +50,60 @@ BENCHMARKS = {
     "tiny-imagenet-inc20": "tiny_imagenet_inc20_{adapter}.yaml",
     "imagenet-r-inc20": "imagenet_r_inc20_{adapter}.yaml",
 }
-TABLES = ("branch", "layers", "all")
 BRANCHES = ("vision", "language", "dual")
+# Queries of the vision tower, each a forward pass of the whole batch.
+PASSES = (1, 2, 4, 8)
+POINTS = 0.5  # the difference that the seeds' table reckons with
 
-# The paper (arXiv 2506.12409), MoE adapters: Last and Avg, percent; "best" is its best layer-wise setting.
-PAPER = {
-    "cifar100-inc20": {
-        "FO": (80.47, 86.97), "dual/all": (69.29, 77.36), "vision/all": (76.05, 83.93), "language/all": (80.94, 87.00),
-        "best": (82.41, 88.51),
-    },
-    "cifar100-inc10": {
-        "FO": (77.52, 85.21), "dual/all": (67.64, 75.88), "vision/all": (72.98, 82.08), "language/all": (76.74, 85.03),
-        "best": (79.39, 87.05),
-    },
-    "tiny-imagenet-inc20": {
-        "FO": (52.13, 60.55), "dual/all": (42.40, 47.64), "vision/all": (49.65, 57.90), "language/all": (49.14, 58.69),
-        "best": (52.27, 60.98),
-    },
-    "imagenet-r-inc20": {
-        "FO": (65.36, 71.53), "dual/all": (58.56, 65.92), "vision/all": (62.54, 69.84), "language/all": (64.38, 70.38),
-        "best": (65.68, 72.16),
-    },
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Cell:
+    """A row of a table.
+
+    Args:
+        arguments: What it adds to the recipe.
+        rates: Candidates for its ZO learning rate; none: the recipe's.
+    """
+
+    arguments: tuple[str, ...]
+    rates: tuple[str, ...] = ()
 
 
 def main() -> None:
+    options, further = parse_arguments()
+    if options.table == "memory":
+        comparison = memory_table(options.adapter)
+        comparison.write(options.output_dir, name=f"memory-{options.adapter}")
+        return print(comparison.markdown())
+    recipe = options.recipe or str(RECIPES / BENCHMARKS[options.benchmark].format(adapter=options.adapter))
+    folder = options.output_dir / f"{Path(recipe).stem if options.recipe else options.benchmark}-{options.adapter}"
+    common = ["--adapter", options.adapter, "--disable_tqdm", "true", *further]
+    try:
+        model = parse_recipe(["--recipe", recipe, *common, "--output_dir", str(folder)]).run.model_name_or_path
+        cells = choose_cells(options.table, CLIPConfig.from_pretrained(resolve(model)), options.cells)
+        judge = functools.cache(lambda: first_task(recipe, options))
+        cells = {name: with_rate(cell, folder_of(folder, name), common, judge) for name, cell in cells.items()}
+        # By seed first: a table of fewer seeds is there early.
+        runs = [(cell, seed) for seed in options.seeds for cell in cells]
+        for cell, seed in tqdm(runs, desc="cells"):
+            run_cell(["--recipe", recipe, *common, *cells[cell].arguments], folder_of(folder, cell), seed)
+        groups = read_cells(folder, cells, options.seeds)
+        comparison = with_paper(compare_groups(groups, baseline=next(iter(cells))), groups, options.benchmark)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if options.table == "seeds":
+        comparison = seeds_table(groups)
+    comparison.write(folder, name=options.table)
+    print(comparison.markdown())
+    if options.table == "passes":
+        draw_passes(groups).savefig(folder / "passes.png", dpi=150)
+    findings = compare_with_findings(groups, options.table)
+    if findings.rows:
+        findings.write(folder, name=f"{options.table}-findings")
+        print("\n" + findings.markdown())
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -68,46 +114,120 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cells", nargs="+", help="only these rows of the table")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/reproduce"))
-    options, further = parser.parse_known_args()
-    recipe = options.recipe or str(RECIPES / BENCHMARKS[options.benchmark].format(adapter=options.adapter))
-    folder = options.output_dir / f"{Path(recipe).stem if options.recipe else options.benchmark}-{options.adapter}"
-    common = ["--recipe", recipe, "--adapter", options.adapter, "--disable_tqdm", "true", *further]
-    try:
-        model = parse_recipe([*common, "--output_dir", str(folder)]).run.model_name_or_path
-        cells = choose_cells(options.table, CLIPConfig.from_pretrained(resolve(model)), options.cells)
-        # By seed first: a table of fewer seeds is there early.
-        runs = [(cell, seed) for seed in options.seeds for cell in cells]
-        for cell, seed in tqdm(runs, desc="cells"):
-            run_cell([*common, *cells[cell]], folder_of(folder, cell), seed)
-        groups = read_cells(folder, cells, options.seeds)
-        comparison = with_paper(compare_groups(groups, baseline=next(iter(cells))), groups, options.benchmark)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    comparison.write(folder, name=options.table)
-    print(comparison.markdown())
+    add_judge_arguments(parser, required=False)
+    parser.set_defaults(repetitions=1)
+    return parser.parse_known_args()
 
 
-def choose_cells(table: str, config: CLIPConfig, wanted: list[str] | None) -> dict[str, list[str]]:
-    """The rows of a table, and the arguments of each; FO, the baseline, first.
+def branch_cells(config: CLIPConfig) -> dict[str, Cell]:
+    return {"FO": assigned("none"), **{f"{branch}/all": assigned(branch) for branch in ("dual", "vision", "language")}}
+
+
+def layer_cells(config: CLIPConfig) -> dict[str, Cell]:
+    depth = {"vision": config.vision_config.num_hidden_layers, "language": config.text_config.num_hidden_layers}
+    depth["dual"] = min(depth.values())
+    cells = {"FO": assigned("none")}
+    for branch in BRANCHES:
+        half = depth[branch] // 2  # six of twelve, as in the paper
+        schemes = ("hop-odd", "hop-even", f"prefix-{half}", f"suffix-{half}")
+        cells |= {f"{branch}/{scheme}": assigned(branch, scheme) for scheme in schemes}
+    return cells
+
+
+def mozo_cells(config: CLIPConfig) -> dict[str, Cell]:
+    """Dual/hop-even without the sign and with one ε, the language tower's; with either; with both."""
+    common = assigned("dual", "hop-even", "--zo_optim", "sgd", "--zo_momentum", "0.9").arguments
+    one_eps = ("--zo_eps_vision", "1e-2", "--zo_eps_language", "1e-2")
+    two_eps = ("--zo_eps_vision", "5e-3", "--zo_eps_language", "1e-2")
+    magnitude, sign = (
+        (("--zo_sign", "false"), ("3e-4", "1e-3", "3e-3")),
+        (("--zo_sign", "true"), ("3e-4", "1e-3", "3e-3")),
+    )
+    return {
+        name: Cell((*common, *kind, *eps), rates)
+        for name, (kind, rates), eps in (
+            ("plain", magnitude, one_eps),
+            ("sign", sign, one_eps),
+            ("small ε_v", magnitude, two_eps),
+            ("MoZO", sign, two_eps),
+        )
+    }
+
+
+def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
+    """Steps without momentum, two queries in each tower, so that the estimators differ in nothing else."""
+    common = assigned("dual", "all", "--zo_queries_vision", "2", "--zo_queries_language", "2").arguments
+    plain = (*common, "--zo_sign", "false", "--zo_momentum", "0", "--zo_optim")
+    single = ("--zo_queries_vision", "1", "--zo_queries_language", "1")
+    return {
+        "aggressive": Cell((*plain, "sgd", *single), ("3e-3", "1e-2", "3e-2")),
+        "conservative": Cell((*plain, "sgd", "--zo_estimator", "conservative"), ("3e-3", "1e-2", "3e-2")),
+        "conservative + sign": Cell((*plain, "sign", "--zo_estimator", "conservative"), ("3e-3", "1e-2", "3e-2")),
+        "FZOO": Cell((*plain, "sgd", "--zo_estimator", "fzoo"), ("3e-4", "1e-3", "3e-3")),
+        "ZO-Adam": Cell((*plain, "adamw"), ("3e-3", "1e-2", "3e-2")),
+        "forward gradient": Cell((*plain, "sgd", "--zo_estimator", "forward-gradient"), ("3e-3", "1e-2", "3e-2")),
+    }
+
+
+def passes_cells(config: CLIPConfig) -> dict[str, Cell]:
+    cells = {f"dual/all, q={q}": assigned("dual", "all", "--zo_queries_vision", str(q)) for q in PASSES}
+    return {"FO": assigned("none"), **cells}
+
+
+def assigned(branch: str, layers: str = "all", *more: str) -> Cell:
+    return Cell(("--zo_branch", branch, "--zo_layers", layers, *more))
+
+
+# The rows of a table, the baseline first.
+TABLES: dict[str, Callable[[CLIPConfig], dict[str, Cell]] | None] = {
+    "branch": branch_cells,
+    "layers": layer_cells,
+    "all": lambda config: branch_cells(config) | layer_cells(config),
+    "mozo": mozo_cells,
+    "variants": variant_cells,
+    "passes": passes_cells,
+    "seeds": lambda config: branch_cells(config) | layer_cells(config),
+    "memory": None,
+}
+
+
+def choose_cells(table: str, config: CLIPConfig, wanted: list[str] | None) -> dict[str, Cell]:
+    """The rows of a table, or those of them that are wanted; the baseline first.
 
     Raises:
         ValueError: If `wanted` names a row that the table does not have.
     """
-    depth = {"vision": config.vision_config.num_hidden_layers, "language": config.text_config.num_hidden_layers}
-    depth["dual"] = min(depth.values())
-    layers = {"FO": ("none", "all")}
-    if table in ("branch", "all"):
-        layers |= {f"{branch}/all": (branch, "all") for branch in ("dual", "vision", "language")}
-    if table in ("layers", "all"):
-        for branch in BRANCHES:
-            half = depth[branch] // 2  # six of twelve, as in the paper
-            schemes = ("hop-odd", "hop-even", f"prefix-{half}", f"suffix-{half}")
-            layers |= {f"{branch}/{scheme}": (branch, scheme) for scheme in schemes}
-    cells = {cell: ["--zo_branch", branch, "--zo_layers", scheme] for cell, (branch, scheme) in layers.items()}
+    cells = TABLES[table](config)
     unknown = sorted(set(wanted or ()) - set(cells))
     if unknown:
         raise ValueError(f"--cells {' '.join(unknown)}: table {table} has {', '.join(cells)}.")
-    return {cell: arguments for cell, arguments in cells.items() if wanted is None or cell in wanted}
+    return {name: cell for name, cell in cells.items() if wanted is None or name in wanted}
+
+
+def first_task(recipe: str, options: argparse.Namespace) -> FirstTask:
+    if options.retention is None:
+        raise ValueError(f"{options.table} chooses learning rates on the first task: --retention DATASET is needed.")
+    stream = retention_stream(options.retention, options.retention_classes, options.retention_images)
+    return FirstTask(recipe, tuple(options.seeds[:1]), options.held_out, stream, options.repetitions)
+
+
+def with_rate(cell: Cell, folder: Path, common: list[str], judge: Callable[[], FirstTask]) -> Cell:
+    """The cell with its ZO learning rate, chosen on the first task, now or by an earlier call."""
+    if not cell.rates:
+        return cell
+    file, arguments = folder / "chosen.json", [*common, *cell.arguments]
+    rows: list[dict[str, Any]] = []
+    if file.is_file():
+        known = read_json(file)
+        rows = known["candidates"] if known["arguments"] == arguments else []
+    if not rows:
+        rows = [judge().zero_shot(arguments), *judge().measure_all({"zo_learning_rate": list(cell.rates)}, arguments)]
+        mark_best(rows)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"arguments": arguments, "candidates": rows})
+    (best,) = (row for row in rows if row["chosen"])
+    print(f"{folder.name}:\n{markdown_table(rows)}")
+    return replace(cell, arguments=(*cell.arguments, "--zo_learning_rate", best["candidate"]["zo_learning_rate"]))
 
 
 def folder_of(folder: Path, cell: str) -> Path:
@@ -121,7 +241,7 @@ def run_cell(arguments: list[str], folder: Path, seed: int) -> None:
     scheduler.run(resume=(folder / "results.json").is_file())
 
 
-def read_cells(folder: Path, cells: dict[str, list[str]], seeds: list[int]) -> list[RunGroup]:
+def read_cells(folder: Path, cells: dict[str, Cell], seeds: list[int]) -> list[RunGroup]:
     groups = load_groups([folder_of(folder, cell) for cell in cells])
     named = zip(cells, groups, strict=True)
     return [RunGroup(cell, tuple(run for run in group.runs if run["seed"] in seeds)) for cell, group in named]
@@ -132,26 +252,88 @@ def with_paper(comparison: Comparison, groups: list[RunGroup], benchmark: str) -
     baseline, *others = groups
     columns = [["p (Last)", "p (Avg)", "paper Δ Last", "paper Δ Avg"], ["", "", "", ""], ["", "", "", ""]]
     for group in others:
-        tests = [p_value(group, baseline, name) for name in ("last", "avg")]
+        tests = [p_value(paired_differences(group, baseline, name)) for name in ("last", "avg")]
+        tests = ["–" if p is None else f"{p:.3f}" for p in tests]
         columns.append([*tests, *paper_differences(group.name, benchmark)])
     lines = zip((comparison.headings, *comparison.rows), columns, strict=True)
     headings, *rows = [(*line, *more) for line, more in lines]
-    whose = "the paper's" if benchmark in PAPER else "the mean over the paper's four settings"
+    whose = "the paper's" if benchmark in ACCURACIES else "the mean over the paper's four settings"
     note = f"{comparison.note} p: paired t-test, two-sided. paper Δ: {whose}, MoE adapters on ViT-B/16."
     return replace(comparison, headings=headings, rows=tuple(rows), note=note)
 
 
-def p_value(group: RunGroup, baseline: RunGroup, name: str) -> str:
-    differences = paired_differences(group, baseline, name)
-    return f"{stats.ttest_1samp(differences, 0.0).pvalue:.3f}" if len(differences) > 1 else "–"
+def seeds_table(groups: list[RunGroup]) -> Comparison:
+    """Every seed's figures, and how many seeds it takes to see half a point against the baseline."""
+    baseline, numbers = groups[0], [run["seed"] for run in groups[0].runs]
+    headings = ["setting"]
+    headings += [f"{title}, seed {seed}" for title in ("Last", "Avg") for seed in numbers]
+    headings += ["std Last", "std Avg", "seeds for Last", "seeds for Avg"]
+    rows = []
+    for group in groups:
+        values = [100 * group.values(name) for name in ("last", "avg")]
+        row = [f"{value:.1f}" for figure in values for value in figure]
+        row += [f"{figure.std(ddof=1):.1f}" if len(figure) > 1 else "–" for figure in values]
+        for name in ("last", "avg"):
+            differences = 100 * paired_differences(group, baseline, name)
+            needed = (2.8 * differences.std(ddof=1) / POINTS) ** 2 if len(differences) > 1 else np.nan
+            row.append("" if group is baseline or np.isnan(needed) else f"{max(2, int(np.ceil(needed)))}")
+        rows.append((group.name, *row))
+    note = (
+        f"Percent. Seeds for: how many pairs make a difference of {POINTS} points to {baseline.name} significant at "
+        f"5 % in 80 % of all trials, (2.8·σ/{POINTS})², σ the standard deviation of the paired differences seen here."
+    )
+    return Comparison(tuple(headings), tuple(rows), note)
 
 
-def paper_differences(cell: str, benchmark: str) -> list[str]:
-    """How far the paper's row is from its FO: Last, Avg."""
-    settings = [PAPER[benchmark]] if benchmark in PAPER else list(PAPER.values())
-    if cell not in settings[0]:
-        return ["", ""]
-    return [f"{statistics.mean(s[cell][i] - s['FO'][i] for s in settings):+.1f}" for i in (0, 1)]
+def draw_passes(groups: list[RunGroup]) -> Figure:
+    """Avg against the vision tower's forward passes of a stream, each of the whole batch; FO as a line."""
+    baseline, others = groups[0], groups[1:]
+    figure = Figure(figsize=(5.2, 3.6), layout="constrained")
+    axes = figure.subplots()
+    queries = [int(group.name.split("=")[1]) for group in others]
+    for name, title, style in (("avg", "Avg", ("#0072B2", "o", "-")), ("last", "Last", ("#D55E00", "s", "--"))):
+        color, marker, line = style
+        values = [100 * group.values(name) for group in others]
+        spread = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
+        axes.errorbar(
+            [1 + q for q in queries], [v.mean() for v in values], spread,
+            color=color, marker=marker, linestyle=line, capsize=3, label=f"dual/all, {title}",
+        )  # fmt: skip
+        axes.axhline(100 * baseline.values(name).mean(), color=color, linestyle=":", label=f"FO, {title}")
+    axes.set(xlabel="image passes a step, the one at θ included", ylabel="accuracy (%)", xscale="log")
+    axes.set_xticks([1 + q for q in queries], [str(1 + q) for q in queries])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def memory_table(adapter: str) -> Comparison:
+    """Peak memory of a training step, each in a process of its own, beside the paper's."""
+    is_gpu = torch.cuda.is_available()
+    setting = Setting(batch=128, device="cuda") if is_gpu else Setting()
+    rows = [Row("FO", "fo", adapter=adapter)]
+    rows += [Row(f"{branch}/all", adapter=adapter, branch=branch) for branch in ("dual", "vision", "language")]
+    rows += [
+        Row(f"{b}/hop-even", adapter=adapter, branch=b, layers="hop-even") for b in ("dual", "vision", "language")
+    ]
+    rows += [Row("inference", "inference", adapter=adapter)]
+    peaks = {row.name: measure_apart(row, setting)["peak_bytes"] / 1e9 for row in tqdm(rows, desc="memory")}
+    paper = PEAK_GB[adapter]
+
+    def beside(name: str) -> tuple[str, str]:
+        if name not in paper:
+            return "", ""
+        return f"{paper[name]:.2f}", f"{paper[name] / paper['FO'] - 1:+.1%}"
+
+    cells = [(name, f"{peak:.2f}", f"{peak / peaks['FO'] - 1:+.1%}", *beside(name)) for name, peak in peaks.items()]
+    where = "on the GPU, bf16 autocast" if is_gpu else "of the process (resident), float32"
+    note = (
+        f"Peak memory {where}; ViT-B/16 of random weights, {adapter} adapters, batch {setting.batch}, 20 classes. The "
+        "paper: on a GPU, batch 128. Batch and precision differ, so compare the columns against FO."
+    )
+    headings = ("setting", "peak, GB", "against FO", "paper, GB", "paper, against FO")
+    return Comparison(headings, tuple(cells), note)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,25 +32,27 @@ from tqdm.auto import tqdm
 from hf_zocl.continual import ContinualTaskScheduler, TaskStream
 from hf_zocl.continual.recipe import Recipe, build_scheduler, build_stream, parse_recipe
 from hf_zocl.continual.scheduler import ImageCollator
+from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.models import CLIPClassifier
 
 
 def main() -> None:
     options, further = parse_arguments()
-    grid = [
-        dict(zip(options.grid, values, strict=True))
-        for values in itertools.product(*map(options.grid.get, options.grid))
-    ]
-    retention = retention_stream(options)
-    rows = [measure_zero_shot(options, further, retention)]
-    for candidate in tqdm(grid, desc="candidates"):
-        rows.append(measure(options, further, candidate, retention))
-    best = max(rows[1:], key=lambda row: row["score"])
-    for row in rows:
-        row["chosen"] = row is best
+    try:
+        judge = FirstTask(
+            options.recipe,
+            tuple(options.seeds),
+            options.held_out,
+            retention_stream(options.retention, options.retention_classes, options.retention_images),
+            options.repetitions,
+        )
+        rows = [judge.zero_shot(further), *judge.measure_all(options.grid, further)]
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    mark_best(rows, options.keep)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_json(options.output, rows)
     print(markdown_table(rows))
 
 
@@ -60,59 +63,98 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--grid", action="append", required=True, metavar="ARGUMENT=VALUE,VALUE,…")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--held_out", type=int, default=300, help="Held-out training images per class.")
-    parser.add_argument("--retention", required=True, help="Dataset that the model knew: Hub id or folder.")
-    parser.add_argument("--retention_classes", help="JSON file and key of its label ids, FILE:KEY; default: all.")
-    parser.add_argument("--retention_images", type=int, default=20, help="Its test images per class.")
-    parser.add_argument("--repetitions", type=int, help="Of the first task, before R; default: the stream's tasks.")
+    parser.add_argument("--keep", type=float, help="Least R, as a fraction: of those candidates the greatest A wins.")
+    add_judge_arguments(parser)
     parser.add_argument("--output", type=Path, help="Writes the rows as JSON.")
     options, further = parser.parse_known_args()
     options.grid = {name: values.split(",") for name, _, values in (item.partition("=") for item in options.grid)}
     return options, further
 
 
-def measure(
-    options: argparse.Namespace, further: list[str], candidate: dict[str, str], retention: TaskStream
-) -> dict[str, object]:
-    """A, R and √(A·R) of one candidate, each the mean over the seeds."""
-    arguments = [part for name, value in candidate.items() for part in (f"--{name}", value)]
-    first_task, retained = [], []
-    for seed in options.seeds:
-        scheduler, tasks = first_task_scheduler(options, [*further, *arguments, "--seed", str(seed)])
-        first_task.append(scheduler.run()["last"])
-        for repetition in range(1, options.repetitions or tasks):
-            # Other directions and another data order, as the next task would have.
-            args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
-            scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
-            scheduler.run()
-        retained.append(accuracy(scheduler.model, scheduler, retention))
-    return as_row(candidate, first_task, retained)
+def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--held_out", type=int, default=300, help="Held-out training images per class.")
+    parser.add_argument("--retention", required=required, help="Dataset that the model knew: Hub id or folder.")
+    parser.add_argument("--retention_classes", help="JSON file and key of its label ids, FILE:KEY; default: all.")
+    parser.add_argument("--retention_images", type=int, default=20, help="Its test images per class.")
+    parser.add_argument("--repetitions", type=int, help="Of the first task, before R; default: the stream's tasks.")
 
 
-def measure_zero_shot(options: argparse.Namespace, further: list[str], retention: TaskStream) -> dict[str, object]:
-    scheduler, _ = first_task_scheduler(options, [*further, "--seed", str(options.seeds[0])])
-    held_out = accuracy(scheduler.model, scheduler, scheduler.stream)
-    return as_row({}, [held_out], [accuracy(scheduler.model, scheduler, retention)])
+@dataclasses.dataclass(frozen=True)
+class FirstTask:
+    """The judge of candidates.
+
+    Args:
+        recipe: A recipe's file.
+        seeds: A candidate's figures are means over them.
+        held_out: Training images per class that are tested on.
+        retention: What the model knew before.
+        repetitions: How often the first task is trained before R is measured; None: as often as there are tasks.
+    """
+
+    recipe: str
+    seeds: tuple[int, ...]
+    held_out: int
+    retention: TaskStream
+    repetitions: int | None = None
+
+    def measure_all(self, grid: dict[str, list[str]], further: list[str]) -> list[dict[str, Any]]:
+        """Every combination of the grid's values."""
+        combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+        return [self.measure(candidate, further) for candidate in tqdm(combinations, desc="candidates")]
+
+    def measure(self, candidate: dict[str, str], further: list[str]) -> dict[str, Any]:
+        """A, R and √(A·R) of one candidate, each the mean over the seeds."""
+        arguments = [part for name, value in candidate.items() for part in (f"--{name}", value)]
+        first_task, retained = [], []
+        for seed in self.seeds:
+            scheduler, tasks = self._scheduler([*further, *arguments, "--seed", str(seed)])
+            first_task.append(scheduler.run()["last"])
+            for repetition in range(1, self.repetitions or tasks):
+                # Other directions and another data order, as the next task would have.
+                args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
+                scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
+                scheduler.run()
+            retained.append(accuracy(scheduler.model, scheduler, self.retention))
+        return as_row(candidate, first_task, retained)
+
+    def zero_shot(self, further: list[str]) -> dict[str, Any]:
+        """The row of the model as it came."""
+        scheduler, _ = self._scheduler([*further, "--seed", str(self.seeds[0])])
+        held_out = accuracy(scheduler.model, scheduler, scheduler.stream)
+        return as_row({}, [held_out], [accuracy(scheduler.model, scheduler, self.retention)])
+
+    def _scheduler(self, further: list[str]) -> tuple[ContinualTaskScheduler, int]:
+        """A run over the first task alone, tested on training images that are held out; and the stream's tasks."""
+        folder = tempfile.mkdtemp(prefix="hf-zocl-tune-")
+        recipe = parse_recipe(["--recipe", self.recipe, *further, "--output_dir", folder, "--disable_tqdm", "true"])
+        scheduler = build_scheduler(recipe)
+        stream = first_task_stream(scheduler.stream, recipe, self.held_out)
+        first = ContinualTaskScheduler(scheduler.model, scheduler.processor, stream, recipe.training, recipe.to_dict())
+        return first, len(scheduler.stream)
 
 
-def as_row(candidate: dict[str, str], first_task: list[float], retained: list[float]) -> dict[str, object]:
+def mark_best(rows: list[dict[str, Any]], keep: float | None = None) -> dict[str, Any]:
+    """Mark the candidate that is chosen, and return its row; zero-shot's row, the first, is no candidate.
+
+    Raises:
+        ValueError: If none retains as much as `keep`.
+    """
+    candidates, name = rows[1:], "score"
+    if keep is not None:
+        candidates, name = [row for row in candidates if row["retained"] >= keep], "first_task"
+        if not candidates:
+            most = max(row["retained"] for row in rows[1:])
+            raise ValueError(f"--keep {keep}: no candidate retains so much; the most is {most:.4f}.")
+    best = max(candidates, key=lambda row: row[name])
+    for row in rows:
+        row["chosen"] = row is best
+    return best
+
+
+def as_row(candidate: dict[str, str], first_task: list[float], retained: list[float]) -> dict[str, Any]:
     scores = [(a * r) ** 0.5 for a, r in zip(first_task, retained, strict=True)]
     means = {"first_task": first_task, "retained": retained, "score": scores}
     return {"candidate": candidate, **{name: statistics.mean(values) for name, values in means.items()}}
-
-
-def first_task_scheduler(options: argparse.Namespace, further: list[str]) -> tuple[ContinualTaskScheduler, int]:
-    """A run over the first task alone, tested on training images that are held out; and the stream's tasks."""
-    folder = tempfile.mkdtemp(prefix="hf-zocl-tune-")
-    arguments = ["--recipe", options.recipe, *further, "--output_dir", folder, "--disable_tqdm", "true"]
-    try:
-        recipe = parse_recipe(arguments)
-        scheduler = build_scheduler(recipe)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    stream = first_task_stream(scheduler.stream, recipe, options.held_out)
-    first = ContinualTaskScheduler(scheduler.model, scheduler.processor, stream, recipe.training, recipe.to_dict())
-    return first, len(scheduler.stream)
 
 
 def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> TaskStream:
@@ -141,27 +183,26 @@ def split_by_class(data: Dataset, held_out: int, images: int | None, seed: int) 
     for label in np.unique(labels):
         rows = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
         if len(rows) <= held_out:
-            sys.exit(f"error: --held_out {held_out}: class {label} has only {len(rows)} training images.")
+            raise ValueError(f"--held_out {held_out}: class {label} has only {len(rows)} training images.")
         test.extend(rows[:held_out])
         train.extend(rows[held_out:][:images])
     return data.select(train), data.select(test)
 
 
-def retention_stream(options: argparse.Namespace) -> TaskStream:
+def retention_stream(dataset: str, classes: str | None, images: int) -> TaskStream:
     order = None
-    if options.retention_classes is not None:
-        file, _, key = options.retention_classes.rpartition(":")
+    if classes is not None:
+        file, _, key = classes.rpartition(":")
         order = json.loads(Path(file).read_text(encoding="utf-8"))[key]
-    stream = TaskStream.from_dataset(
-        options.retention,
+    return TaskStream.from_dataset(
+        dataset,
         increment=1,
         class_order=order,
         partial_order=order is not None,
         class_order_seed=None,
         max_train_images_per_class=1,
-        max_test_images_per_class=options.retention_images,
+        max_test_images_per_class=images,
     )
-    return stream
 
 
 @torch.no_grad()
