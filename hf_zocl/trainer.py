@@ -26,6 +26,7 @@ from .zo import (
     HybridOptimizer,
     Moments,
     ParameterSplit,
+    Place,
     PlainEvaluation,
     ReplayLog,
     ReplaySettings,
@@ -74,6 +75,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
         self._zo_logs: dict[str, torch.Tensor | float] = {}
+        self._layer_logs: dict[str, torch.Tensor] = {}
         self.replay_log: ReplayLog | None = None
         if args.zo_branch == "none":
             return
@@ -227,13 +229,18 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the zeroth-order figures and the model's own `extra_logs` beside the training loss."""
+        """`Trainer.log`, with the zeroth-order figures and the model's own `extra_logs` beside the training loss.
+
+        The variance of every layer goes into the history alone: it would fill a console.
+        """
+        by_layer = {name: float(value) for name, value in self._layer_logs.items()} if "loss" in logs else {}
         if "loss" in logs and self._zo_logs:
             logs.update({name: float(value) for name, value in self._zo_logs.items()})
         model = self.accelerator.unwrap_model(self.model)
         if "loss" in logs and hasattr(model, "extra_logs"):
             logs.update(model.extra_logs())
         super().log(logs, start_time)
+        self.state.log_history[-1].update(by_layer)
 
     def _evaluation(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
@@ -287,20 +294,25 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         """The gradients of one layer after another, for an optimizer that steps once for each."""
         factor = 1.0
         if limit > 0:
-            squares = sum(moments.squares for _, moments in self._estimator.stream(estimates))
+            squares = sum(own.squares for moments in self._estimator.stream(estimates) for own in moments.values())
             count = sum(len(perturbation) for perturbation in self._estimator.perturbations.values())
             norm = count**0.5 if self._estimator.sign else squares.sqrt()
             factor = torch.as_tensor(limit / (norm + 1e-6)).clamp(max=1.0)
-        total: dict[str | None, Moments] = {}
-        for branch, moments in self._estimator.stream(estimates, factor):
-            total[branch] = total[branch] + moments if branch in total else moments
+        total: dict[Place, Moments] = {}
+        for moments in self._estimator.stream(estimates, factor):
+            _add_moments(total, moments)
             yield
         self._log_moments(total)
 
-    def _log_moments(self, moments: dict[str | None, Moments]) -> None:
-        for branch, own in moments.items():
-            self._zo_logs["zo_variance" + (f"_{branch}" if branch else "")] = own.variance
-        self._zo_logs["zo_grad_norm"] = sum(own.squares for own in moments.values()).sqrt()
+    def _log_moments(self, moments: dict[Place, Moments]) -> None:
+        branches: dict[str | None, Moments] = {}
+        for (branch, layer), own in moments.items():
+            _add_moments(branches, {branch: own})
+            if layer is not None:
+                self._layer_logs[_variance_name(branch, layer)] = own.variance
+        for branch, own in branches.items():
+            self._zo_logs[_variance_name(branch)] = own.variance
+        self._zo_logs["zo_grad_norm"] = sum(own.squares for own in branches.values()).sqrt()
         self._zo_logs["zo_learning_rate"] = self._zo_learning_rate
 
     def _replay_settings(self) -> ReplaySettings:
@@ -351,6 +363,15 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
 
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
+
+
+def _add_moments(total: dict[Any, Moments], more: dict[Any, Moments]) -> None:
+    for place, moments in more.items():
+        total[place] = total[place] + moments if place in total else moments
+
+
+def _variance_name(branch: str | None, layer: int | None = None) -> str:
+    return "zo_variance" + (f"_{branch}" if branch else "") + ("" if layer is None else f"_layer_{layer}")
 
 
 def _take_rows(value: Any, rows: tuple[int, int], count: int) -> Any:

@@ -233,6 +233,20 @@ def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
     assert log["zo_variance_vision"] > 0
 
 
+def test_the_history_alone_carries_the_variance_of_every_layer(tmp_path, capsys):
+    log = training_logs(train(tmp_path, zo_layers="hop-even"))[0]
+    names = {name for name in log if "_layer_" in name}
+    assert names == {f"zo_variance_vision_layer_{n}" for n in (2, 4, 6)} | {
+        f"zo_variance_language_layer_{n}" for n in (2, 4)
+    }
+    own = [log[f"zo_variance_vision_layer_{n}"] for n in (2, 4, 6)]
+    # Layers of one size, whose means are small: the branch's variance is the mean of theirs.
+    assert sum(own) / 3 == pytest.approx(log["zo_variance_vision"], rel=1e-2)
+    printed = capsys.readouterr().out
+    assert "zo_variance_vision" in printed
+    assert "_layer_" not in printed
+
+
 def test_tensorboard_receives_the_zeroth_order_figures(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,7 +1,7 @@
 """Zeroth-order optimisation of named parameter groups. Needs torch alone."""
 
 from .assignment import LayerAssignment, ParameterSplit, ZOGroup
-from .estimator import Estimate, Evaluation, ZOEstimator
+from .estimator import Estimate, Evaluation, Place, ZOEstimator
 from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
 from .parallel import SharedQueries
@@ -20,6 +20,7 @@ __all__ = [
     "Moments",
     "ParameterSplit",
     "Perturbation",
+    "Place",
     "PlainEvaluation",
     "ReplayLog",
     "ReplaySettings",

@@ -20,6 +20,8 @@ ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo", "forward-gradien
 
 # Where a loss is asked for: the perturbations that are not at θ, and their offsets. Empty: L(θ).
 Point = Mapping[Perturbation, Combination]
+# A branch and a layer.
+Place = tuple[str | None, int | None]
 # A part of the batch, from its first row to before its last; None: the whole batch.
 Rows = tuple[int, int] | None
 
@@ -155,28 +157,29 @@ class ZOEstimator:
         return estimate
 
     @torch.no_grad()
-    def write(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[str | None, Moments]:
+    def write(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[Place, Moments]:
         """Set `.grad` of every zeroth-order parameter to Σ scale·g, or to its sign if `sign` is on.
 
         Args:
             estimates: The estimates of one optimizer step's micro-batches, and what each counts.
 
         Returns:
-            The moments of the sum by branch, before any sign normalisation.
+            The moments of the sum by branch and layer, before any sign normalisation.
         """
         moments = {}
         for branch, perturbation in self.perturbations.items():
-            moments[branch] = perturbation.write(_gradient(estimates, branch), self.sign)
+            own = perturbation.write(_gradient(estimates, branch), self.sign)
+            moments |= {(branch, layer): value for layer, value in own.items()}
         return moments
 
     @torch.no_grad()
     def stream(
         self, estimates: Sequence[tuple[Estimate, float]], factor: float | torch.Tensor = 1.0
-    ) -> Iterator[tuple[str | None, Moments]]:
+    ) -> Iterator[dict[Place, Moments]]:
         """What `write` does, times a factor, for one layer after another (see `StreamedPerturbation`)."""
         for branch, perturbation in self.perturbations.items():
             for moments in perturbation.stream(_gradient(estimates, branch), self.sign, factor):
-                yield branch, moments
+                yield {(branch, layer): value for layer, value in moments.items()}
 
     def _one_sided(
         self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]], base_loss: torch.Tensor | None

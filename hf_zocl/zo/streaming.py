@@ -46,12 +46,12 @@ class StreamedPerturbation(Perturbation):
 
     def write(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
-    ) -> Moments:
+    ) -> dict[int | None, Moments]:
         raise NotImplementedError("A streamed gradient never stands in .grad as a whole: use `stream`.")
 
     def stream(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
-    ) -> Iterator[Moments]:
+    ) -> Iterator[dict[int | None, Moments]]:
         """`write` for one unit after another; a unit's gradient is freed when the next one's is asked for."""
         for unit in self.units:
             yield unit.perturbation.write([unit.own(term) for term in gradient], sign, factor)

@@ -349,4 +349,4 @@ def test_a_zo_sgd_step_is_a_mezo_step():
 def test_the_variance_is_that_of_the_estimates_coordinates():
     model = Quadratic()
     _, moments = accumulate(estimator_of(model), model)
-    torch.testing.assert_close(moments[None].variance, model.theta.grad.var(correction=0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(moments[None, None].variance, model.theta.grad.var(correction=0), rtol=1e-4, atol=0)
