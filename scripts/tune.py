@@ -47,9 +47,9 @@ def main() -> None:
             options.repetitions,
         )
         rows = [judge.zero_shot(further), *judge.measure_all(options.grid, further)]
+        mark_best(rows, options.keep)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    mark_best(rows, options.keep)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, rows)

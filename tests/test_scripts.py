@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_zocl.report import RunGroup
+
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,12 +73,100 @@ def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):
     command += ["--increment", "5", "--initial_increment", "5", "--max_steps", "1", "--max_test_images_per_class", "2"]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [line for line in first.stdout.splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows] == ["setting", "---", "zero-shot", "FO", "language/hop-odd"]
+    table = ["setting", "---", "zero-shot", "FO", "language/hop-odd"]
+    findings = ["finding", "---", *["the best hybrid ≥ FO (language/hop-odd)"] * 2]
+    assert [row.split("|")[1].strip() for row in rows] == table + findings
     results = tmp_path / "quickstart-lora" / "FO" / "seed-1" / "results.json"
     written = results.stat().st_mtime_ns
     second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [line for line in second.stdout.splitlines() if line.startswith("|")] == rows
     assert results.stat().st_mtime_ns == written
+
+
+SMALL_STREAM = "--increment 5 --initial_increment 5 --max_steps 2 --max_train_images_per_class 6"
+JUDGED = "--retention hf_zocl/sample/cifar10-sample --retention_images 2 --held_out 4 --repetitions 2"
+
+
+def test_tune_judges_every_candidate_by_the_first_task_and_marks_the_best(tmp_path):
+    command = [sys.executable, "scripts/tune.py", "--recipe", "scripts/recipes/quickstart.yaml", "--seeds", "0"]
+    command += [*SMALL_STREAM.split(), *JUDGED.split(), "--grid", "zo_learning_rate=1e-3,1e-1"]
+    file = tmp_path / "rows.json"
+    done = subprocess.run([*command, "--output", str(file)], cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(file.read_text())
+    assert [row["candidate"] for row in rows] == [{}, {"zo_learning_rate": "1e-3"}, {"zo_learning_rate": "1e-1"}]
+    assert all(row["score"] == pytest.approx((row["first_task"] * row["retained"]) ** 0.5) for row in rows)
+    (best,) = (row for row in rows if row["chosen"])
+    assert best["score"] == max(row["score"] for row in rows[1:])
+    assert sum("| chosen |" in line for line in done.stdout.splitlines()) == 1
+
+
+def test_with_a_floor_of_retention_the_fastest_learner_wins(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    mark_best = runpy.run_path(str(ROOT / "scripts" / "tune.py"))["mark_best"]
+    rows = [{"first_task": a, "retained": r, "score": (a * r) ** 0.5} for a, r in ((9, 9), (1, 8), (4, 3), (6, 1))]
+    assert mark_best(rows) is rows[2]
+    assert mark_best(rows, keep=1) is rows[3]
+    assert mark_best(rows, keep=2) is rows[2]
+    assert [row["chosen"] for row in rows] == [False, False, True, False]
+    with pytest.raises(ValueError, match="--keep 9.5: no candidate retains so much; the most is 8.0000"):
+        mark_best(rows, keep=9.5)
+
+
+def test_reproduce_chooses_rates_on_the_first_task_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.chdir(ROOT)
+    main = runpy.run_path(str(ROOT / "scripts" / "reproduce.py"))["main"]
+    command = ["reproduce.py", "mozo", "--recipe", "scripts/recipes/quickstart.yaml", "--cells", "MoZO"]
+    command += [*SMALL_STREAM.split(), "--max_test_images_per_class", "2", "--output_dir", str(tmp_path)]
+    command += ["--seeds", "0"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match="--retention DATASET is needed"):
+        main()
+    monkeypatch.setattr(sys, "argv", [*command, *JUDGED.split(), "--repetitions", "1"])
+    main()
+    file = tmp_path / "quickstart-lora" / "MoZO" / "chosen.json"
+    rows = json.loads(file.read_text())["candidates"]
+    (best,) = (row["candidate"]["zo_learning_rate"] for row in rows if row["chosen"])
+    run = json.loads((file.parent / "seed-0" / "results.json").read_text())
+    assert run["recipe"]["zo_learning_rate"] == float(best)
+    written = file.stat().st_mtime_ns
+    main()
+    assert file.stat().st_mtime_ns == written
+    assert capsys.readouterr().out.count("| MoZO | 1 |") == 2
+
+
+def make_groups(**last: list[float]) -> list[RunGroup]:
+    return [
+        RunGroup(name, tuple({"seed": seed, "last": value, "avg": value} for seed, value in enumerate(values)))
+        for name, values in last.items()
+    ]
+
+
+def test_findings_are_decided_by_paired_differences(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    paper = runpy.run_path(str(ROOT / "scripts" / "paper.py"))
+    groups = make_groups(
+        **{"FO": [0.30, 0.40, 0.50], "dual/all": [0.10, 0.21, 0.30], "vision/all": [0.28, 0.37, 0.47],
+           "language/all": [0.25, 0.45, 0.46]}
+    )  # fmt: skip
+    rows = paper["compare_with_findings"](groups, "branch").rows
+    assert [(row[0], row[1]) for row in rows[:2]] == [
+        ("dual/all is the worst: the next worst is above it (vision/all)", figure) for figure in ("Last", "Avg")
+    ]
+    assert rows[0][2:] == ("+17.0 ± 1.0", "0.001", "holds")
+    assert rows[2][2] == "+1.3 ± 5.9"
+    assert rows[2][4] == "not decided"
+    worse = make_groups(plain=[0.30, 0.40, 0.50], MoZO=[0.20, 0.30, 0.39])
+    assert paper["compare_with_findings"](worse, "mozo").rows[0][4] == "does not hold"
+
+
+def test_the_seeds_table_says_how_many_seeds_half_a_point_takes(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    script = runpy.run_path(str(ROOT / "scripts" / "reproduce.py"))
+    table = script["seeds_table"](make_groups(**{"FO": [0.30, 0.40, 0.50], "vision/all": [0.31, 0.40, 0.52]}))
+    assert table.headings[1:4] == ("Last, seed 0", "Last, seed 1", "Last, seed 2")
+    # Differences of 1, 0 and 2 points: σ = 1, (2.8 / 0.5)² = 31.36.
+    assert table.rows[1] == ("vision/all", *["31.0", "40.0", "52.0"] * 2, "10.5", "10.5", "32", "32")
 
 
 def test_several_seeds_end_with_a_comparison_and_a_report_reads_them(tmp_path):
