@@ -139,10 +139,8 @@ def mozo_cells(config: CLIPConfig) -> dict[str, Cell]:
     common = assigned("dual", "hop-even", "--zo_optim", "sgd", "--zo_momentum", "0.9").arguments
     one_eps = ("--zo_eps_vision", "1e-2", "--zo_eps_language", "1e-2")
     two_eps = ("--zo_eps_vision", "5e-3", "--zo_eps_language", "1e-2")
-    magnitude, sign = (
-        (("--zo_sign", "false"), ("3e-4", "1e-3", "3e-3")),
-        (("--zo_sign", "true"), ("3e-4", "1e-3", "3e-3")),
-    )
+    magnitude = (("--zo_sign", "false"), ("3e-3", "1e-2", "3e-2"))
+    sign = (("--zo_sign", "true"), ("3e-4", "1e-3", "3e-3"))
     return {
         name: Cell((*common, *kind, *eps), rates)
         for name, (kind, rates), eps in (
@@ -159,13 +157,14 @@ def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
     common = assigned("dual", "all", "--zo_queries_vision", "2", "--zo_queries_language", "2").arguments
     plain = (*common, "--zo_sign", "false", "--zo_momentum", "0", "--zo_optim")
     single = ("--zo_queries_vision", "1", "--zo_queries_language", "1")
+    by_magnitude, by_unit = ("3e-2", "1e-1", "3e-1"), ("1e-3", "3e-3", "1e-2")
     return {
-        "aggressive": Cell((*plain, "sgd", *single), ("3e-3", "1e-2", "3e-2")),
-        "conservative": Cell((*plain, "sgd", "--zo_estimator", "conservative"), ("3e-3", "1e-2", "3e-2")),
-        "conservative + sign": Cell((*plain, "sign", "--zo_estimator", "conservative"), ("3e-3", "1e-2", "3e-2")),
-        "FZOO": Cell((*plain, "sgd", "--zo_estimator", "fzoo"), ("3e-4", "1e-3", "3e-3")),
-        "ZO-Adam": Cell((*plain, "adamw"), ("3e-3", "1e-2", "3e-2")),
-        "forward gradient": Cell((*plain, "sgd", "--zo_estimator", "forward-gradient"), ("3e-3", "1e-2", "3e-2")),
+        "aggressive": Cell((*plain, "sgd", *single), by_magnitude),
+        "conservative": Cell((*plain, "sgd", "--zo_estimator", "conservative"), by_magnitude),
+        "conservative + sign": Cell((*plain, "sign", "--zo_estimator", "conservative"), by_unit),
+        "FZOO": Cell((*plain, "sgd", "--zo_estimator", "fzoo"), by_unit),
+        "ZO-Adam": Cell((*plain, "adamw"), by_unit),
+        "forward gradient": Cell((*plain, "sgd", "--zo_estimator", "forward-gradient"), by_magnitude),
     }
 
 
