@@ -55,6 +55,7 @@ CASES = {
     "queries": {**BRANCHES["all-zo"], **SHARED},
     "queries, hybrid, dropout": {**BRANCHES["hybrid"], **SHARED, "lora_dropout": 0.1},
     "queries, two-sided": {**BRANCHES["all-zo"], **SHARED, "zo_estimator": "two-sided"},
+    "queries, forward gradient": {**BRANCHES["all-zo"], **SHARED, "zo_estimator": "forward-gradient"},
     "queries, more processes than queries": {**BRANCHES["hybrid"], "zo_parallelism": "queries"},
 }
 QUICK = [
