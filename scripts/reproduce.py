@@ -72,6 +72,10 @@ class Cell:
 def main() -> None:
     options, further = parse_arguments()
     if options.table == "memory":
+        if further:
+            sys.exit(
+                f"error: {' '.join(further)}: memory trains no recipe, and takes --adapter and --output_dir alone."
+            )
         comparison = memory_table(options.adapter)
         comparison.write(options.output_dir, name=f"memory-{options.adapter}")
         return print(comparison.markdown())
