@@ -233,14 +233,15 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
 
         The variance of every layer goes into the history alone: it would fill a console.
         """
-        by_layer = {name: float(value) for name, value in self._layer_logs.items()} if "loss" in logs else {}
-        if "loss" in logs and self._zo_logs:
+        is_of_training = "loss" in logs
+        if is_of_training:
             logs.update({name: float(value) for name, value in self._zo_logs.items()})
-        model = self.accelerator.unwrap_model(self.model)
-        if "loss" in logs and hasattr(model, "extra_logs"):
-            logs.update(model.extra_logs())
+            model = self.accelerator.unwrap_model(self.model)
+            if hasattr(model, "extra_logs"):
+                logs.update(model.extra_logs())
         super().log(logs, start_time)
-        self.state.log_history[-1].update(by_layer)
+        if is_of_training:
+            self.state.log_history[-1].update({name: float(value) for name, value in self._layer_logs.items()})
 
     def _evaluation(
         self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import numpy as np
 from scipy import stats
 
-from hf_zocl.report import Comparison, RunGroup, paired_differences
+from hf_zocl.report import Comparison, RunGroup, mean_and_deviation, paired_differences
 
 
 # MoE adapters on ViT-B/16: Last and Avg, percent; "best" is its best layer-wise setting.
@@ -57,6 +57,10 @@ def p_value(differences: Sequence[float]) -> float | None:
     return float(stats.ttest_1samp(differences, 0.0).pvalue) if np.ptp(differences) > 0 else None
 
 
+def format_p(p: float | None) -> str:
+    return "–" if p is None else f"{p:.3f}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """A claim that some cells are better than others, each side the mean over its cells, seed by seed.
@@ -91,9 +95,8 @@ class Finding:
             np.mean([paired_differences(group, reference, name) for group in side], axis=0) for side in (better, worse)
         )
         points = 100 * (high - low)
-        spread = f" ± {points.std(ddof=1):.1f}" if len(points) > 1 else ""
         p = p_value(points)
-        return claim, heading, f"{points.mean():+.1f}{spread}", "–" if p is None else f"{p:.3f}", verdict(points, p)
+        return claim, heading, mean_and_deviation(points, 1, sign=True), format_p(p), verdict(points, p)
 
 
 def _matching(groups: Sequence[RunGroup], patterns: tuple[str, ...] | None) -> list[RunGroup] | None:

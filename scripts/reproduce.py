@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from benchmark_engine import Row, Setting, measure_apart
 from matplotlib.figure import Figure
-from paper import ACCURACIES, PEAK_GB, compare_with_findings, p_value, paper_differences
+from paper import ACCURACIES, PEAK_GB, compare_with_findings, format_p, p_value, paper_differences
 from tqdm.auto import tqdm
 from transformers import CLIPConfig
 from tune import FirstTask, add_judge_arguments, mark_best, markdown_table, retention_stream
@@ -255,8 +255,7 @@ def with_paper(comparison: Comparison, groups: list[RunGroup], benchmark: str) -
     baseline, *others = groups
     columns = [["p (Last)", "p (Avg)", "paper Δ Last", "paper Δ Avg"], ["", "", "", ""], ["", "", "", ""]]
     for group in others:
-        tests = [p_value(paired_differences(group, baseline, name)) for name in ("last", "avg")]
-        tests = ["–" if p is None else f"{p:.3f}" for p in tests]
+        tests = [format_p(p_value(paired_differences(group, baseline, name))) for name in ("last", "avg")]
         columns.append([*tests, *paper_differences(group.name, benchmark)])
     lines = zip((comparison.headings, *comparison.rows), columns, strict=True)
     headings, *rows = [(*line, *more) for line, more in lines]

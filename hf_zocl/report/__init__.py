@@ -1,6 +1,6 @@
 """Figures, tables and reports of runs, drawn from their `results.json` alone."""
 
-from .compare import Comparison, compare_groups, compare_runs, paired_differences
+from .compare import Comparison, compare_groups, compare_runs, mean_and_deviation, paired_differences
 from .figures import draw_accuracy_matrix, plot_accuracy_matrix
 from .html import write_report
 from .runs import RESULTS_FILE, RunGroup, load_groups
@@ -17,6 +17,7 @@ __all__ = [
     "format_evaluation",
     "format_results",
     "load_groups",
+    "mean_and_deviation",
     "paired_differences",
     "plot_accuracy_matrix",
     "write_report",

@@ -105,7 +105,11 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
     rows = [_zero_shot_row(groups[0], figures)]
     for group in groups:
         rows.append(
-            [group.name, str(len(group.runs)), *(_cell(group.values(name) * f, d) for name, _, f, d in figures)]
+            [
+                group.name,
+                str(len(group.runs)),
+                *(mean_and_deviation(group.values(name) * f, d) for name, _, f, d in figures),
+            ]
         )
     if reference is not None:
         headings += [f"Δ {heading}" for name, heading, *_ in figures if name in PAIRED]
@@ -114,7 +118,7 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
             row += [
                 "baseline"
                 if group is reference
-                else _cell(100 * paired_differences(group, reference, name), 1, sign=True)
+                else mean_and_deviation(100 * paired_differences(group, reference, name), 1, sign=True)
                 for name in PAIRED
             ]
     note = (
@@ -151,7 +155,8 @@ def paired_differences(group: RunGroup, reference: RunGroup, name: str) -> np.nd
     return np.array(differences)
 
 
-def _cell(values: np.ndarray, decimals: int, sign: bool = False) -> str:
+def mean_and_deviation(values: np.ndarray, decimals: int, sign: bool = False) -> str:
+    """A cell's text: the mean of the seeds' values ± their sample standard deviation; a single value alone."""
     values = values[np.isfinite(values)]
     if not len(values):
         return "–"

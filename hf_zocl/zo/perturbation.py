@@ -169,7 +169,8 @@ class Perturbation:
         finally:
             if offset.is_tangent:
                 self._assign(saved)
-            torch._foreach_copy_(data, saved)
+            else:
+                torch._foreach_copy_(data, saved)
 
     @torch.no_grad()
     def _assign(self, values: Iterable[torch.Tensor]) -> None:
