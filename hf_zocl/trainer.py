@@ -143,7 +143,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         self._detach_zo_parameters(True)
         if self.optimizer is None:
             zo = build_zo_optimizer(
-                self.split.zo, args.zo_optim, args.zo_learning_rate, args.zo_momentum, args.zo_weight_decay
+                self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.zo_momentum, args.zo_weight_decay
             )
             parts = [super().create_optimizer(model), zo] if self.split.fo else [zo]
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
@@ -217,7 +217,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             step=self.state.global_step,
             micro_step=len(self._estimates),
             base_loss=base_loss,
-            learning_rate=self._zo_learning_rate,
+            learning_rate=self._zo_learning_rates,
         )
         # FZOO's quotient of losses has no scale of its own.
         is_quotient = self.args.zo_estimator == "fzoo"
@@ -283,7 +283,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         estimates, limit = list(self._estimates), self.args.zo_max_grad_norm
         self._forget_estimates()
         if self.replay_log is not None:
-            self.replay_log.record(self.state.global_step, estimates, self._zo_learning_rate)
+            self.replay_log.record(self.state.global_step, estimates, list(self._zo_learning_rates.values()))
         if self._estimator.is_streamed:
             self._hybrid.stream = self._stream_estimates(estimates, limit)
             return
@@ -310,11 +310,14 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         for (branch, layer), own in moments.items():
             _add_moments(branches, {branch: own})
             if layer is not None:
-                self._layer_logs[_variance_name(branch, layer)] = own.variance
+                self._layer_logs[_log_name("zo_variance", branch, layer)] = own.variance
         for branch, own in branches.items():
-            self._zo_logs[_variance_name(branch)] = own.variance
+            self._zo_logs[_log_name("zo_variance", branch)] = own.variance
         self._zo_logs["zo_grad_norm"] = sum(own.squares for own in branches.values()).sqrt()
-        self._zo_logs["zo_learning_rate"] = self._zo_learning_rate
+        rates = self._zo_learning_rates
+        if len(set(rates.values())) == 1:
+            rates = {None: next(iter(rates.values()))}
+        self._zo_logs |= {_log_name("zo_learning_rate", branch): rate for branch, rate in rates.items()}
 
     def _replay_settings(self) -> ReplaySettings:
         args, estimator = self.args, self._estimator
@@ -355,8 +358,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         return 1.0 if is_scaled else 1.0 / self.current_gradient_accumulation_steps
 
     @property
-    def _zo_learning_rate(self) -> float:
-        return next(group["lr"] for group in self.optimizer.param_groups if "zo_branch" in group)
+    def _zo_learning_rates(self) -> dict[str | None, float]:
+        """By branch, in the order of the branches."""
+        return {group["zo_branch"]: group["lr"] for group in self.optimizer.param_groups if "zo_branch" in group}
 
     @property
     def _shares_queries(self) -> bool:
@@ -371,8 +375,8 @@ def _add_moments(total: dict[Any, Moments], more: dict[Any, Moments]) -> None:
         total[place] = total[place] + moments if place in total else moments
 
 
-def _variance_name(branch: str | None, layer: int | None = None) -> str:
-    return "zo_variance" + (f"_{branch}" if branch else "") + ("" if layer is None else f"_layer_{layer}")
+def _log_name(figure: str, branch: str | None, layer: int | None = None) -> str:
+    return figure + (f"_{branch}" if branch else "") + ("" if layer is None else f"_layer_{layer}")
 
 
 def _take_rows(value: Any, rows: tuple[int, int], count: int) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -60,6 +61,8 @@ class ZOCLTrainingArguments(TrainingArguments):
         zo_direction: `gaussian` or `rademacher`.
         zo_optim: `sgd`, `sign` or `adamw`.
         zo_learning_rate: The peak learning rate of the zeroth-order parameters.
+        zo_learning_rate_vision, zo_learning_rate_language: That of one tower: small where the queries are few and the
+            parameters many, for most of such a step is noise; default `zo_learning_rate`.
         zo_momentum: Momentum of `sgd` and `sign`.
         zo_weight_decay: Weight decay of the zeroth-order parameters.
         zo_max_grad_norm: Clips the zeroth-order estimate, apart from the gradient; 0 does not clip.
@@ -93,6 +96,12 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_direction: str = field(default="gaussian", metadata={"help": f"Directions: {', '.join(DIRECTIONS)}."})
     zo_optim: str = field(default="sgd", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
     zo_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."})
+    zo_learning_rate_vision: float | None = field(
+        default=None, metadata={"help": "zo_learning_rate of the vision tower."}
+    )
+    zo_learning_rate_language: float | None = field(
+        default=None, metadata={"help": "zo_learning_rate of the text tower."}
+    )
     zo_momentum: float = field(default=0.0, metadata={"help": "Momentum of zo_optim=sgd and sign."})
     zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
@@ -122,9 +131,11 @@ class ZOCLTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value}: the size of the perturbation must be greater than 0.")
-        for name in ("zo_learning_rate", "zo_momentum", "zo_weight_decay", "zo_max_grad_norm"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected 0 or more.")
+        rates = ("zo_learning_rate", "zo_learning_rate_vision", "zo_learning_rate_language")
+        for name in (*rates, "zo_momentum", "zo_weight_decay", "zo_max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value}: expected 0 or more.")
         if self.zo_share_batch and self.zo_estimator != "one-sided":
             raise ValueError(f"zo_share_batch=True: expected zo_estimator='one-sided', got {self.zo_estimator!r}.")
         if self.zo_estimator == "conservative" and self.zo_max_grad_norm > 0:
@@ -171,8 +182,17 @@ class ZOCLTrainingArguments(TrainingArguments):
     @property
     def queries_by_branch(self) -> dict[str | None, int]:
         """The number of queries of each tower; None stands for a model with a single one."""
-        own = {"vision": self.zo_queries_vision, "language": self.zo_queries_language, None: None}
-        return {branch: self.zo_queries if count is None else count for branch, count in own.items()}
+        return self._by_branch("zo_queries")
+
+    @property
+    def learning_rates_by_branch(self) -> dict[str | None, float]:
+        """The peak learning rate of each tower's zeroth-order parameters; None stands for a model with a single one."""
+        return self._by_branch("zo_learning_rate")
+
+    def _by_branch(self, name: str) -> dict[str | None, Any]:
+        own = {branch: getattr(self, f"{name}_{branch}") for branch in ("vision", "language")}
+        common = getattr(self, name)
+        return {None: common, **{branch: common if value is None else value for branch, value in own.items()}}
 
     @property
     def layer_assignment(self) -> LayerAssignment:

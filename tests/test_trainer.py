@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_zocl import ZOCLTrainer
+from hf_zocl.zo import ReplayLog
 from hf_zocl.zo.estimator import ESTIMATORS
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
@@ -231,6 +232,26 @@ def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
     assert log["zo_learning_rate"] == 3e-3
     assert log["zo_grad_norm"] > 0
     assert log["zo_variance_vision"] > 0
+
+
+@pytest.mark.parametrize("estimator", ["one-sided", "conservative"])
+def test_a_tower_may_have_a_learning_rate_of_its_own(tmp_path, estimator):
+    model, rates = mini_clip_classifier(), {"vision": 1e-3, "language": 5e-3}
+    start, again = trainable(model), mini_clip_classifier()
+    options = {"zo_layers": "all", "zo_optim": "sign", "zo_learning_rate_vision": 1e-3, "zo_learning_rate": 5e-3}
+    trainer = train(tmp_path, model, zo_estimator=estimator, max_steps=1, **options)
+    for group in trainer.split.zo:
+        for name, parameter in zip(group.names, group.parameters, strict=True):
+            step = (parameter.detach() - start[name]).abs()
+            moved = step[step > 0]  # the conservative rule may stand still
+            torch.testing.assert_close(moved, torch.full_like(moved, rates[group.branch]), rtol=1e-3, atol=1e-7)
+    log = training_logs(trainer)[0]
+    assert {log["zo_learning_rate_vision"], log["zo_learning_rate_language"]} == set(rates.values())
+    assert "zo_learning_rate" not in log
+    # Each branch has its own rate in the log of steps, too.
+    read = ReplayLog.from_tensors(trainer.replay_log.settings, trainer.replay_log.tensors())
+    read.replay(trainer.args.layer_assignment.split(again, trainer.args.zo_eps).zo)
+    assert all(torch.equal(a, b) for a, b in zip(trainable(again).values(), trainable(model).values(), strict=True))
 
 
 def test_the_history_alone_carries_the_variance_of_every_layer(tmp_path, capsys):
@@ -518,6 +539,7 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
         ({"zo_direction": "sparse"}, "zo_direction='sparse'"),
         ({"zo_optim": "lion"}, "zo_optim='lion'"),
         ({"zo_learning_rate": -1.0}, "zo_learning_rate=-1.0"),
+        ({"zo_learning_rate_vision": -1.0}, "zo_learning_rate_vision=-1.0"),
         ({"zo_estimator": "conservative", "zo_max_grad_norm": 1.0}, "'conservative' judges its steps unclipped"),
         (
             {"zo_share_batch": True, "zo_estimator": "two-sided"},

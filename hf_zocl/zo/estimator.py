@@ -136,7 +136,7 @@ class ZOEstimator:
         step: int,
         micro_step: int = 0,
         base_loss: torch.Tensor | None = None,
-        learning_rate: float = 0.0,
+        learning_rate: float | Mapping[str | None, float] = 0.0,
     ) -> Estimate:
         """Ask for the losses that the estimate needs, all of them at once, and weigh the directions.
 
@@ -144,7 +144,8 @@ class ZOEstimator:
             evaluation: Gives the losses.
             step, micro_step: Key the directions; the micro-step counts the batches of one accumulated step.
             base_loss: L(θ), if a first-order pass has it already.
-            learning_rate: The size of the SGD step by which `conservative` judges its candidates.
+            learning_rate: The size of the SGD step by which `conservative` judges its candidates; one number, or one
+                per branch.
         """
         seeds = self.direction_seeds(step, micro_step)
         if self.estimator == "two-sided":
@@ -261,14 +262,17 @@ class ZOEstimator:
             estimate.gradient[branch] = Combination(seeds[branch], _finite(mine) / count)
         return estimate
 
-    def _choose(self, estimate: Estimate, evaluation: Evaluation, learning_rate: float) -> None:
+    def _choose(
+        self, estimate: Estimate, evaluation: Evaluation, learning_rate: float | Mapping[str | None, float]
+    ) -> None:
         """Replace the mean over the queries by the candidate whose step has the lowest loss."""
         for branch, perturbation in self.perturbations.items():
             mean = estimate.gradient[branch]
             rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
             if len(mean.seeds) > 1:
                 rows.append(mean.weights)
-            steps = [Combination(mean.seeds, row, -learning_rate, self.sign) for row in rows[1:]]
+            size = learning_rate[branch] if isinstance(learning_rate, Mapping) else learning_rate
+            steps = [Combination(mean.seeds, row, -size, self.sign) for row in rows[1:]]
             losses = [_wide(loss) for loss in evaluation.losses([{perturbation: step} for step in steps])]
             losses = torch.cat([estimate.loss.view(1), self.reduce(torch.stack(losses))]).nan_to_num(nan=torch.inf)
             # Indexing with the winner stays on the device; "no update" is a row of zeros.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -49,7 +49,7 @@ class SignSGD(torch.optim.Optimizer):
 def build_zo_optimizer(
     groups: Sequence[ZOGroup],
     name: str = "sgd",
-    lr: float = 1e-3,
+    lr: float | Mapping[str | None, float] = 1e-3,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.999),
@@ -58,22 +58,31 @@ def build_zo_optimizer(
 
     The names of its parameters go with a group, so that a state is not loaded into other layers.
 
+    Args:
+        groups: The zeroth-order parameters.
+        name: `sgd`, `sign` or `adamw`.
+        lr: η; one number, or one per branch.
+        momentum: μ of `sgd` and `sign`.
+        weight_decay: λ.
+        betas: Of `adamw`.
+
     Raises:
         ValueError: If `name` is none of `sgd`, `sign`, `adamw`.
     """
     branches: dict[str | None, dict] = {}
     for group in groups:
-        branch = {"params": [], "zo_branch": group.branch or "model", "zo_names": []}
+        own = lr[group.branch] if isinstance(lr, Mapping) else lr
+        branch = {"params": [], "lr": own, "zo_branch": group.branch, "zo_names": []}
         branch = branches.setdefault(group.branch, branch)
         branch["params"].extend(group.parameters)
         branch["zo_names"].extend(group.names)
     params = list(branches.values())
     if name == "sgd":
-        return torch.optim.SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(params, momentum=momentum, weight_decay=weight_decay)
     if name == "sign":
-        return SignSGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        return SignSGD(params, momentum=momentum, weight_decay=weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(params, lr=lr, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(params, betas=betas, weight_decay=weight_decay)
     raise ValueError(f"zo_optim={name!r} is unknown: expected one of {', '.join(ZO_OPTIMIZERS)}.")
 
 

@@ -38,7 +38,7 @@ class ReplaySettings:
 @dataclass(frozen=True)
 class _Step:
     number: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]  # in the order of the branches
     scale: float
     weights: torch.Tensor  # the projected gradients, `(micro-steps, queries of all branches)`
 
@@ -54,19 +54,21 @@ class ReplayLog:
     settings: ReplaySettings
     steps: list[_Step] = field(default_factory=list)
 
-    def record(self, number: int, estimates: Sequence[tuple[Estimate, float]], learning_rate: float) -> None:
+    def record(
+        self, number: int, estimates: Sequence[tuple[Estimate, float]], learning_rates: Sequence[float]
+    ) -> None:
         """Add the step that `estimates` are about to become.
 
         Args:
             number: The step, as it keyed the directions.
             estimates: Those of the step's micro-batches, and what each counts, which is the same for all.
-            learning_rate: Of the zeroth-order groups.
+            learning_rates: Of the branches, in their order.
         """
         rows = [
             torch.cat([estimate.gradient[branch].weights for branch, _ in self.settings.queries])
             for estimate, _ in estimates
         ]
-        self.steps.append(_Step(number, learning_rate, estimates[0][1], torch.stack(rows)))
+        self.steps.append(_Step(number, tuple(learning_rates), estimates[0][1], torch.stack(rows)))
 
     @torch.no_grad()
     def replay(self, groups: Sequence[ZOGroup]) -> None:
@@ -100,8 +102,8 @@ class ReplayLog:
             estimator.write(estimates)
             if settings.max_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.max_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = step.learning_rate
+            for group, learning_rate in zip(optimizer.param_groups, step.learning_rates, strict=True):
+                group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
 
@@ -109,7 +111,7 @@ class ReplayLog:
         """The steps as a few tensors; what is the same in all of them stands there once."""
         columns = {
             "step": torch.tensor([step.number for step in self.steps], dtype=torch.int32),
-            "learning_rate": torch.tensor([step.learning_rate for step in self.steps], dtype=torch.float64),
+            "learning_rate": torch.tensor([step.learning_rates for step in self.steps], dtype=torch.float64),
             "scale": torch.tensor([step.scale for step in self.steps], dtype=torch.float64),
             "micro_steps": torch.tensor([len(step.weights) for step in self.steps], dtype=torch.int32),
         }
@@ -127,7 +129,10 @@ class ReplayLog:
         queries = sum(count for _, count in settings.queries)
         gradients = tensors["projected_gradients"].view(-1, queries)
         steps = len(tensors["step"])
-        columns = [tensors[name].expand(steps) for name in ("step", "learning_rate", "scale", "micro_steps")]
-        pieces = gradients.split(columns[-1].tolist())
-        rows = zip(*(column.tolist() for column in columns[:-1]), pieces, strict=True)
+        number, scale, micro_steps = (
+            tensors[name].expand(steps).tolist() for name in ("step", "scale", "micro_steps")
+        )
+        # Earlier logs have one rate for all branches.
+        rates = tensors["learning_rate"].unsqueeze(-1).flatten(1).expand(steps, len(settings.queries)).tolist()
+        rows = zip(number, map(tuple, rates), scale, gradients.split(micro_steps), strict=True)
         return cls(settings, [_Step(*row) for row in rows])

@@ -26,7 +26,7 @@ def trained(
     for step, count in enumerate(micro_steps):
         estimates = [(estimator.estimate(evaluation, step, micro), 1 / count) for micro in range(count)]
         rule.param_groups[0]["lr"] = 0.1 / (step + 1)
-        log.record(step, estimates, rule.param_groups[0]["lr"])
+        log.record(step, estimates, [rule.param_groups[0]["lr"]])
         estimator.write(estimates)
         if settings.max_norm > 0:
             nn.utils.clip_grad_norm_(model.parameters(), settings.max_norm)
@@ -60,6 +60,15 @@ def test_what_is_the_same_in_all_steps_is_kept_once():
     tensors = trained("sgd", micro_steps=(2, 2, 2, 2))[2].tensors()
     sizes = {name: len(tensor) for name, tensor in tensors.items()}
     assert sizes == {"step": 4, "learning_rate": 4, "scale": 1, "micro_steps": 1, "projected_gradients": 4 * 2 * 3}
+
+
+def test_a_log_with_one_rate_for_all_branches_is_read():
+    """Logs written before branches had rates of their own."""
+    before, after, log = trained("sgd")
+    tensors = log.tensors()
+    tensors["learning_rate"] = tensors["learning_rate"].flatten()
+    ReplayLog.from_tensors(log.settings, tensors).replay(LayerAssignment().split(before).zo)
+    assert torch.equal(weights(before), weights(after))
 
 
 def test_a_log_without_a_step_changes_nothing():
