@@ -14,8 +14,8 @@ repeated. Any further argument goes to every run, as on the command line of scri
 of one's own in the place of the benchmark's. Needs SciPy for the paired test.
 
 The cells of `mozo` and `variants` step in units of their own, so each has its own ZO learning rate: that with the
-greatest √(A·R) on the first task alone (scripts/tune.py, which says what A and R are; first seed, one pass). The
-choice is written to the cell's folder, `chosen.json`, with every candidate. All other cells have the recipe's rate.
+greatest √(A·R) on the first task alone (scripts/tune.py, which says what A and R are; first seed, one pass), or with
+`--keep` that which learns the most of those that retain so much. The choice is written to the cell's folder, `chosen.json`, with every candidate. All other cells have the recipe's rate.
 """
 
 import argparse
@@ -86,7 +86,9 @@ def main() -> None:
         model = parse_recipe(["--recipe", recipe, *common, "--output_dir", str(folder)]).run.model_name_or_path
         cells = choose_cells(options.table, CLIPConfig.from_pretrained(resolve(model)), options.cells)
         judge = functools.cache(lambda: first_task(recipe, options))
-        cells = {name: with_rate(cell, folder_of(folder, name), common, judge) for name, cell in cells.items()}
+        cells = {
+            name: with_rate(cell, folder_of(folder, name), common, judge, options.keep) for name, cell in cells.items()
+        }
         # By seed first: a table of fewer seeds is there early.
         runs = [(cell, seed) for seed in options.seeds for cell in cells]
         for cell, seed in tqdm(runs, desc="cells"):
@@ -161,11 +163,11 @@ def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
     common = assigned("dual", "all", "--zo_queries_vision", "2", "--zo_queries_language", "2").arguments
     plain = (*common, "--zo_sign", "false", "--zo_momentum", "0", "--zo_optim")
     single = ("--zo_queries_vision", "1", "--zo_queries_language", "1")
-    by_magnitude, by_unit = ("3e-2", "1e-1", "3e-1"), ("1e-3", "3e-3", "1e-2")
+    by_magnitude, by_unit = ("3e-2", "5e-2", "7e-2", "1e-1"), ("1e-3", "2e-3", "3e-3", "5e-3", "1e-2")
     return {
         "aggressive": Cell((*plain, "sgd", *single), by_magnitude),
         "conservative": Cell((*plain, "sgd", "--zo_estimator", "conservative"), by_magnitude),
-        "conservative + sign": Cell((*plain, "sign", "--zo_estimator", "conservative"), by_unit),
+        "conservative + sign": Cell((*plain, "sign", "--zo_estimator", "conservative"), ("1e-2", "2e-2", "4e-2")),
         "FZOO": Cell((*plain, "sgd", "--zo_estimator", "fzoo"), by_unit),
         "ZO-Adam": Cell((*plain, "adamw"), by_unit),
         "forward gradient": Cell((*plain, "sgd", "--zo_estimator", "forward-gradient"), by_magnitude),
@@ -214,21 +216,23 @@ def first_task(recipe: str, options: argparse.Namespace) -> FirstTask:
     return FirstTask(recipe, tuple(options.seeds[:1]), options.held_out, stream, options.repetitions)
 
 
-def with_rate(cell: Cell, folder: Path, common: list[str], judge: Callable[[], FirstTask]) -> Cell:
-    """The cell with its ZO learning rate, chosen on the first task, now or by an earlier call."""
+def with_rate(cell: Cell, folder: Path, common: list[str], judge: Callable[[], FirstTask], keep: float | None) -> Cell:
+    """The cell with its ZO learning rate, chosen on the first task; what an earlier call measured is kept."""
     if not cell.rates:
         return cell
     file, arguments = folder / "chosen.json", [*common, *cell.arguments]
-    rows: list[dict[str, Any]] = []
-    if file.is_file():
-        known = read_json(file)
-        rows = known["candidates"] if known["arguments"] == arguments else []
-    if not rows:
-        rows = [judge().zero_shot(arguments), *judge().measure_all({"zo_learning_rate": list(cell.rates)}, arguments)]
-        mark_best(rows)
+    known = read_json(file) if file.is_file() else {}
+    rows = known["candidates"] if known.get("arguments") == arguments else []
+    missing = [rate for rate in cell.rates if rate not in {row["candidate"].get("zo_learning_rate") for row in rows}]
+    if missing:
+        zero_shot, *measured = rows or [judge().zero_shot(arguments)]
+        measured += judge().measure_all({"zo_learning_rate": missing}, arguments)
+        rows = [zero_shot, *sorted(measured, key=lambda row: float(row["candidate"]["zo_learning_rate"]))]
+    best = mark_best(rows, keep)
+    chosen = {"arguments": arguments, "keep": keep, "candidates": rows}
+    if chosen != known:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"arguments": arguments, "candidates": rows})
-    (best,) = (row for row in rows if row["chosen"])
+        write_json(file, chosen)
     print(f"{folder.name}:\n{markdown_table(rows)}")
     return replace(cell, arguments=(*cell.arguments, "--zo_learning_rate", best["candidate"]["zo_learning_rate"]))
 

@@ -63,7 +63,6 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--grid", action="append", required=True, metavar="ARGUMENT=VALUE,VALUE,…")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--keep", type=float, help="Least R, as a fraction: of those candidates the greatest A wins.")
     add_judge_arguments(parser)
     parser.add_argument("--output", type=Path, help="Writes the rows as JSON.")
     options, further = parser.parse_known_args()
@@ -76,6 +75,7 @@ def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument("--retention", required=required, help="Dataset that the model knew: Hub id or folder.")
     parser.add_argument("--retention_classes", help="JSON file and key of its label ids, FILE:KEY; default: all.")
     parser.add_argument("--retention_images", type=int, default=20, help="Its test images per class.")
+    parser.add_argument("--keep", type=float, help="Least R, as a fraction: of those candidates the greatest A wins.")
     parser.add_argument("--repetitions", type=int, help="Of the first task, before R; default: the stream's tasks.")
 
 
