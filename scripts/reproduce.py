@@ -14,8 +14,9 @@ repeated. Any further argument goes to every run, as on the command line of scri
 of one's own in the place of the benchmark's. Needs SciPy for the paired test.
 
 The cells of `mozo` and `variants` step in units of their own, so each has its own ZO learning rate: that with the
-greatest √(A·R) on the first task alone (scripts/tune.py, which says what A and R are; first seed, one pass), or with
-`--keep` that which learns the most of those that retain so much. The choice is written to the cell's folder, `chosen.json`, with every candidate. All other cells have the recipe's rate.
+greatest √(A·R) on the first task alone (scripts/tune.py, which says what A and R are; first seed, one pass), or, with
+`--keep`, that which learns the most of those that retain so much. The choice is written to the cell's folder,
+`chosen.json`, with every candidate. All other cells have the recipe's rate.
 """
 
 import argparse
@@ -24,7 +25,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
