@@ -163,13 +163,13 @@ def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
     common = assigned("dual", "all", "--zo_queries_vision", "2", "--zo_queries_language", "2").arguments
     plain = (*common, "--zo_sign", "false", "--zo_momentum", "0", "--zo_optim")
     single = ("--zo_queries_vision", "1", "--zo_queries_language", "1")
-    by_magnitude, by_unit = ("3e-2", "5e-2", "7e-2", "1e-1"), ("1e-3", "2e-3", "3e-3", "5e-3", "1e-2")
+    by_magnitude = ("3e-2", "5e-2", "7e-2", "1e-1")
     return {
         "aggressive": Cell((*plain, "sgd", *single), by_magnitude),
         "conservative": Cell((*plain, "sgd", "--zo_estimator", "conservative"), by_magnitude),
         "conservative + sign": Cell((*plain, "sign", "--zo_estimator", "conservative"), ("1e-2", "2e-2", "4e-2")),
-        "FZOO": Cell((*plain, "sgd", "--zo_estimator", "fzoo"), by_unit),
-        "ZO-Adam": Cell((*plain, "adamw"), by_unit),
+        "FZOO": Cell((*plain, "sgd", "--zo_estimator", "fzoo"), ("1e-3", "2e-3", "3e-3", "5e-3")),
+        "ZO-Adam": Cell((*plain, "adamw"), ("5e-3", "1e-2", "2e-2", "4e-2")),
         "forward gradient": Cell((*plain, "sgd", "--zo_estimator", "forward-gradient"), by_magnitude),
     }
 
