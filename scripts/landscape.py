@@ -144,13 +144,18 @@ def format_table(looks: list[dict[str, Any]]) -> str:
 
 
 def draw(looks: list[dict[str, Any]]) -> Figure:
+    """How far the loss rises above that at the solution: a setting's mean over seeds and directions, and quartiles."""
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for one in looks:
+        settings.setdefault(one["run"].split("/seed-")[0], []).append(one)
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     for axes, kind in zip(figure.subplots(1, len(DIRECTIONS)), DIRECTIONS, strict=True):
-        for one, (color, line) in zip(looks, STYLES * len(looks), strict=False):
-            curves = np.array(one["curves"][kind])
-            axes.plot(one["steps"], curves.mean(axis=0), color=color, linestyle=line, label=one["run"])
-            axes.fill_between(one["steps"], curves.min(axis=0), curves.max(axis=0), color=color, alpha=0.12)
-        axes.set(title=f"{kind} directions", xlabel="distance, in norms of the parameters", ylabel="loss")
+        for (name, own), (color, line) in zip(settings.items(), STYLES * len(settings), strict=False):
+            rises = np.array([np.array(curve) - one["loss"] for one in own for curve in one["curves"][kind]])
+            axes.plot(own[0]["steps"], rises.mean(axis=0), color=color, linestyle=line, label=name)
+            low, high = np.percentile(rises, (25, 75), axis=0)
+            axes.fill_between(own[0]["steps"], low, high, color=color, alpha=0.15, linewidth=0)
+        axes.set(title=f"{kind} directions", xlabel="distance, in norms of the parameters", ylabel="rise of the loss")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
