@@ -186,7 +186,7 @@ class ZOCLTrainingArguments(TrainingArguments):
 
     @property
     def learning_rates_by_branch(self) -> dict[str | None, float]:
-        """The peak learning rate of each tower's zeroth-order parameters; None stands for a model with a single one."""
+        """The peak zeroth-order learning rate of each tower; None stands for a model with a single one."""
         return self._by_branch("zo_learning_rate")
 
     def _by_branch(self, name: str) -> dict[str | None, Any]:
