@@ -87,6 +87,7 @@ SMALL_STREAM = "--increment 5 --initial_increment 5 --max_steps 2 --max_train_im
 JUDGED = "--retention hf_zocl/sample/cifar10-sample --retention_images 2 --held_out 4 --repetitions 2"
 
 
+@pytest.mark.slow
 def test_tune_judges_every_candidate_by_the_first_task_and_marks_the_best(tmp_path):
     command = [sys.executable, "scripts/tune.py", "--recipe", "scripts/recipes/quickstart.yaml", "--seeds", "0"]
     command += [*SMALL_STREAM.split(), *JUDGED.split(), "--grid", "zo_learning_rate=1e-3,1e-1"]
@@ -169,6 +170,7 @@ def test_the_seeds_table_says_how_many_seeds_half_a_point_takes(monkeypatch):
     assert table.rows[1] == ("vision/all", *["31.0", "40.0", "52.0"] * 2, "10.5", "10.5", "32", "32")
 
 
+@pytest.mark.slow
 def test_several_seeds_end_with_a_comparison_and_a_report_reads_them(tmp_path):
     recipe = ["--recipe", "scripts/recipes/quickstart.yaml", "--output_dir", str(tmp_path / "fo"), "--increment", "5"]
     recipe += ["--max_steps", "1", "--max_train_images_per_class", "8", "--max_test_images_per_class", "4"]
@@ -210,6 +212,7 @@ def test_the_data_benchmark_prints_a_table(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     import benchmark_engine as engine
