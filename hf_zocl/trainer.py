@@ -315,7 +315,8 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             self._zo_logs[_log_name("zo_variance", branch)] = own.variance
         self._zo_logs["zo_grad_norm"] = sum(own.squares for own in branches.values()).sqrt()
         rates = self._zo_learning_rates
-        if len(set(rates.values())) == 1:
+        # By the peaks: at the start of a warm-up all rates are zero.
+        if len({self.args.learning_rates_by_branch[branch] for branch in rates}) == 1:
             rates = {None: next(iter(rates.values()))}
         self._zo_logs |= {_log_name("zo_learning_rate", branch): rate for branch, rate in rates.items()}
 
