@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
+
+Number = TypeVar("Number", int, float)
 
 BRANCHES = ("none", "vision", "language", "dual")
 LAYER_SCHEMES = ("all", "hop-odd", "hop-even", "prefix-N", "suffix-N")
@@ -25,6 +28,11 @@ def locate(name: str) -> tuple[str | None, int | None]:
     branch = next((tower for tower, pattern in _TOWERS.items() if pattern.search(name)), None)
     layer = _LAYER.search(name)
     return branch, int(layer.group(1)) + 1 if layer else None
+
+
+def in_branch(value: Number | Mapping[str | None, Number], branch: str | None) -> Number:
+    """A tower's own of a setting that is given as one number, or as one per branch."""
+    return value[branch] if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)

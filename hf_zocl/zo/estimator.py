@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .assignment import ZOGroup
+from .assignment import ZOGroup, in_branch
 from .perturbation import Combination, Moments, Perturbation, direction_seed
 from .streaming import StreamedPerturbation
 
@@ -113,7 +113,7 @@ class ZOEstimator:
             else Perturbation(members, direction)
             for branch, members in branches.items()
         }
-        self.queries = {branch: queries if isinstance(queries, int) else queries[branch] for branch in branches}
+        self.queries = {branch: in_branch(queries, branch) for branch in branches}
         least = 2 if estimator == "fzoo" else 1
         for branch, count in self.queries.items():
             if count < least:
@@ -271,7 +271,7 @@ class ZOEstimator:
             rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
             if len(mean.seeds) > 1:
                 rows.append(mean.weights)
-            size = learning_rate[branch] if isinstance(learning_rate, Mapping) else learning_rate
+            size = in_branch(learning_rate, branch)
             steps = [Combination(mean.seeds, row, -size, self.sign) for row in rows[1:]]
             losses = [_wide(loss) for loss in evaluation.losses([{perturbation: step} for step in steps])]
             losses = torch.cat([estimate.loss.view(1), self.reduce(torch.stack(losses))]).nan_to_num(nan=torch.inf)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from .assignment import ZOGroup
+from .assignment import ZOGroup, in_branch
 
 
 ZO_OPTIMIZERS = ("sgd", "sign", "adamw")
@@ -71,8 +71,7 @@ def build_zo_optimizer(
     """
     branches: dict[str | None, dict] = {}
     for group in groups:
-        own = lr[group.branch] if isinstance(lr, Mapping) else lr
-        branch = {"params": [], "lr": own, "zo_branch": group.branch, "zo_names": []}
+        branch = {"params": [], "lr": in_branch(lr, group.branch), "zo_branch": group.branch, "zo_names": []}
         branch = branches.setdefault(group.branch, branch)
         branch["params"].extend(group.parameters)
         branch["zo_names"].extend(group.names)
