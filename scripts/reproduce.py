@@ -10,8 +10,8 @@
     python scripts/reproduce.py memory                                   # of one training step at the size of ViT-B/16
 
 Every cell is a folder, shared by the tables; one that is finished is not run again, so the command can be stopped and
-repeated. Any further argument goes to every run, as on the command line of scripts/train.py. `--recipe` takes a recipe
-of one's own in the place of the benchmark's. Needs SciPy for the paired test.
+repeated. The table and its picture lie beside the cells. Any further argument goes to every run as to train.py.
+`--recipe` takes a recipe of one's own in the place of the benchmark's. Needs SciPy for the paired test.
 
 The cells of `mozo` and `variants` step in units of their own, so each has its own ZO learning rate: that with the
 greatest √(A·R) on the first task alone (scripts/tune.py, which says what A and R are; first seed, one pass), or, with
@@ -38,6 +38,7 @@ from tune import FirstTask, add_judge_arguments, mark_best, markdown_table, rete
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import read_json, write_json
 from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
+from hf_zocl.report.plots import LIGHT, draw_settings
 from hf_zocl.sample import resolve
 
 
@@ -101,8 +102,9 @@ def main() -> None:
         comparison = seeds_table(groups)
     comparison.write(folder, name=options.table)
     print(comparison.markdown())
-    if options.table == "passes":
-        draw_passes(groups).savefig(folder / "passes.png", dpi=150)
+    figure = draw_passes(groups) if options.table == "passes" else draw_settings(groups, LIGHT)
+    if figure is not None:
+        figure.savefig(folder / f"{options.table}.png", dpi=150)
     findings = compare_with_findings(groups, options.table)
     if findings.rows:
         findings.write(folder, name=f"{options.table}-findings")

@@ -23,6 +23,7 @@ from .plots import (
     draw_forgetting,
     draw_matrix,
     draw_memory,
+    draw_settings,
     draw_variance,
     draw_variance_by_layer,
 )
@@ -96,6 +97,7 @@ def report_figures(groups: Sequence[RunGroup]) -> list[ReportFigure]:
     bars = " Bars: one standard deviation over the seeds." if any(len(group.runs) > 1 for group in groups) else ""
     span = " Bars: from the least to the greatest seed." if bars else ""
     drawn = [
+        ("settings", "Avg and Last of every setting", f"Lines: the first setting and zero-shot.{bars}", draw_settings),
         ("accuracy", "Accuracy over tasks", f"On the test images of all classes seen.{bars}", draw_accuracy),
         (
             "forgetting",

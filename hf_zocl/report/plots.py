@@ -77,6 +77,28 @@ def draw_accuracy(groups: Sequence[RunGroup], theme: Theme) -> Figure:
     return figure
 
 
+def draw_settings(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
+    """Avg and Last of every setting, mean and standard deviation over the seeds, against the first one's."""
+    if len(groups) == 1:
+        return None
+    figure, axes = _figure(theme, 4, height=1.0 + 0.3 * len(groups))
+    for number, (name, title) in enumerate((("last", "Last"), ("avg", "Avg"))):
+        values = [100 * group.values(name) for group in groups]
+        spread = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
+        means, rows = [value.mean() for value in values], np.arange(len(groups)) + 0.2 * (0.5 - number)
+        style = {"color": (color := _color(theme, number)), "marker": MARKERS[number], "linestyle": ""}
+        axes.errorbar(means, rows, xerr=spread, capsize=3, label=title, **style)
+        for value, line in ((means[0], "--"), (100 * groups[0].first["zero_shot"][name], ":")):
+            axes.axvline(value, color=color, linestyle=line, linewidth=1.2, zorder=1)
+    for label, line in ((groups[0].name, "--"), ("zero-shot", ":")):
+        axes.plot([], [], color=theme.text, linestyle=line, linewidth=1.2, label=_short(label))
+    axes.set_yticks(range(len(groups)), [_short(group.name, 24) for group in groups])
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy (%)")
+    _finish(figure, axes, 0, theme)
+    return figure
+
+
 def draw_forgetting(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
     """What is forgotten of each task at the end: its best accuracy before the last task minus its last one."""
     groups = [group for group in groups if group.tasks > 1]

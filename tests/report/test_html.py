@@ -20,6 +20,7 @@ from hf_zocl.report.plots import (
     draw_forgetting,
     draw_matrix,
     draw_memory,
+    draw_settings,
     draw_variance,
     draw_variance_by_layer,
 )
@@ -63,13 +64,23 @@ def test_one_file_holds_everything(runs, tmp_path):
     assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
     assert "<script" not in text and "url(" not in text
     names = {file.name for file in (tmp_path / "report" / "figures").iterdir()}
-    expected = ("accuracy", "forgetting", "memory", "zo-variance", "zo-variance-by-layer", "accuracy-matrix-1")
+    expected = ("settings", "accuracy", "forgetting", "memory", "zo-variance", "zo-variance-by-layer")
+    expected += ("accuracy-matrix-1",)
     assert names >= {f"{name}{ending}" for name in expected for ending in (".png", "-dark.png")}
     assert {file.name for file in (tmp_path / "report").iterdir()} >= {
         "comparison.md",
         "comparison.tex",
         "report.html",
     }
+
+
+def test_the_settings_stand_where_their_means_are(runs):
+    groups = load_groups(runs)
+    axes = draw_settings(groups, LIGHT).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [group.name for group in groups]
+    last, avg = (container.lines[0].get_xdata() for container in axes.containers)
+    assert list(last) == pytest.approx([100 * group.values("last").mean() for group in groups])
+    assert list(avg) == pytest.approx([100 * group.values("avg").mean() for group in groups])
 
 
 def test_the_report_names_no_local_path_and_no_token(tmp_path):
@@ -116,8 +127,8 @@ def test_no_text_of_a_figure_is_clipped_or_overlaps(theme, tasks, tmp_path):
         save_run(tmp_path / name, number, tasks, by_layer=True)
     groups = load_groups(sorted(tmp_path.iterdir()))
     drawn = [draw_matrix(groups[0], theme)]
-    drawn += [draw(groups, theme) for draw in (draw_accuracy, draw_forgetting, draw_memory, draw_variance)]
-    drawn.append(draw_variance_by_layer(groups, theme))
+    drawn += [draw(groups, theme) for draw in (draw_settings, draw_accuracy, draw_forgetting, draw_memory)]
+    drawn += [draw(groups, theme) for draw in (draw_variance, draw_variance_by_layer)]
     for figure in drawn:
         texts = visible_texts(figure)
         ticks = [text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in hidden(axis)]
@@ -181,7 +192,7 @@ def test_a_real_browser_fits_the_report_to_its_width(width, runs, tmp_path):
     found = lay_out(write_report(runs, tmp_path / "report", baseline="fo"), width, tmp_path)
     assert found["page"] <= found["view"] <= max(width, 500)  # some browsers open no narrower window than 500
     assert found["wide"] == []
-    assert found["images"] == found["drawn"] == 7
+    assert found["images"] == found["drawn"] == 8
     assert found["background"] == "rgb(255, 255, 255)"
 
 
