@@ -147,7 +147,7 @@ def mozo_cells(config: CLIPConfig) -> dict[str, Cell]:
     common = assigned("dual", "hop-even", "--zo_optim", "sgd", "--zo_momentum", "0.9").arguments
     one_eps = ("--zo_eps_vision", "1e-2", "--zo_eps_language", "1e-2")
     two_eps = ("--zo_eps_vision", "5e-3", "--zo_eps_language", "1e-2")
-    magnitude = (("--zo_sign", "false"), ("3e-3", "1e-2", "3e-2", "1e-1"))
+    magnitude = (("--zo_sign", "false"), ("3e-3", "1e-2", "3e-2"))
     sign = (("--zo_sign", "true"), ("3e-4", "1e-3", "3e-3"))
     return {
         name: Cell((*common, *kind, *eps), rates)
