@@ -126,6 +126,8 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
     )
     if reference is not None:
         note += f" Δ: paired differences to {baseline}, seed by seed."
+    if unfinished := [f"{group.name}: {', '.join(group.unfinished)}" for group in groups if group.unfinished]:
+        note += f" Unfinished, with their figures so far: {'; '.join(unfinished)}."
     return Comparison(tuple(headings), tuple(map(tuple, rows)), note)
 
 

@@ -35,6 +35,12 @@ class RunGroup:
         """The tasks that every seed has finished."""
         return min(len(run["accuracy_matrix"]) for run in self.runs)
 
+    @property
+    def unfinished(self) -> list[str]:
+        """The seeds whose stream is not at its end: their Last and Avg are those so far."""
+        counts = [(run["seed"], len(run["accuracy_matrix"]), len(run.get("tasks") or ())) for run in self.runs]
+        return [f"seed {seed} ({done} of {total} tasks)" for seed, done, total in counts if done < total]
+
     def values(self, name: str) -> np.ndarray:
         """One figure of every seed, `mtil.transfer` for one within another; NaN where it is not. Shape: (seeds,)."""
         *outer, name = name.split(".")

@@ -80,3 +80,11 @@ def test_a_setting_without_a_common_seed_is_named(runs, tmp_path):
     save(tmp_path / "alone" / "seed-7", 7, 0.5, 0.6)
     with pytest.raises(ValueError, match=r"alone \(seeds \[7\]\) has no seed in common with fo \(\[1993, 1996\]\)"):
         compare_runs([*runs, tmp_path / "alone"], "fo")
+
+
+def test_a_run_that_is_not_at_its_end_is_named(runs, tmp_path):
+    save(tmp_path / "late" / "seed-0", 0, 0.5, 0.6, tasks=["birds", "ships", "trucks"])
+    save(tmp_path / "late" / "seed-1", 1, 0.5, 0.6, tasks=["birds", "ships"])
+    comparison = compare_runs([*runs, tmp_path / "late"])
+    assert comparison.note.endswith("Unfinished, with their figures so far: late: seed 0 (2 of 3 tasks).")
+    assert "Unfinished" not in compare_runs(runs).note
