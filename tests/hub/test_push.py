@@ -428,7 +428,8 @@ def test_a_checkpoint_that_is_damaged_here_is_named_and_not_tried_again(client, 
         file.write("}")
     assert push_all(run) == ["task-02", "task-03"]
     assert f"{run / 'task-02' / name} is damaged" in PushQueue.read(run).error
-    assert "again in" not in caplog.text
+    # A connection that breaks may be tried again, the damage not.
+    assert not [line for line in caplog.messages if "damaged" in line and "again in" in line]
     assert list(hub.repository(REPO).tags) == ["task-01"]
 
 
