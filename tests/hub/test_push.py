@@ -327,8 +327,11 @@ def test_a_hub_that_never_answers_is_left_to_the_next_run(client, hub, run):
     pusher = pusher_of(run)
     hub.order("slow", "POST .*/commit/", seconds=4)
     pusher.push(1)
+    worker = pusher._worker
     assert pusher.finish(patience=1) == ["task-01"]
     assert PushQueue.read(run).pending == ["task-01"]
+    # Left alone it would meet a Hub that is gone, and huggingface_hub then closes the client that all tests share.
+    worker.join(60)
 
 
 def test_a_full_disk_stops_no_push(client, hub, run, caplog):
@@ -428,8 +431,7 @@ def test_a_checkpoint_that_is_damaged_here_is_named_and_not_tried_again(client, 
         file.write("}")
     assert push_all(run) == ["task-02", "task-03"]
     assert f"{run / 'task-02' / name} is damaged" in PushQueue.read(run).error
-    # A connection that breaks may be tried again, the damage not.
-    assert not [line for line in caplog.messages if "damaged" in line and "again in" in line]
+    assert "again in" not in caplog.text
     assert list(hub.repository(REPO).tags) == ["task-01"]
 
 
