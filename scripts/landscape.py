@@ -27,6 +27,7 @@ from hf_zocl import load_task_checkpoint
 from hf_zocl.continual.images import ImageCollator
 from hf_zocl.continual.recipe import RunArguments, build_stream
 from hf_zocl.hub.checkpoint import write_json
+from hf_zocl.report.figures import save_figure
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, {"runs": looks})
-    draw(looks).savefig(options.output.with_suffix(".png"), dpi=150)
+    save_figure(draw(looks), options.output.with_suffix(".png"))
     print(format_table(looks))
 
 

@@ -38,6 +38,7 @@ from tune import FirstTask, add_judge_arguments, mark_best, markdown_table, rete
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import read_json, write_json
 from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
+from hf_zocl.report.figures import save_figure
 from hf_zocl.report.plots import LIGHT, draw_settings
 from hf_zocl.sample import resolve
 
@@ -104,7 +105,7 @@ def main() -> None:
     print(comparison.markdown())
     figure = draw_passes(groups) if options.table == "passes" else draw_settings(groups, LIGHT)
     if figure is not None:
-        figure.savefig(folder / f"{options.table}.png", dpi=150)
+        save_figure(figure, folder / f"{options.table}.png")
     findings = compare_with_findings(groups, options.table)
     if findings.rows:
         findings.write(folder, name=f"{options.table}-findings")
@@ -301,13 +302,12 @@ def draw_passes(groups: list[RunGroup]) -> Figure:
     queries = [int(group.name.split("=")[1]) for group in others]
     for name, title, style in (("avg", "Avg", ("#0072B2", "o", "-")), ("last", "Last", ("#D55E00", "s", "--"))):
         color, marker, line = style
-        values = [100 * group.values(name) for group in others]
-        spread = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
+        means, spread = zip(*(group.percent(name) for group in others), strict=True)
         axes.errorbar(
-            [1 + q for q in queries], [v.mean() for v in values], spread,
+            [1 + q for q in queries], means, spread,
             color=color, marker=marker, linestyle=line, capsize=3, label=f"dual/all, {title}",
         )  # fmt: skip
-        axes.axhline(100 * baseline.values(name).mean(), color=color, linestyle=":", label=f"FO, {title}")
+        axes.axhline(baseline.percent(name)[0], color=color, linestyle=":", label=f"FO, {title}")
     axes.set(xlabel="image passes a step, the one at θ included", ylabel="accuracy (%)", xscale="log")
     axes.set_xticks([1 + q for q in queries], [str(1 + q) for q in queries])
     axes.minorticks_off()

@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
+from hf_zocl.report.figures import save_figure
 from hf_zocl.zo import ForwardState, LayerAssignment, TowerEvaluation, TowerPlan, ZOEstimator
 
 
@@ -61,7 +62,7 @@ def main() -> None:
     arguments = {"recipe": Path(options.recipe).name, "queries": options.queries, "eps": options.eps}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, {**arguments, "seeds": options.seeds, "tests": tests, "rows": rows})
-    draw(rows).savefig(options.output.with_suffix(".png"), dpi=150)
+    save_figure(draw(rows), options.output.with_suffix(".png"))
     print(format_table(rows))
     for kind, test in tests.items():
         print(

@@ -31,8 +31,11 @@ def plot_accuracy_matrix(results: dict[str, Any], path: str | os.PathLike) -> Pa
     Raises:
         ValueError: `accuracy_matrix` is empty, or row t does not hold t entries.
     """
-    path = Path(path)
-    figure = draw_accuracy_matrix(results)
+    return save_figure(draw_accuracy_matrix(results), Path(path))
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a PNG file of 150 dots an inch, which is complete or absent at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -83,9 +83,8 @@ def draw_settings(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
         return None
     figure, axes = _figure(theme, 4, height=1.0 + 0.3 * len(groups))
     for number, (name, title) in enumerate((("last", "Last"), ("avg", "Avg"))):
-        values = [100 * group.values(name) for group in groups]
-        spread = [value.std(ddof=1) if len(value) > 1 else 0.0 for value in values]
-        means, rows = [value.mean() for value in values], np.arange(len(groups)) + 0.2 * (0.5 - number)
+        means, spread = zip(*(group.percent(name) for group in groups), strict=True)
+        rows = np.arange(len(groups)) + 0.2 * (0.5 - number)
         style = {"color": (color := _color(theme, number)), "marker": MARKERS[number], "linestyle": ""}
         axes.errorbar(means, rows, xerr=spread, capsize=3, label=title, **style)
         for value, line in ((means[0], "--"), (100 * groups[0].first["zero_shot"][name], ":")):

@@ -47,6 +47,11 @@ class RunGroup:
         holders = [run.get(outer[0], {}) if outer else run for run in self.runs]
         return np.array([np.nan if one.get(name) is None else one[name] for one in holders], dtype=float)
 
+    def percent(self, name: str) -> tuple[float, float]:
+        """The mean of a figure over the seeds and its standard deviation, zero for one seed; percent."""
+        values = 100 * self.values(name)
+        return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
+
     def curves(self, name: str) -> np.ndarray:
         """One list by task of every seed, up to the last task that all have. Shape: (seeds, tasks)."""
         return np.array([run[name][: self.tasks] for run in self.runs], dtype=float)
