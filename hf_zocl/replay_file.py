@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from .files import written_whole
 from .zo import ReplayLog, ReplaySettings
 
 
 def save_replay_log(log: ReplayLog, path: Path) -> None:
-    """Write a log as safetensors, its settings as their metadata; beside, then renamed; its folder is made."""
+    """Write a log as safetensors, its settings as their metadata; its folder is made."""
     path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.tmp")
-    save_file(log.tensors(), unfinished, metadata={"settings": json.dumps(asdict(log.settings))})
-    os.replace(unfinished, path)
+    with written_whole(path) as unfinished:
+        save_file(log.tensors(), unfinished, metadata={"settings": json.dumps(asdict(log.settings))})
 
 
 def load_replay_log(path: str | Path) -> ReplayLog:

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
+from ..files import written_whole
 from .checkpoint import FIGURE, RESULTS_FILE
 from .public import redact
 from .push_queue import is_task_name, task_number
@@ -59,9 +60,8 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
     for name in names:
         _fetch_task(api, repo_id, name, tags[name], output_dir, token, hub_kwargs)
     for file in (FIGURE, RESULTS_FILE):  # the results last, for they say that the rest is there
-        unfinished = output_dir / f".{file}.tmp"
-        shutil.copyfile(output_dir / names[-1] / file, unfinished)
-        os.replace(unfinished, output_dir / file)
+        with written_whole(output_dir / file) as unfinished:
+            shutil.copyfile(output_dir / names[-1] / file, unfinished)
     logger.info(f"Fetched from {repo_id}: {', '.join(names)}")
     return task_number(names[-1])
 

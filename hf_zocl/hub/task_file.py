@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from ..files import written_whole
 
 
 TASK_FILE = "task.json"
@@ -21,10 +22,9 @@ def task_folder(task: int) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside, then rename: the file is whole at any moment."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    """Write a JSON file, which is whole or absent at any moment."""
+    with written_whole(path) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(file: Path) -> dict[str, Any]:

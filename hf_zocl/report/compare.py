@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import written_whole
 from .runs import RunGroup, load_groups
 
 
@@ -69,13 +69,11 @@ class Comparison:
     def write(self, folder: Path, name: str = "comparison") -> list[Path]:
         """Write name.md and name.tex."""
         folder.mkdir(parents=True, exist_ok=True)
-        paths = []
-        for file, text in ((f"{name}.md", self.markdown()), (f"{name}.tex", self.latex())):
-            unfinished = folder / f".{file}.tmp"
-            unfinished.write_text(text + "\n", encoding="utf-8")
-            os.replace(unfinished, folder / file)
-            paths.append(folder / file)
-        return paths
+        texts = {folder / f"{name}.md": self.markdown(), folder / f"{name}.tex": self.latex()}
+        for path, text in texts.items():
+            with written_whole(path) as unfinished:
+                unfinished.write_text(text + "\n", encoding="utf-8")
+        return list(texts)
 
 
 def compare_runs(folders: Sequence[str | Path], baseline: str | None = None) -> Comparison:

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..files import written_whole
+
 
 # Okabe and Ito's blue and vermilion; line style and marker differ too, for print in grey.
 TRAINED = {"color": "#0072B2", "linestyle": "-", "marker": "o"}
@@ -37,12 +39,8 @@ def plot_accuracy_matrix(results: dict[str, Any], path: str | os.PathLike) -> Pa
 def save_figure(figure: Figure, path: Path) -> Path:
     """Write a PNG file of 150 dots an inch, which is complete or absent at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=150, metadata={"Software": None})
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 
