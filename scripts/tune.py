@@ -24,16 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from datasets import Dataset, DatasetDict
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from hf_zocl.continual import ContinualTaskScheduler, TaskStream
 from hf_zocl.continual.recipe import Recipe, build_scheduler, build_stream, parse_recipe
-from hf_zocl.continual.scheduler import ImageCollator
 from hf_zocl.hub.checkpoint import write_json
-from hf_zocl.models import CLIPClassifier
 
 
 def main() -> None:
@@ -114,14 +110,14 @@ class FirstTask:
                 args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
                 scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
                 scheduler.run()
-            retained.append(accuracy(scheduler.model, scheduler, self.retention))
+            retained.append(accuracy(scheduler, self.retention))
         return as_row(candidate, first_task, retained)
 
     def zero_shot(self, further: list[str]) -> dict[str, Any]:
         """The row of the model as it came."""
         scheduler, _ = self._scheduler([*further, "--seed", str(self.seeds[0])])
-        held_out = accuracy(scheduler.model, scheduler, scheduler.stream)
-        return as_row({}, [held_out], [accuracy(scheduler.model, scheduler, self.retention)])
+        held_out = accuracy(scheduler, scheduler.stream)
+        return as_row({}, [held_out], [accuracy(scheduler, self.retention)])
 
     def _scheduler(self, further: list[str]) -> tuple[ContinualTaskScheduler, int]:
         """A run over the first task alone, tested on training images that are held out; and the stream's tasks."""
@@ -205,18 +201,9 @@ def retention_stream(dataset: str, classes: str | None, images: int) -> TaskStre
     )
 
 
-@torch.no_grad()
-def accuracy(model: CLIPClassifier, scheduler: ContinualTaskScheduler, stream: TaskStream) -> float:
-    """The accuracy on all test images of `stream`, among all its classes."""
-    model.set_classes(stream.class_names)
-    collator = ImageCollator(scheduler.processor, stream.arrival_labels)
-    batches = DataLoader(stream.seen_test(len(stream)), batch_size=100, collate_fn=collator)
-    model.eval()
-    hits = [
-        model(batch["pixel_values"].to(scheduler.args.device)).logits.argmax(dim=-1).cpu() == batch["labels"]
-        for batch in batches
-    ]
-    return torch.cat(hits).float().mean().item()
+def accuracy(scheduler: ContinualTaskScheduler, stream: TaskStream) -> float:
+    """The model's accuracy on all test images of `stream`, among all its classes."""
+    return scheduler.evaluator().after(stream, len(stream))["seen"]
 
 
 def markdown_table(rows: list[dict]) -> str:

@@ -179,7 +179,7 @@ class ContinualTaskScheduler:
         started = time.perf_counter()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        evaluator = self._evaluator()
+        evaluator = self.evaluator()
         zero_shot = evaluator.zero_shot(self._images)
         held_out = {name: evaluator.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
         results = {
@@ -244,12 +244,13 @@ class ContinualTaskScheduler:
         trainer.train(resume_from_checkpoint=checkpoint)
         return _Trained(_means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
 
-    def _evaluator(self) -> StreamEvaluator:
+    def evaluator(self) -> StreamEvaluator:
+        """What measures the model as it is now, on this stream or another."""
         return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec)
 
     def _evaluate(self, task: Task, results: dict[str, Any]) -> None:
         """Add what is measured after `task` to the results."""
-        evaluator = self._evaluator()
+        evaluator = self.evaluator()
         measured = evaluator.after(self._images, task.index)
         results["accuracy_matrix"].append(measured["row"])
         results["seen_accuracy"].append(measured["seen"])
