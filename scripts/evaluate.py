@@ -3,7 +3,8 @@
     python scripts/evaluate.py runs/quickstart/task-03
     python scripts/evaluate.py someone/a-repository --revision task-03 --benchmark cifar10 [--dataset_path folder]
 
-Any further argument is a recipe's: --scenario task, --max_test_images_per_class 100, --per_device_eval_batch_size 64.
+Any further argument is a recipe's: --scenario task, --max_test_images_per_class 100. A run in bfloat16 on a GPU is
+measured on a CPU with --bf16 false.
 """
 
 import argparse
@@ -27,7 +28,9 @@ if __name__ == "evaluate":
 
 def main() -> None:
     # Imported here, so that the lines above come before any `import evaluate`.
-    from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
+    from transformers.hf_argparser import string_to_bool
+
+    from hf_zocl.continual.checkpoint_evaluation import NUMERICS, evaluate_checkpoint
     from hf_zocl.hub.checkpoint import write_json
     from hf_zocl.report import format_evaluation
 
@@ -35,7 +38,9 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint's folder, a run's folder (with --task), or a Hub repository")
     parser.add_argument("--task", type=task_number, help="the task, counted from 1, or best")
     parser.add_argument("--revision", help="a revision on the Hub, instead of --task")
-    parser.add_argument("--per_device_eval_batch_size", type=int)
+    for name, kind in NUMERICS.items():
+        own = {"type": int} if kind is int else {"type": string_to_bool, "nargs": "?", "const": True}
+        parser.add_argument(f"--{name}", **own, help="as for train.py; default: as the run had it")
     parser.add_argument("--disable_tqdm", action="store_true")
     parser.add_argument("--output", type=Path, help="a JSON file for what was measured")
     options, further = parser.parse_known_args()
@@ -44,7 +49,7 @@ def main() -> None:
             options.checkpoint,
             options.task,
             options.revision,
-            per_device_eval_batch_size=options.per_device_eval_batch_size,
+            **{name: getattr(options, name) for name in NUMERICS},
             disable_tqdm=options.disable_tqdm,
             **recipe_arguments(further),
         )

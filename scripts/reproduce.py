@@ -83,7 +83,7 @@ def main() -> None:
         return print(comparison.markdown())
     recipe = options.recipe or str(RECIPES / BENCHMARKS[options.benchmark].format(adapter=options.adapter))
     folder = options.output_dir / f"{Path(recipe).stem if options.recipe else options.benchmark}-{options.adapter}"
-    common = ["--adapter", options.adapter, "--disable_tqdm", "true", *further]
+    common = ["--adapter", options.adapter, "--disable_tqdm", "true", *further, "--push_to_hub", "false"]
     try:
         model = parse_recipe(["--recipe", recipe, *common, "--output_dir", str(folder)]).run.model_name_or_path
         cells = choose_cells(options.table, CLIPConfig.from_pretrained(resolve(model)), options.cells)

@@ -10,7 +10,7 @@ from accelerate import PartialState
 
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.run_state import ResumeError
-from hf_zocl.report import compare_runs, format_results
+from hf_zocl.report import compare_groups, format_results, load_seeds
 
 
 def main() -> None:
@@ -25,7 +25,8 @@ def main() -> None:
     for one in recipes:
         run(one)
     if len(recipes) > 1 and recipe.training.should_save:
-        comparison = compare_runs([Path(recipe.training.output_dir)])
+        # These seeds alone: the folder may hold other runs.
+        comparison = compare_groups([load_seeds([Path(one.training.output_dir) for one in recipes])])
         comparison.write(Path(recipe.training.output_dir))
         print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
     PartialState().destroy_process_group()

@@ -20,6 +20,8 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -103,30 +105,32 @@ class FirstTask:
         arguments = [part for name, value in candidate.items() for part in (f"--{name}", value)]
         first_task, retained = [], []
         for seed in self.seeds:
-            scheduler, tasks = self._scheduler([*further, *arguments, "--seed", str(seed)])
-            first_task.append(scheduler.run()["last"])
-            for repetition in range(1, self.repetitions or tasks):
-                # Other directions and another data order, as the next task would have.
-                args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
-                scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
-                scheduler.run()
-            retained.append(accuracy(scheduler, self.retention))
+            with self._scheduler([*further, *arguments, "--seed", str(seed)]) as (scheduler, tasks):
+                first_task.append(scheduler.run()["last"])
+                for repetition in range(1, self.repetitions or tasks):
+                    # Other directions and another data order, as the next task would have.
+                    args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
+                    scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
+                    scheduler.run()
+                retained.append(accuracy(scheduler, self.retention))
         return as_row(candidate, first_task, retained)
 
     def zero_shot(self, further: list[str]) -> dict[str, Any]:
         """The row of the model as it came."""
-        scheduler, _ = self._scheduler([*further, "--seed", str(self.seeds[0])])
-        held_out = accuracy(scheduler, scheduler.stream)
-        return as_row({}, [held_out], [accuracy(scheduler, self.retention)])
+        with self._scheduler([*further, "--seed", str(self.seeds[0])]) as (scheduler, _):
+            held_out = accuracy(scheduler, scheduler.stream)
+            return as_row({}, [held_out], [accuracy(scheduler, self.retention)])
 
-    def _scheduler(self, further: list[str]) -> tuple[ContinualTaskScheduler, int]:
+    @contextmanager
+    def _scheduler(self, further: list[str]) -> Iterator[tuple[ContinualTaskScheduler, int]]:
         """A run over the first task alone, tested on training images that are held out; and the stream's tasks."""
-        folder = tempfile.mkdtemp(prefix="hf-zocl-tune-")
-        recipe = parse_recipe(["--recipe", self.recipe, *further, "--output_dir", folder, "--disable_tqdm", "true"])
-        scheduler = build_scheduler(recipe)
-        stream = first_task_stream(scheduler.stream, recipe, self.held_out)
-        first = ContinualTaskScheduler(scheduler.model, scheduler.processor, stream, recipe.training, recipe.to_dict())
-        return first, len(scheduler.stream)
+        quiet = ["--disable_tqdm", "true", "--report_to", "none", "--push_to_hub", "false"]  # a candidate is no result
+        with tempfile.TemporaryDirectory(prefix="hf-zocl-tune-") as folder:
+            recipe = parse_recipe(["--recipe", self.recipe, *further, "--output_dir", folder, *quiet])
+            whole = build_scheduler(recipe)
+            stream = first_task_stream(whole.stream, recipe, self.held_out)
+            first = ContinualTaskScheduler(whole.model, whole.processor, stream, recipe.training, recipe.to_dict())
+            yield first, len(whole.stream)
 
 
 def mark_best(rows: list[dict[str, Any]], keep: float | None = None) -> dict[str, Any]:
@@ -158,10 +162,13 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
     images = recipe.run.max_train_images_per_class
     data = stream[0].train if images is None else whole_first_task(recipe)
     train, test = split_by_class(data, held_out, images, seed=recipe.training.data_seed or 0)
+    names = dict(zip(stream[0].class_ids, stream[0].class_names, strict=True))
     return TaskStream.from_dataset(
         DatasetDict(train=train, test=test),
-        increment=len(stream[0].class_ids),
+        increment=len(names),
         name=f"{stream.name}, first task",
+        # The benchmark's names; those of later tasks are not looked at.
+        class_names=[names.get(label, f"class {label}") for label in range(len(stream.arrival_labels))],
         class_order=stream[0].class_ids,
         partial_order=True,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hf_zocl.continual.recipe import build_stream, parse_recipe
 from hf_zocl.report import RunGroup
 
 
@@ -246,3 +247,14 @@ def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monk
     assert measured["dual, two-sided"]["passes"] == pytest.approx(2, abs=0.1)
     assert measured["language, q=8"]["flops"] < measured["  without towers"]["flops"]
     assert (tmp_path / "engine.png").stat().st_size > 10_000
+
+
+def test_candidates_are_judged_with_the_class_names_of_the_benchmark(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    first_task_stream = runpy.run_path(str(ROOT / "scripts" / "tune.py"))["first_task_stream"]
+    names = [f"thing {letter}" for letter in "abcdefghij"]
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--increment", "2", "--class_names", *names])
+    stream, _ = build_stream(recipe.run)
+    first = first_task_stream(stream, recipe, held_out=3)
+    assert first.class_names == stream[0].class_names
+    assert set(first.class_names) < set(names)

@@ -18,17 +18,17 @@ from .recipe import RunArguments, build_stream
 from .tasks import TaskStream
 
 
-# What a measurement may depend on, to the last bit.
-_NUMERICS = (
-    "per_device_eval_batch_size",
-    "bf16",
-    "fp16",
-    "bf16_full_eval",
-    "fp16_full_eval",
-    "tf32",
-    "use_cpu",
-    "seed",
-)
+# What a measurement may depend on, to the last bit: arguments of the Trainer, and their types.
+NUMERICS = {
+    "per_device_eval_batch_size": int,
+    "bf16": bool,
+    "fp16": bool,
+    "bf16_full_eval": bool,
+    "fp16_full_eval": bool,
+    "tf32": bool,
+    "use_cpu": bool,
+    "seed": int,
+}
 
 
 def evaluate_checkpoint(
@@ -66,7 +66,7 @@ def evaluate_checkpoint(
     if is_own and list(stream.seen_class_names(index)) != info["classes"]:
         raise ValueError(f"{folder}: its classes ({', '.join(info['classes'])}) are not those of {stream!r}.")
     model, processor = load_task_checkpoint(folder, **(hub_kwargs or {}))
-    model.prompt_template = info["prompt_template"] if is_own else template
+    model.prompt_template = template if "prompt_template" in given or not is_own else info["prompt_template"]
     codec = PixelCodec(processor.image_processor)
     images, skipped = prepare_images(_test_images(stream), codec, run.image_cache_gb, run.skip_corrupt)
     with tempfile.TemporaryDirectory() as unused:
@@ -101,7 +101,7 @@ def _test_images(stream: TaskStream) -> TaskStream:
 
 
 def _training_arguments(folder: str, recipe: dict[str, Any], given: dict[str, Any]) -> TrainingArguments:
-    options = {name: given.get(name, recipe.get(name)) for name in _NUMERICS}
+    options = {name: given.get(name, recipe.get(name)) for name in NUMERICS}
     options = {name: value for name, value in options.items() if value is not None}
     return TrainingArguments(
         output_dir=folder,

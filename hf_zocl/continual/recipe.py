@@ -15,7 +15,7 @@ from transformers import AutoProcessor, CLIPModel, HfArgumentParser
 from ..models import AdapterArguments, CLIPClassifier, add_adapter
 from ..sample import resolve
 from ..training_args import ZOCLTrainingArguments
-from .benchmarks import Benchmark, get_benchmark
+from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from .images import DEFAULT_CACHE_GB
 from .scheduler import ContinualTaskScheduler
 from .tasks import SCENARIOS, TaskStream
@@ -24,8 +24,8 @@ from .tasks import SCENARIOS, TaskStream
 LEARNING = ("sequential", "joint", "none")
 DTYPES = ("auto", "float64", "float32", "bfloat16", "float16")
 _STREAM_ARGUMENTS = (
-    *("train_split", "test_split", "image_column", "label_column", "name_column", "test_fraction"),
-    *("scenario", "domain_column", "initial_increment", "increment"),
+    *("train_split", "test_split", "image_column", "label_column", "name_column", "class_names"),
+    *("test_fraction", "scenario", "domain_column", "initial_increment", "increment"),
     *("class_order", "partial_order", "class_order_seed"),
     *("max_train_images_per_class", "max_test_images_per_class"),
 )
@@ -49,6 +49,7 @@ class RunArguments:
             `cross-dataset`.
         train_split, test_split, image_column, label_column: Chosen by name and feature type unless given.
         name_column: A column of class names, where the labels are not readable.
+        class_names: A name for every label id from 0, instead of the dataset's.
         test_fraction: Share of every class that is tested on, of a dataset with one split only.
         scenario: `class`, `task`, `domain` or `cross-dataset`: what an image is predicted among.
         domain_column: The column whose values are the tasks of `scenario=domain`.
@@ -86,6 +87,7 @@ class RunArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels."})
     name_column: str | None = field(default=None, metadata={"help": "Column of class names."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "A name for every label id from 0."})
     test_fraction: float | None = field(default=None, metadata={"help": "Share of a single split to test on."})
     scenario: str | None = field(default=None, metadata={"help": f"What is predicted among: {', '.join(SCENARIOS)}."})
     domain_column: str | None = field(default=None, metadata={"help": "Column of domains (scenario=domain)."})
@@ -124,8 +126,11 @@ class RunArguments:
         if self.seeds is not None and self.num_seeds is not None:
             raise ValueError(f"seeds={self.seeds!r} and num_seeds={self.num_seeds} were both given: pass one.")
         self.seed_list(0)  # what is no list of seeds fails here
-        if self.learning == "joint" and self.scenario not in (None, "class"):
-            raise ValueError(f"learning=joint has one task; scenario={self.scenario!r} needs several.")
+        if self.learning == "joint" and (self.scenario not in (None, "class") or self.datasets is not None):
+            what = f"scenario={self.scenario!r}" if self.datasets is None else f"datasets={self.datasets}"
+            raise ValueError(f"learning=joint has one task; {what} needs several.")
+        if self.class_names is not None and self.datasets is not None:
+            raise ValueError("class_names are those of one dataset; datasets have names of their own (name_column).")
         if self.benchmark != "none" and (self.dataset_name or self.datasets) is not None:
             raise ValueError(
                 f"dataset_name={self.dataset_name or self.datasets!r} goes with benchmark=none; "
@@ -256,6 +261,11 @@ def build_stream(args: RunArguments, seed: int = 0) -> tuple[TaskStream, str | t
         options |= {"increment": "all", "initial_increment": None}
     if args.benchmark != "none":
         benchmark = get_benchmark(args.benchmark)
+        if args.prompt_template is not None and isinstance(benchmark, BenchmarkSequence):
+            raise ValueError(
+                f"prompt_template={args.prompt_template!r}: every dataset of benchmark {args.benchmark!r} has prompts "
+                "of its own."
+            )
         return benchmark.stream(args.dataset_path, **options), args.prompt_template or benchmark.prompt_template
     template = args.prompt_template or "a photo of a {}."
     if args.datasets is not None:

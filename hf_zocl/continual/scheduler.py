@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,11 @@ class ContinualTaskScheduler:
                 "The scheduler evaluates after every task: leave eval_strategy, eval_on_start and "
                 "load_best_model_at_end as they are."
             )
+        if args.bf16_full_eval or args.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that "
+                "follows: leave them off; bf16 or fp16 is in force while the scheduler evaluates, too."
+            )
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
@@ -115,6 +120,7 @@ class ContinualTaskScheduler:
             ValueError: If an image cannot be decoded.
         """
         chosen = None if isinstance(resume, bool) else resume
+        _reset_peak_memory()
         if resume and train:
             self._fetch_run()
         results = self._read_results(chosen) if resume and train else None
@@ -177,8 +183,6 @@ class ContinualTaskScheduler:
     def _start(self) -> dict[str, Any]:
         """Measure zero-shot, then clear what an earlier run left behind."""
         started = time.perf_counter()
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
         evaluator = self.evaluator()
         zero_shot = evaluator.zero_shot(self._images)
         held_out = {name: evaluator.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
@@ -259,7 +263,9 @@ class ContinualTaskScheduler:
         if self.evaluate_future:
             results["future_accuracy"].append(evaluator.future(self._images, task.index))
             rows = [a + b for a, b in zip(results["accuracy_matrix"], results["future_accuracy"], strict=True)]
-            results["forward_transfer"] = forward_transfer(rows, results["zero_shot"]["per_task"])
+            # A task is measured among the classes known when it arrives, and so is zero-shot here.
+            on_arrival = [row[-1] for row in results["zero_shot"]["accuracy_matrix"]]
+            results["forward_transfer"] = forward_transfer(rows, on_arrival)
             if self.stream.scenario == "cross-dataset":
                 results["mtil"] = mtil_summary(rows)
         held_out = results["held_out"]
@@ -280,6 +286,7 @@ class ContinualTaskScheduler:
             # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
             ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
+            dataloader_drop_last=self.args.dataloader_drop_last and task is not None,  # every test image counts
             report_to=self.args.report_to if task is not None else "none",
             push_to_hub=False,  # tasks are pushed as a whole
             hub_token=None,  # the Trainer writes its arguments into its checkpoints
@@ -319,6 +326,7 @@ class ContinualTaskScheduler:
         base_model = self.recipe.get("model_name_or_path") or self.model.config.name_or_path
         seen = self.stream.class_order[: len(self.stream.seen_class_names(task.index))]
         measures = ("accuracy_matrix", "seen_accuracy", "last", "avg", "forgetting", "backward_transfer")
+        prompts = [earlier.prompt_template for earlier in self.stream[: task.index]]
         return {
             "task": task.index,
             "num_tasks": len(self.stream),
@@ -334,6 +342,7 @@ class ContinualTaskScheduler:
             "task_titles": [earlier.title for earlier in self.stream[: task.index]],
             "class_order": [int(label) for label in seen],
             "prompt_template": self.model.prompt_template,
+            **({"task_prompts": prompts} if any(prompts) else {}),
             "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
             "metrics": {name: results[name] for name in measures},
             **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get(name)},
@@ -377,8 +386,17 @@ def _means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in means.items()}
 
 
+def _reset_peak_memory() -> None:
+    """Let the peak begin anew, so that it is this run's and not an earlier one's of the same process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux alone can forget the peak of a process; elsewhere it is that of all runs so far.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def _peak_memory_bytes() -> int:
-    """The greatest memory of the process so far: the accelerator's allocations, or resident memory on a CPU."""
+    """The greatest memory of the run so far: the accelerator's allocations, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

@@ -169,6 +169,7 @@ _MISSING = object()
 _NUMBERS = _list(_is_number, least=1)
 _LAYERS = _either(_is_text, _list(_either(_is_text, _is_count)))
 _MODES_BY_LAYER = _dict(lambda mode: _is_text(mode) and mode in MODES)
+_PROMPTS = _either(_is_prompt, _list(_is_prompt, least=1))
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task": (lambda value: _is_count(value) and value > 0, "a number from 1"),
     "num_tasks": (lambda value: _is_count(value) and value > 0, "a number from 1"),
@@ -183,7 +184,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "task_sizes": (_list(_is_count, least=1), "a list of numbers"),
     "task_titles": (_optional(_list(_or_none(_is_text))), "a list of titles"),
     "class_order": (_list(_is_count), "a list of labels"),
-    "prompt_template": (_either(_is_prompt, _list(_is_prompt, least=1)), "prompts with one {} each, for the class"),
+    "prompt_template": (_PROMPTS, "prompts with one {} each, for the class"),
+    "task_prompts": (_optional(_list(_or_none(_PROMPTS))), "prompts with one {} each, by task"),
     "assignment": (
         _with(
             branch=_is_text,

@@ -3,7 +3,7 @@
 from .compare import Comparison, compare_groups, compare_runs, mean_and_deviation, paired_differences
 from .figures import draw_accuracy_matrix, plot_accuracy_matrix
 from .html import write_report
-from .runs import RESULTS_FILE, RunGroup, load_groups
+from .runs import RESULTS_FILE, RunGroup, load_groups, load_seeds
 from .table import format_evaluation, format_results
 
 
@@ -17,6 +17,7 @@ __all__ = [
     "format_evaluation",
     "format_results",
     "load_groups",
+    "load_seeds",
     "mean_and_deviation",
     "paired_differences",
     "plot_accuracy_matrix",

@@ -88,7 +88,8 @@ def load_groups(folders: Iterable[str | Path]) -> list[RunGroup]:
         The groups in the order given.
 
     Raises:
-        ValueError: If a folder does not exist, none holds a finished task, or a results.json cannot be read.
+        ValueError: If a folder does not exist, none holds a finished task, a results.json cannot be read, or what is
+            in a folder's folders are not the seeds of one setting.
     """
     groups = []
     for folder in map(Path, folders):
@@ -97,14 +98,33 @@ def load_groups(folders: Iterable[str | Path]) -> list[RunGroup]:
         if not folder.is_dir():
             continue
         own = folder / RESULTS_FILE
-        files = [own] if own.is_file() else sorted(folder.glob(f"*/{RESULTS_FILE}"))
-        runs = sorted((_read(file) for file in files), key=lambda run: run["seed"])
-        runs = [run for run in runs if run["accuracy_matrix"]]
-        if runs:
-            groups.append(RunGroup(folder.resolve().name, tuple(runs)))
+        seeds = [folder] if own.is_file() else sorted(file.parent for file in folder.glob(f"*/{RESULTS_FILE}"))
+        group = load_seeds(seeds, folder.resolve().name)
+        if group.runs:
+            groups.append(group)
     if not groups:
         raise ValueError(f"no {RESULTS_FILE} with a finished task in {', '.join(map(str, folders)) or 'no folder'}.")
     return _with_own_names(groups, list(folders))
+
+
+def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
+    """Read the runs of one setting, one folder a seed; those without a finished task are left out.
+
+    Args:
+        folders: Each holds a `results.json`.
+        name: Of the group; default: that of the folder they lie in.
+
+    Raises:
+        ValueError: If a results.json cannot be read, two are of one seed, or they are of several benchmarks.
+    """
+    runs = sorted((_read(folder / RESULTS_FILE) for folder in folders), key=lambda run: run["seed"])
+    seeds, benchmarks = [run["seed"] for run in runs], sorted({str(run.get("benchmark")) for run in runs})
+    if len(set(seeds)) < len(seeds) or len(benchmarks) > 1:
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: expected one setting with seeds of its own, got seeds "
+            f"{', '.join(map(str, seeds))} of {', '.join(benchmarks)}; name the folder of each setting."
+        )
+    return RunGroup(name or folders[0].resolve().parent.name, tuple(run for run in runs if run["accuracy_matrix"]))
 
 
 def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> list[RunGroup]:

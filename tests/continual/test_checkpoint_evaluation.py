@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_zocl import load_task_checkpoint
+from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.replay import rebuild_task
@@ -84,6 +84,18 @@ def test_every_scenario_gives_the_same_numbers(tmp_path):
     measured = evaluate_checkpoint(tmp_path, task=2)
     assert measured["accuracy_row"] == results["accuracy_matrix"][1]
     assert measured["details"] == results["details"][1]
+
+
+def test_another_prompt_is_measured_with(run, monkeypatch):
+    asked = []
+    set_classes = CLIPClassifier.set_classes
+    monkeypatch.setattr(
+        CLIPClassifier,
+        "set_classes",
+        lambda self, *rest: [set_classes(self, *rest), asked.append(self.prompt_template)],
+    )
+    evaluate_checkpoint(run[0] / "task-01", prompt_template=["a sketch of a {}."])
+    assert asked[-1] == "a sketch of a {}."
 
 
 def test_classes_that_are_not_the_streams_are_an_error(run):

@@ -143,6 +143,6 @@ def test_a_class_of_which_nothing_is_left_is_an_error(processor, cache_gb):
 def test_a_held_out_stream_without_training_images_is_prepared(processor):
     codec = PixelCodec(processor.image_processor)
     empty = stream().map_tasks(lambda task: replace(task, train=task.train.select([]), train_rows=None))
-    for cache_gb in (1.0, 0.0):
-        prepared, _ = prepare_images(empty, codec, cache_gb)
+    for cache_gb, skip_corrupt in ((1.0, False), (0.0, True), (1.0, True)):
+        prepared, _ = prepare_images(empty, codec, cache_gb, skip_corrupt)
         assert [(len(task.train), len(task.test)) for task in prepared] == [(0, 16), (0, 8)]

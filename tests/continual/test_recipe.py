@@ -105,6 +105,8 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
         ("zo_estimator: fzoo", "zo_queries=1"),
         ("adapter: ia3", "adapter='ia3' is unknown"),
         ("benchmark: none", "exactly one of dataset_name .* and dataset_path"),
+        ("benchmark: none\ndatasets: [a, b]\nlearning: joint", "learning=joint has one task; datasets="),
+        ("benchmark: none\ndatasets: [a, b]\nclass_names: [cat]", "class_names are those of one dataset"),
         ("dataset_name: someone/something", "dataset_name='someone/something' goes with benchmark=none"),
     ],
 )
@@ -122,6 +124,11 @@ def test_bad_values_are_named_when_the_recipe_is_read(tmp_path, text, message):
         ("prompt_template: a photo", "prompt_template='a photo'"),
         ("push_to_hub: true\nhub_model_id: a//b", "hub_model_id=.a//b.: expected name or user/name"),
         ("eval_strategy: epoch", "eval_strategy"),
+        (
+            "bf16_full_eval: true\nuse_cpu: true",
+            "bf16_full_eval and fp16_full_eval would leave the weights in half precision",
+        ),
+        ("benchmark: mtil\nprompt_template: a {}.", "every dataset of benchmark 'mtil' has prompts of its own"),
     ],
 )
 def test_what_does_not_fit_fails_before_training(tmp_path, text, message):

@@ -172,6 +172,13 @@ def test_every_scenario_runs_and_its_results_say_what_was_measured(scenario, cla
     assert ("mtil" in results) == (scenario == "cross-dataset")
 
 
+def test_what_training_leaves_as_it_is_has_no_forward_transfer(local, tmp_path):
+    still = "--learning_rate 0 --zo_learning_rate 0 --increment 1 --evaluate_future true"
+    results = run(tmp_path / "run", "--benchmark", "none", "--dataset_path", local[0], *still.split())
+    assert [len(row) for row in results["future_accuracy"]] == [3, 2, 1, 0]
+    assert results["forward_transfer"] == 0.0
+
+
 def test_mtils_last_is_the_mean_over_datasets(local, tmp_path):
     results = run(tmp_path / "run", *arguments(local, "cross-dataset"))
     assert results["mtil"]["last"] == pytest.approx(np.mean(results["accuracy_matrix"][-1]))

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
-from hf_zocl.continual.scheduler import ImageCollator
+from hf_zocl.continual.scheduler import ImageCollator, _peak_memory_bytes, _reset_peak_memory
 from hf_zocl.sample import sample_path
 
 
@@ -269,3 +269,18 @@ def test_task_and_revision_together_are_refused(tmp_path):
 
 def test_the_loaded_model_is_a_classifier(run):
     assert isinstance(load_task_checkpoint(run[0] / "task-01")[0], CLIPClassifier)
+
+
+def test_evaluation_leaves_no_test_image_out(tmp_path):
+    drop = "--dataloader_drop_last true --per_device_eval_batch_size 7 --per_device_train_batch_size 4"
+    results = build_scheduler(small_recipe(tmp_path, *drop.split())).run()
+    assert len(results["accuracy_matrix"]) == len(results["tasks"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone forgets a process's peak")
+def test_the_peak_of_an_earlier_run_is_not_this_runs():
+    taken = torch.ones(50_000_000)
+    before = _peak_memory_bytes()
+    del taken
+    _reset_peak_memory()
+    assert _peak_memory_bytes() < before - 100_000_000

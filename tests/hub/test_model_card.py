@@ -281,6 +281,14 @@ def test_several_prompts_are_listed_and_the_loading_code_says_that_it_takes_the_
     assert "# The first of 2 prompts; load_task_checkpoint, above, averages them all." in text
 
 
+def test_prompts_of_each_dataset_are_not_said_to_be_one(task):
+    task["task_prompts"] = [["a {}.", "the {}."], "a photo of a {}.", None]
+    text = str(render_task_card(task))
+    assert "Every dataset has prompts of its own (`task_prompts` in `task.json`)." in text
+    assert "tested with the prompts of each dataset and on its test images." in text
+    assert "Prompt: " not in text and "prompt above" not in text
+
+
 def test_domains_are_listed_by_name_with_the_classes_they_share(task):
     task["scenario"], task["task_titles"] = "domain", ["photo", "sketch", "toy"]
     text = str(render_task_card(task))

@@ -88,3 +88,14 @@ def test_a_run_that_is_not_at_its_end_is_named(runs, tmp_path):
     comparison = compare_runs([*runs, tmp_path / "late"])
     assert comparison.note.endswith("Unfinished, with their figures so far: late: seed 0 (2 of 3 tasks).")
     assert "Unfinished" not in compare_runs(runs).note
+
+
+def test_runs_that_are_not_the_seeds_of_one_setting_are_not_averaged(tmp_path):
+    save(tmp_path / "runs" / "a", 0, 0.5, 0.6, benchmark="a")
+    save(tmp_path / "runs" / "b", 0, 0.9, 0.9, benchmark="a")
+    with pytest.raises(ValueError, match="seeds 0, 0 of a; name the folder of each setting"):
+        compare_runs([tmp_path / "runs"])
+    save(tmp_path / "more" / "a", 0, 0.5, 0.6, benchmark="a")
+    save(tmp_path / "more" / "b", 1, 0.9, 0.9, benchmark="b")
+    with pytest.raises(ValueError, match="seeds 0, 1 of a, b"):
+        compare_runs([tmp_path / "more"])
