@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -24,6 +25,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
+# How they say that there is no space left, where they have no number for it.
+_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter")
+
+
 class SaveError(OSError):
     """Something could not be saved, for want of space as a rule; what was saved before is whole.
 
@@ -33,11 +38,14 @@ class SaveError(OSError):
     """
 
     def __init__(self, path: str | Path, cause: Exception):
-        there = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
-        reason = str(getattr(cause, "strerror", None) or cause).strip().split("\n")[0]
+        reason = str(getattr(cause, "strerror", None) or cause).strip().split("\n")[0].rstrip(".")
+        space, advice = "", "go on"
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(cause) for text in _FULL):
+            there = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
+            space, advice = f" {shutil.disk_usage(there).free / 1e6:.0f} MB are free there.", "make room, then go on"
         super().__init__(
-            f"{path} could not be saved: {reason.rstrip('.')}. {shutil.disk_usage(there).free / 1e6:.0f} MB are free "
-            "there. What was saved before is whole: make room, then go on with --resume."
+            f"{path} could not be saved: {reason}.{space} What was saved before is whole: {advice} with --resume "
+            "(of a Trainer: resume_from_checkpoint=True)."
         )
 
 
@@ -103,7 +111,7 @@ class ResumableTrainer(Trainer):
         The Trainer writes trainer_state.json last and closes it with a brace: where that can be read, all is there.
 
         Raises:
-            SaveError: If it cannot be written; it is removed then.
+            SaveError: If it cannot be written; half of one is removed then.
         """
         folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:  # another's, or the half of an earlier one
@@ -113,7 +121,8 @@ class ResumableTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
         except WRITE_ERRORS as error:
-            remove_checkpoint(folder)
+            if not is_whole(folder):
+                remove_checkpoint(folder)
             raise SaveError(folder, error) from error
         finally:
             self._saves_checkpoint = False

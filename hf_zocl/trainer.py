@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from .data_parallel import DataParallelTrainer
 from .replay_file import load_replay_log, save_replay_log
@@ -37,6 +38,8 @@ from .zo import (
     build_zo_optimizer,
 )
 
+
+logger = logging.get_logger(__name__)
 
 # More zeroth-order parameters than this, in number and as a part of the model, are moved in place, layer by layer.
 STREAMED_PARAMETERS = 1 << 24
@@ -85,6 +88,11 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot have zeroth-order layers: start one "
                 "process per GPU with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
+            )
+        if self.is_model_parallel:
+            raise ValueError(
+                "A model spread over several devices (device_map) cannot have zeroth-order layers: its random masks "
+                "would differ between the passes that are compared. Load it onto one device."
             )
         if model is not None:
             self._assign_layers()  # fail before any work
@@ -145,7 +153,12 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             zo = build_zo_optimizer(
                 self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.zo_momentum, args.zo_weight_decay
             )
-            parts = [super().create_optimizer(model), zo] if self.split.fo else [zo]
+            parts = [zo]
+            if self.split.fo:
+                fo = super().create_optimizer(model)
+                for group in fo.param_groups:  # GaLore's and APOLLO's hold what is not trained, too
+                    group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+                parts.insert(0, fo)
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
         self._estimator = ZOEstimator(
             self.split.zo,
@@ -261,7 +274,14 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
                 part = {name: _take_rows(value, rows, batch_rows) for name, value in inputs.items()}
                 items = None if items is None else items * (rows[1] - rows[0]) / batch_rows
             with torch.no_grad(), self.compute_loss_context_manager():
-                return self.compute_loss(module, part, num_items_in_batch=items).mean()
+                loss = self.compute_loss(module, part, num_items_in_batch=items).mean()
+            if loss.dtype.itemsize < 4:
+                logger.warning_once(
+                    f"The loss is {loss.dtype}, in which small differences vanish, and zeroth-order layers learn from "
+                    "nothing else. Load the model in float32 (dtype=torch.float32) and train with bf16=True or "
+                    "fp16=True, or compute the loss from logits.float()."
+                )
+            return loss
 
         before = ForwardState(self.args.device, model.buffers())
         if not self._plan.towers:
@@ -347,8 +367,21 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     def _restore_progress(self, folder: Path) -> None:
         super()._restore_progress(folder)
         if self.replay_log is not None:
-            file = folder / REPLAY_FILE
-            self.replay_log = load_replay_log(file) if file.is_file() else None
+            self.replay_log = self._earlier_log(folder / REPLAY_FILE)
+
+    def _earlier_log(self, file: Path) -> ReplayLog | None:
+        """The steps before the checkpoint, where they are known and were taken as those that follow will be."""
+        if not file.is_file():
+            return None
+        try:
+            log = load_replay_log(file)
+        except ValueError as error:
+            logger.warning(f"{error} The training goes on without a log of its steps.")
+            return None
+        if log.settings != self._replay_settings():
+            logger.warning(f"{file}: its steps were taken under other arguments, so no log of the steps is kept.")
+            return None
+        return log
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """What the Trainer multiplies the loss of a micro-batch by (see `Trainer.loss_is_scaled_for_ga`)."""

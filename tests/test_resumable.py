@@ -1,11 +1,13 @@
 """A training that stopped and goes on from a checkpoint is one that never stopped."""
 
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_zocl import ZOCLTrainer
-from hf_zocl.resumable import last_checkpoint
+from hf_zocl.resumable import SaveError, last_checkpoint
 from tests.helpers import Mlp, arguments, rows, train, training_logs
 
 
@@ -59,3 +61,23 @@ def test_a_checkpoint_leaves_out_what_is_frozen_and_is_refused_where_more_is_mis
     assert sorted(saved) == ["layers.0.bias", "layers.0.weight", "layers.1.weight"]
     with pytest.raises(ValueError, match=r"another model: missing \['layers.1.bias'\], unexpected nothing"):
         resumed(tmp_path, Mlp(), "checkpoint-2")
+
+
+def test_a_log_of_steps_does_not_go_on_under_other_arguments(tmp_path, caplog):
+    options = {"zo_layers": "all", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    train(tmp_path, Mlp(), data=rows(), **options)
+    checkpoint = str(tmp_path / "trainer" / "checkpoint-2")
+    logging.getLogger("transformers").propagate = logging.getLogger("hf_zocl").propagate = True
+    for other, kept in (({}, True), ({"zo_queries": 3}, False), ({"zo_momentum": 0.5}, False)):
+        trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **options, **other), train_dataset=rows())
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert (trainer.replay_log is not None) == kept
+    assert "its steps were taken under other arguments" in caplog.text
+
+
+def test_what_no_room_would_mend_is_not_called_a_full_disk():
+    text = str(SaveError("out/checkpoint-1", RuntimeError("Some tensors share memory.\nMore.")))
+    assert "Some tensors share memory. What was saved before is whole: go on with --resume" in text
+    assert "room" not in text and "MB" not in text
+    full = str(SaveError("out/checkpoint-1", OSError(28, "No space left on device")))
+    assert "MB are free there. What was saved before is whole: make room, then go on" in full

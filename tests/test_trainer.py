@@ -1,5 +1,7 @@
 """The traps of a Trainer that mixes zeroth- and first-order layers, one test each."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -480,6 +482,31 @@ def test_a_given_optimizer_is_refused(tmp_path):
 def test_a_bad_assignment_fails_when_the_trainer_is_made(tmp_path):
     with pytest.raises(ValueError, match="language tower, which has 4 layers"):
         ZOCLTrainer(mini_clip_classifier(), arguments(tmp_path, zo_layers="prefix-5"))
+
+
+def test_a_model_on_several_devices_is_refused(tmp_path):
+    model = Mlp()
+    model.hf_device_map = {"a": 0, "b": 1}
+    with pytest.raises(ValueError, match="spread over several devices"):
+        ZOCLTrainer(model=model, args=arguments(tmp_path), train_dataset=rows())
+
+
+def test_a_loss_in_half_precision_is_warned_of(tmp_path, caplog):
+    logging.getLogger("hf_zocl").propagate = True
+    data = [{name: v.bfloat16() if v.is_floating_point() else v for name, v in row.items()} for row in rows()]
+    train(tmp_path, Mlp().bfloat16(), data=data, max_steps=1)
+    assert "The loss is torch.bfloat16, in which small differences vanish" in caplog.text
+
+
+def test_an_optimizer_over_all_parameters_gets_the_first_order_ones_alone(tmp_path, monkeypatch):
+    def over_all(self, model=None):  # as GaLore's
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        return self.optimizer
+
+    monkeypatch.setattr(Trainer, "create_optimizer", over_all)
+    trainer = train(tmp_path, Mlp(), data=rows(), zo_layers=[1], max_steps=2)
+    held = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert len(held) == len({id(parameter) for parameter in held}) == len(list(trainer.model.parameters()))
 
 
 def test_a_bert_sequence_classifier_learns_with_hop_even(tmp_path):

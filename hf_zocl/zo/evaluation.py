@@ -217,6 +217,8 @@ class TowerPlan:
             getattr(module, "packable", True) for tower in self.towers.values() for module in tower.module.modules()
         )
         self.within_towers: set[Perturbation] = set()
+        # Of those, whose parameters the loss reads itself, and not by way of the tower alone.
+        self.read_directly: dict[Perturbation, bool] = {}
         owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
@@ -402,6 +404,7 @@ class TowerEvaluation:
             pairs = list(zip(offsets, rows, strict=True))
             self._run_tower(name, dict.fromkeys(o for o, part in pairs if o is None or part is None))
             self._run_parts(name, [(o, part) for o, part in pairs if o is not None and part is not None])
+        self._see_what_is_read(list(zip(points, rows, strict=True)))
         return losses + [self._combine(point, part) for point, part in zip(points, rows, strict=True)]
 
     def check(self, loss: torch.Tensor, point: Point | None = None) -> None:
@@ -419,6 +422,24 @@ class TowerEvaluation:
         if replayed is None or not torch.allclose(replayed.float(), loss.float(), rtol=1e-2, atol=1e-4):
             logger.warning(f"The towers of this model cannot be replayed ({why}): every loss is a full forward pass.")
             self.plan.towers, self.plain = {}, self._plain_evaluation()
+
+    def _see_what_is_read(self, asked: Sequence[tuple[Point, Rows]]) -> None:
+        """See once whether the loss reads the parameters of a tower itself, as a penalty on the weights does (EWC).
+
+        Then they are moved while the towers are replayed. The towers' features are the same in both losses that are
+        compared, so that any difference is the parameters' own.
+        """
+        for perturbation in self.plan.within_towers - self.plan.read_directly.keys():
+            point, part = next((pair for pair in asked if perturbation in pair[0]), ({}, None))
+            if not point:
+                continue
+            if point[perturbation].is_tangent:  # a value does not show what its derivative reads
+                self.plan.read_directly[perturbation] = True
+                continue
+            losses = []
+            for self.plan.read_directly[perturbation] in (True, False):
+                losses.append(self._combine(point, part))
+            self.plan.read_directly[perturbation] = not torch.equal(*losses)
 
     def _plain_evaluation(self) -> PlainEvaluation:
         return PlainEvaluation(self.forward, self.before, self.after, self.batch_rows)
@@ -602,9 +623,11 @@ class TowerEvaluation:
     def _combine(self, point: Point, rows: Rows = None) -> torch.Tensor:
         """The loss from the towers' outputs: the model's forward pass with both of them replayed.
 
-        Parameters outside the towers, such as a projection's, are where the point says.
+        Parameters outside the towers, such as a projection's, and those that the loss reads itself are where the point
+        says.
         """
-        outside = {p: offset for p, offset in point.items() if p not in self.plan.within_towers}
+        read, within = self.plan.read_directly, self.plan.within_towers
+        outside = {p: offset for p, offset in point.items() if p not in within or read.get(p)}
         if self.draws:
             self.before.restore()
         with ExitStack() as stack:
@@ -661,8 +684,11 @@ def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     Returns:
         `(rows, …, out)`.
     """
-    if weight.dim() == 2:
+    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
         return nn.functional.linear(inputs, weight, bias)
+    if weight.dim() == 2:
+        outputs = nn.functional.linear(inputs, weight)
+        return (outputs.reshape(len(bias), -1, len(weight)) + bias.unsqueeze(1)).view(outputs.shape)
     rows = inputs.reshape(len(weight), -1, inputs.shape[-1])
     if bias is None:
         outputs = torch.bmm(rows, weight.mT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -129,17 +130,31 @@ class HybridOptimizer(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As `torch.optim.Optimizer.load_state_dict`.
+        """As `torch.optim.Optimizer.load_state_dict`, each part by its own rules (8-bit states stay 8-bit).
 
         Raises:
             ValueError: If the state is that of another layer assignment.
         """
-        for mine, theirs in zip(self.param_groups, state_dict["param_groups"], strict=False):
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"The optimizer state has {len(groups)} parameter groups; expected {len(self.param_groups)}."
+            )
+        for mine, theirs in zip(self.param_groups, groups, strict=True):
             if mine.get("zo_names") != theirs.get("zo_names"):
                 raise ValueError(
                     "The optimizer state was saved under another zo_branch or zo_layers than the present."
                 )
-        super().load_state_dict(state_dict)
+        first, loaded = 0, {}
+        for part, size in zip(self.parts, self._sizes, strict=True):
+            own = groups[first : first + size]
+            numbers = {number for group in own for number in group["params"]}
+            state = {number: value for number, value in state_dict["state"].items() if number in numbers}
+            part.load_state_dict({"state": state, "param_groups": own})
+            loaded.update(part.state)
+            first += size
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        self.state = defaultdict(dict, loaded)
         self._share()
 
     def train(self) -> None:

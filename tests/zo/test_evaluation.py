@@ -464,6 +464,32 @@ def test_a_model_that_reads_more_than_pooled_features_takes_full_passes(caplog):
     assert "every loss is a full forward pass" in caplog.text
 
 
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "forward-gradient"])
+@pytest.mark.parametrize("branch", ["dual", "vision"])
+def test_a_penalty_on_the_weights_of_a_tower_counts(branch, estimator):
+    class Penalised(nn.Module):
+        def __init__(self, clip):
+            super().__init__()
+            self.clip = clip
+
+        def forward(self, **inputs):
+            named = self.clip.named_parameters()
+            penalty = sum(p.square().sum() for name, p in named if "lora_" in name and "vision" in name)
+            return CLIPClassifierOutput(loss=self.clip(**inputs).loss + 10 * penalty)
+
+    clip, inputs = dual_encoder("clip")
+    assert_same(Penalised(clip), inputs, branch, "all", queries=2, estimator=estimator)
+
+
+def test_biases_beside_frozen_weights_are_stacked():
+    torch.manual_seed(0)
+    model, inputs = dual_encoder("clip")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("text_model" in name and "fc1" in name and name.endswith("bias"))
+    # As many candidates as a prompt has tokens.
+    assert_same(model, inputs, "language", "all", queries=8)
+
+
 def test_weights_that_another_module_reads_go_one_by_one():
     model, inputs = dual_encoder("siglip")
     model.base_model.model.vision_model.head.attention.out_proj.weight.requires_grad_(True)
@@ -483,4 +509,10 @@ def test_a_stacked_linear_is_each_candidates_own(has_bias):
     expected = [
         nn.functional.linear(rows, weight[i], bias[i] if has_bias else None) for i, rows in enumerate(inputs.chunk(3))
     ]
+    torch.testing.assert_close(stacked_linear(inputs, weight, bias), torch.cat(expected))
+
+
+def test_a_stacked_bias_beside_a_shared_weight_is_each_candidates_own():
+    weight, bias, inputs = torch.randn(5, 4), torch.randn(3, 5), torch.randn(6, 3, 4)
+    expected = [nn.functional.linear(rows, weight, bias[i]) for i, rows in enumerate(inputs.chunk(3))]
     torch.testing.assert_close(stacked_linear(inputs, weight, bias), torch.cat(expected))

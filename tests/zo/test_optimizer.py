@@ -114,3 +114,34 @@ def test_sign_with_momentum_follows_the_running_sum():
 def test_an_unknown_rule_is_named():
     with pytest.raises(ValueError, match="zo_optim='lion'.*sgd, sign, adamw"):
         parts(network(), "lion")
+
+
+class EightBit(torch.optim.SGD):
+    """Keeps a state of bytes, as bitsandbytes does, and loads it by a rule of its own."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter].setdefault("codes", torch.zeros_like(parameter, dtype=torch.uint8)).add_(1)
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state["codes"] = state["codes"].to(torch.uint8)
+
+
+def test_every_part_loads_its_state_by_its_own_rule():
+    def build(model):
+        split = LayerAssignment("dual", [r"^1\."]).split(model)
+        return HybridOptimizer(EightBit(split.fo.values()), build_zo_optimizer(split.zo, "sign", momentum=0.9))
+
+    model = network()
+    optimizer = build(model)
+    run(model, optimizer, steps=2)
+    again = build(network())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    states = list(again.state.values())
+    assert [state["codes"].dtype for state in states[:2]] == [torch.uint8] * 2
+    assert all((state["codes"] == 2).all() for state in states[:2])
+    assert all("momentum_buffer" in state for state in states[2:])
+    with pytest.raises(ValueError, match="has 1 parameter groups; expected 2"):
+        again.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"][:1]})
