@@ -44,6 +44,8 @@ class MoEAdapterConfig(PeftConfig):
         router_token: The token that the router reads. `first` is the baseline's: the class token in vision, but in
             CLIP's causal text tower the start token, which sees nothing of the prompt, so that all prompts get the
             same gates there. `pooled` is the token that CLIP pools: the class token, and in text the end of the text.
+            Of a causal language model, which `generate` feeds token by token from a cache, `first` would be the newest
+            token: generate with `use_cache=False` and padding on the right.
         num_routers: 1, one router for all tasks; or one per task: `begin_task(t)` switches to the t-th.
         freeze_experts: How many of the experts that a task used most `end_task` freezes in every block.
         balance_loss: Weight of the load-balancing loss, CV²(importance) + CV²(load) (Shazeer et al. 2017, equations 6
