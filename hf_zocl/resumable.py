@@ -26,7 +26,7 @@ WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 # How they say that there is no space left, where they have no number for it.
-_FULL = ("No space left on device", "os error 28", "PytorchStreamWriter")
+_FULL = ("No space left", "inline_container", "iostream error", "os error 28", "os error 112", "os error 122")
 
 
 class SaveError(OSError):

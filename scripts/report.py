@@ -1,7 +1,7 @@
 """Write a report of finished runs, from their results.json alone.
 
     python scripts/report.py runs/quickstart
-    python scripts/report.py --compare runs/* --baseline fo --output_dir runs/report
+    python scripts/report.py --compare runs/hop runs/fo --baseline fo --output_dir runs/report
 
 A run is a folder with results.json, or with a folder for each seed. Of one run, report.html and figures/ go into its
 folder; several are compared in a table (comparison.md and comparison.tex), with paired differences to the baseline.

@@ -83,7 +83,7 @@ def main() -> None:
         return print(comparison.markdown())
     recipe = options.recipe or str(RECIPES / BENCHMARKS[options.benchmark].format(adapter=options.adapter))
     folder = options.output_dir / f"{Path(recipe).stem if options.recipe else options.benchmark}-{options.adapter}"
-    common = ["--adapter", options.adapter, "--disable_tqdm", "true", *further, "--push_to_hub", "false"]
+    common = ["--adapter", options.adapter, "--disable_tqdm", "true", *further]
     try:
         model = parse_recipe(["--recipe", recipe, *common, "--output_dir", str(folder)]).run.model_name_or_path
         cells = choose_cells(options.table, CLIPConfig.from_pretrained(resolve(model)), options.cells)
@@ -247,7 +247,8 @@ def folder_of(folder: Path, cell: str) -> Path:
 def run_cell(arguments: list[str], folder: Path, seed: int) -> None:
     """Run one cell with one seed, or go on with it; a finished one is read, not run."""
     folder = folder / f"seed-{seed}"
-    scheduler = build_scheduler(parse_recipe([*arguments, "--seed", str(seed), "--output_dir", str(folder)]))
+    own = ["--seed", str(seed), "--output_dir", str(folder), "--push_to_hub", "false"]  # a cell is no repository
+    scheduler = build_scheduler(parse_recipe([*arguments, *own]))
     scheduler.run(resume=(folder / "results.json").is_file())
 
 

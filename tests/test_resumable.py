@@ -1,13 +1,14 @@
 """A training that stopped and goes on from a checkpoint is one that never stopped."""
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from hf_zocl import ZOCLTrainer
-from hf_zocl.resumable import SaveError, last_checkpoint
+from hf_zocl.resumable import WRITE_ERRORS, SaveError, last_checkpoint
 from tests.helpers import Mlp, arguments, rows, train, training_logs
 
 
@@ -79,5 +80,12 @@ def test_what_no_room_would_mend_is_not_called_a_full_disk():
     text = str(SaveError("out/checkpoint-1", RuntimeError("Some tensors share memory.\nMore.")))
     assert "Some tensors share memory. What was saved before is whole: go on with --resume" in text
     assert "room" not in text and "MB" not in text
-    full = str(SaveError("out/checkpoint-1", OSError(28, "No space left on device")))
-    assert "MB are free there. What was saved before is whole: make room, then go on" in full
+    advice = "MB are free there. What was saved before is whole: make room, then go on"
+    assert advice in str(SaveError("out/checkpoint-1", OSError(28, "No space left on device")))
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
+def test_a_full_disk_is_known_by_what_torch_says():
+    with pytest.raises(WRITE_ERRORS) as raised:
+        torch.save({"a": torch.ones(5)}, "/dev/full")
+    assert "make room, then go on" in str(SaveError("out/checkpoint-1", raised.value))

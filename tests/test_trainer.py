@@ -492,6 +492,7 @@ def test_a_model_on_several_devices_is_refused(tmp_path):
 
 
 def test_a_loss_in_half_precision_is_warned_of(tmp_path, caplog):
+    logging.Logger.warning_once.cache_clear()
     logging.getLogger("hf_zocl").propagate = True
     data = [{name: v.bfloat16() if v.is_floating_point() else v for name, v in row.items()} for row in rows()]
     train(tmp_path, Mlp().bfloat16(), data=data, max_steps=1)

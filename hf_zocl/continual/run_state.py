@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import remove_unfinished
 from ..hub.checkpoint import RESULTS_FILE
 from ..hub.public import public_recipe
 from ..hub.push_on_save import SCRATCH
@@ -135,7 +136,9 @@ class RunFolder:
             remove_checkpoint(folder)
 
     def remove_scratch(self) -> None:
-        """Remove what a run that was killed was pushing from within a task; before anything is pushed."""
+        """Remove what a run that was killed was writing, or pushing from within a task; before anything is pushed."""
+        for folder in (self.path, self.path / "replay"):
+            remove_unfinished(folder)
         for folder in (self.path / "trainer").glob(f"*/{SCRATCH}*"):
             shutil.rmtree(folder, ignore_errors=True)
 

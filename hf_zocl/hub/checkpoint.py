@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import shutil
 from collections import ChainMap
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 
+from ..files import replace_folder
 from ..models import ADAPTERS, CLIPClassifier, adapter_name
 from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..sample import resolve
@@ -72,9 +72,7 @@ def save_task_checkpoint(
     plot_accuracy_matrix({**task, **task["metrics"]}, unfinished / FIGURE)
     write_task_card(unfinished, task)
     seal_task_checkpoint(unfinished)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(unfinished, folder)
+    replace_folder(unfinished, folder)
     return folder
 
 

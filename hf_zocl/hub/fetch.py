@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -11,7 +10,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
-from ..files import written_whole
+from ..files import replace_folder, written_whole
 from .checkpoint import FIGURE, RESULTS_FILE
 from .public import redact
 from .push_queue import is_task_name, task_number
@@ -88,5 +87,4 @@ def _fetch_task(
     found = info["task"]
     if found != task_number(name) or not all((unfinished / file).is_file() for file in (FIGURE, RESULTS_FILE)):
         raise ValueError(f"{repo_id}: the tag {name} does not hold that task's checkpoint (it is of task {found}).")
-    shutil.rmtree(output_dir / name, ignore_errors=True)
-    os.replace(unfinished, output_dir / name)
+    replace_folder(unfinished, output_dir / name)

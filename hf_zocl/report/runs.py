@@ -118,13 +118,14 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
         ValueError: If a results.json cannot be read, two are of one seed, or they are of several benchmarks.
     """
     runs = sorted((_read(folder / RESULTS_FILE) for folder in folders), key=lambda run: run["seed"])
+    runs = [run for run in runs if run["accuracy_matrix"]]
     seeds, benchmarks = [run["seed"] for run in runs], sorted({str(run.get("benchmark")) for run in runs})
     if len(set(seeds)) < len(seeds) or len(benchmarks) > 1:
         raise ValueError(
             f"{', '.join(map(str, folders))}: expected one setting with seeds of its own, got seeds "
             f"{', '.join(map(str, seeds))} of {', '.join(benchmarks)}; name the folder of each setting."
         )
-    return RunGroup(name or folders[0].resolve().parent.name, tuple(run for run in runs if run["accuracy_matrix"]))
+    return RunGroup(name or folders[0].resolve().parent.name, tuple(runs))
 
 
 def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> list[RunGroup]:

@@ -12,6 +12,7 @@ is shadowed by another. Every loss equals that of the plain forward pass, to rou
 from __future__ import annotations
 
 import logging
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -426,20 +427,19 @@ class TowerEvaluation:
     def _see_what_is_read(self, asked: Sequence[tuple[Point, Rows]]) -> None:
         """See once whether the loss reads the parameters of a tower itself, as a penalty on the weights does (EWC).
 
-        Then they are moved while the towers are replayed. The towers' features are the same in both losses that are
-        compared, so that any difference is the parameters' own.
+        Then they are moved while the towers are replayed. The features are those of finite parameters, so that with
+        NaN in their place only a loss that reads them is NaN, however small its part is at this step.
         """
         for perturbation in self.plan.within_towers - self.plan.read_directly.keys():
             point, part = next((pair for pair in asked if perturbation in pair[0]), ({}, None))
             if not point:
                 continue
-            if point[perturbation].is_tangent:  # a value does not show what its derivative reads
-                self.plan.read_directly[perturbation] = True
-                continue
-            losses = []
-            for self.plan.read_directly[perturbation] in (True, False):
-                losses.append(self._combine(point, part))
-            self.plan.read_directly[perturbation] = not torch.equal(*losses)
+            is_tangent = point[perturbation].is_tangent  # of a moment, and no place to put a NaN
+            self.plan.read_directly[perturbation] = is_tangent
+            if not is_tangent:
+                with perturbation.at(point[perturbation].scaled(math.nan)):
+                    loss = self._combine(point, part)
+                self.plan.read_directly[perturbation] = not bool(loss.isfinite())
 
     def _plain_evaluation(self) -> PlainEvaluation:
         return PlainEvaluation(self.forward, self.before, self.after, self.batch_rows)
@@ -627,7 +627,7 @@ class TowerEvaluation:
         says.
         """
         read, within = self.plan.read_directly, self.plan.within_towers
-        outside = {p: offset for p, offset in point.items() if p not in within or read.get(p)}
+        outside = {p: offset for p, offset in point.items() if p not in within or read.get(p, True)}
         if self.draws:
             self.before.restore()
         with ExitStack() as stack:

@@ -136,15 +136,8 @@ class HybridOptimizer(torch.optim.Optimizer):
             ValueError: If the state is that of another layer assignment.
         """
         groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups):
-            raise ValueError(
-                f"The optimizer state has {len(groups)} parameter groups; expected {len(self.param_groups)}."
-            )
-        for mine, theirs in zip(self.param_groups, groups, strict=True):
-            if mine.get("zo_names") != theirs.get("zo_names"):
-                raise ValueError(
-                    "The optimizer state was saved under another zo_branch or zo_layers than the present."
-                )
+        if [group.get("zo_names") for group in groups] != [group.get("zo_names") for group in self.param_groups]:
+            raise ValueError("The optimizer state was saved under another zo_branch or zo_layers than the present.")
         first, loaded = 0, {}
         for part, size in zip(self.parts, self._sizes, strict=True):
             own = groups[first : first + size]

@@ -477,8 +477,17 @@ def test_a_penalty_on_the_weights_of_a_tower_counts(branch, estimator):
             penalty = sum(p.square().sum() for name, p in named if "lora_" in name and "vision" in name)
             return CLIPClassifierOutput(loss=self.clip(**inputs).loss + 10 * penalty)
 
+    made = []
+
+    def make_evaluation(*args):
+        made.append(towers()(*args))
+        return made[0]
+
     clip, inputs = dual_encoder("clip")
-    assert_same(Penalised(clip), inputs, branch, "all", queries=2, estimator=estimator)
+    assert_same(Penalised(clip), inputs, branch, "all", make_evaluation, queries=2, estimator=estimator)
+    assert made[0].plain is None
+    read = {perturbation.branch: is_read for perturbation, is_read in made[0].plan.read_directly.items()}
+    assert read["vision"] and read.get("language", False) == (branch == "dual" and estimator == "forward-gradient")
 
 
 def test_biases_beside_frozen_weights_are_stacked():
