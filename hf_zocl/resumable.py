@@ -25,8 +25,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
-# How they say that there is no space left, where they have no number for it.
-_FULL = ("No space left", "inline_container", "iostream error", "os error 28", "os error 112", "os error 122")
+# No space left on the disk, of a quota, or for the file (ulimit); and how torch and safetensors say it, which have no
+# number for it.
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_SPACE_TEXTS = (
+    "No space left",
+    "inline_container",
+    "iostream error",
+    *(f"os error {n})" for n in (27, 28, 112, 122)),
+)
 
 
 class SaveError(OSError):
@@ -40,7 +47,7 @@ class SaveError(OSError):
     def __init__(self, path: str | Path, cause: Exception):
         reason = str(getattr(cause, "strerror", None) or cause).strip().split("\n")[0].rstrip(".")
         space, advice = "", "go on"
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(text in str(cause) for text in _FULL):
+        if getattr(cause, "errno", None) in _NO_SPACE or any(text in str(cause) for text in _NO_SPACE_TEXTS):
             there = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
             space, advice = f" {shutil.disk_usage(there).free / 1e6:.0f} MB are free there.", "make room, then go on"
         super().__init__(
