@@ -153,12 +153,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             zo = build_zo_optimizer(
                 self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.zo_momentum, args.zo_weight_decay
             )
-            parts = [zo]
-            if self.split.fo:
-                fo = super().create_optimizer(model)
-                for group in fo.param_groups:  # GaLore's and APOLLO's hold what is not trained, too
-                    group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
-                parts.insert(0, fo)
+            parts = [self._first_order_optimizer(model), zo] if self.split.fo else [zo]
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
         self._estimator = ZOEstimator(
             self.split.zo,
@@ -177,6 +172,13 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         is_replayable = not self.split.fo and not self._estimator.is_streamed
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
+
+    def _first_order_optimizer(self, model: nn.Module | None) -> torch.optim.Optimizer:
+        """The Trainer's, over what requires a gradient alone: GaLore's and APOLLO's groups hold all parameters."""
+        optimizer = super().create_optimizer(model)
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         """The Trainer's; with `zo_parallelism="queries"` every process gets every batch.

@@ -3,8 +3,8 @@
     python scripts/evaluate.py runs/quickstart/task-03
     python scripts/evaluate.py someone/a-repository --revision task-03 --benchmark cifar10 [--dataset_path folder]
 
-Any further argument is a recipe's: --scenario task, --max_test_images_per_class 100. A run in bfloat16 on a GPU is
-measured on a CPU with --bf16 false.
+Any further argument is a recipe's: --scenario task, --max_test_images_per_class 100, --per_device_eval_batch_size 64.
+A run in bfloat16 on a GPU is measured on a CPU with --bf16 false.
 """
 
 import argparse
@@ -28,9 +28,7 @@ if __name__ == "evaluate":
 
 def main() -> None:
     # Imported here, so that the lines above come before any `import evaluate`.
-    from transformers.hf_argparser import string_to_bool
-
-    from hf_zocl.continual.checkpoint_evaluation import NUMERICS, evaluate_checkpoint
+    from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
     from hf_zocl.hub.checkpoint import write_json
     from hf_zocl.report import format_evaluation
 
@@ -38,9 +36,6 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a checkpoint's folder, a run's folder (with --task), or a Hub repository")
     parser.add_argument("--task", type=task_number, help="the task, counted from 1, or best")
     parser.add_argument("--revision", help="a revision on the Hub, instead of --task")
-    for name, kind in NUMERICS.items():
-        own = {"type": int} if kind is int else {"type": string_to_bool, "nargs": "?", "const": True}
-        parser.add_argument(f"--{name}", **own, help="as for train.py; default: as the run had it")
     parser.add_argument("--disable_tqdm", action="store_true")
     parser.add_argument("--output", type=Path, help="a JSON file for what was measured")
     options, further = parser.parse_known_args()
@@ -49,7 +44,6 @@ def main() -> None:
             options.checkpoint,
             options.task,
             options.revision,
-            **{name: getattr(options, name) for name in NUMERICS},
             disable_tqdm=options.disable_tqdm,
             **recipe_arguments(further),
         )
@@ -70,17 +64,19 @@ def recipe_arguments(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If one is no argument of a recipe.
     """
-    from transformers import HfArgumentParser
+    from transformers import HfArgumentParser, TrainingArguments
 
+    from hf_zocl.continual.checkpoint_evaluation import NUMERICS
     from hf_zocl.continual.recipe import RunArguments
 
-    known = {each.name for each in fields(RunArguments)}
+    known = {*(each.name for each in fields(RunArguments)), *NUMERICS}
     for argument in argv:
         if argument.startswith("--") and argument[2:].split("=")[0] not in known:
             raise ValueError(f"{argument} is no argument of a recipe's stream; there are {', '.join(sorted(known))}.")
-    parser = HfArgumentParser(RunArguments)
+    parser = HfArgumentParser((RunArguments, TrainingArguments))
     parser.set_defaults(**dict.fromkeys(known))
-    return {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = vars(parser.parse_args(argv))
+    return {name: given[name] for name in known if given[name] is not None}
 
 
 if __name__ == "__main__":

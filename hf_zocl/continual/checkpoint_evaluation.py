@@ -18,17 +18,17 @@ from .recipe import RunArguments, build_stream
 from .tasks import TaskStream
 
 
-# What a measurement may depend on, to the last bit: arguments of the Trainer, and their types.
-NUMERICS = {
-    "per_device_eval_batch_size": int,
-    "bf16": bool,
-    "fp16": bool,
-    "bf16_full_eval": bool,
-    "fp16_full_eval": bool,
-    "tf32": bool,
-    "use_cpu": bool,
-    "seed": int,
-}
+# The Trainer's arguments that a measurement may depend on, to the last bit.
+NUMERICS = (
+    "per_device_eval_batch_size",
+    "bf16",
+    "fp16",
+    "bf16_full_eval",
+    "fp16_full_eval",
+    "tf32",
+    "use_cpu",
+    "seed",
+)
 
 
 def evaluate_checkpoint(

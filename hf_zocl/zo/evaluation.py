@@ -684,11 +684,10 @@ def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     Returns:
         `(rows, …, out)`.
     """
-    if weight.dim() == 2 and (bias is None or bias.dim() == 1):
-        return nn.functional.linear(inputs, weight, bias)
     if weight.dim() == 2:
-        outputs = nn.functional.linear(inputs, weight)
-        return (outputs.reshape(len(bias), -1, len(weight)) + bias.unsqueeze(1)).view(outputs.shape)
+        if bias is None or bias.dim() == 1:
+            return nn.functional.linear(inputs, weight, bias)
+        weight = weight.expand(len(bias), -1, -1)  # a bias of every candidate beside the weight of all
     rows = inputs.reshape(len(weight), -1, inputs.shape[-1])
     if bias is None:
         outputs = torch.bmm(rows, weight.mT)

@@ -109,10 +109,13 @@ class HybridOptimizer(torch.optim.Optimizer):
 
     def _share(self) -> None:
         """Let the parts see these groups and this state (state is keyed by parameter, so it needs no splitting)."""
+        for part, groups in self._by_part(self.param_groups):
+            part.param_groups, part.state = groups, self.state
+
+    def _by_part(self, groups: list[dict]) -> Iterator[tuple[torch.optim.Optimizer, list[dict]]]:
         first = 0
         for part, size in zip(self.parts, self._sizes, strict=True):
-            part.param_groups = self.param_groups[first : first + size]
-            part.state = self.state
+            yield part, groups[first : first + size]
             first += size
 
     @torch.no_grad()
@@ -138,16 +141,13 @@ class HybridOptimizer(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         if [group.get("zo_names") for group in groups] != [group.get("zo_names") for group in self.param_groups]:
             raise ValueError("The optimizer state was saved under another zo_branch or zo_layers than the present.")
-        first, loaded = 0, {}
-        for part, size in zip(self.parts, self._sizes, strict=True):
-            own = groups[first : first + size]
+        self.state = defaultdict(dict)
+        for part, own in self._by_part(groups):
             numbers = {number for group in own for number in group["params"]}
             state = {number: value for number, value in state_dict["state"].items() if number in numbers}
             part.load_state_dict({"state": state, "param_groups": own})
-            loaded.update(part.state)
-            first += size
+            self.state.update(part.state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
-        self.state = defaultdict(dict, loaded)
         self._share()
 
     def train(self) -> None:
