@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+from ..sample.pretraining import pretraining_rows
 from .class_lists import (
     CALTECH_PROMPTS,
     CIFAR100_ICARL_ORDER,
@@ -16,7 +19,6 @@ from .class_lists import (
     CIFAR_PROMPTS,
     EUROSAT_NAMES,
     MNIST_NAMES,
-    TINY_IMAGENET_32_ORDER,
     TINY_IMAGENET_NAMES,
     TINY_IMAGENET_ORDER,
 )
@@ -41,6 +43,7 @@ class Benchmark:
         class_names: By label id, as prompts need them; None: the dataset's, cleaned.
         name_column: A column of class names, where the labels are not readable.
         test_fraction: The share of each class that is tested on, where the dataset has one split only.
+        excluded_train_rows: From the labels of all training images, the rows that the stream leaves out.
         config_name, revision: For `datasets.load_dataset`.
     """
 
@@ -60,6 +63,7 @@ class Benchmark:
     class_names: tuple[str, ...] | None = None
     name_column: str | None = None
     test_fraction: float | None = None
+    excluded_train_rows: Callable[[np.ndarray], np.ndarray] | None = None
     config_name: str | None = None
     revision: str | None = None
 
@@ -211,17 +215,16 @@ _TINY_IMAGENET_32 = replace(
     _TINY_IMAGENET,
     name="tiny-imagenet-32",
     dataset_id=None,
-    initial_increment=10,
-    increment=10,
     prompt_template="a photo of a {}.",
     source=(
-        "Le & Yang 2015, resized to 32×32; ten steps of ten of the hundred classes that mini-clip has not seen, in "
-        "the order of the dataset's own class_order.json; names: the dataset's; prompt: CLIP (Radford et al. 2021). "
-        "A local dataset: give dataset_path"
+        "Le & Yang 2015, resized to 32×32; ten steps of 20; of the training images the half that mini-clip has not "
+        f"seen (hf_zocl.sample.pretraining); names: the dataset's; {_PYCIL_ORDER}; prompt: CLIP (Radford et al. "
+        "2021). A local dataset: give dataset_path"
     ),
-    class_order=TINY_IMAGENET_32_ORDER,
-    partial_order=True,
+    class_order_seed=CLASS_ORDER_SEED,
+    class_order=None,
     class_names=None,
+    excluded_train_rows=pretraining_rows,
 )
 
 _IMAGENET_R = Benchmark(

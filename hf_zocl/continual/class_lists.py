@@ -64,14 +64,6 @@ TINY_IMAGENET_ORDER = _ids("""
 177 49 83 168 198 165 46 100 158 121 51 109 61 76 22 147 1 186 110 167 120 95 79 154 30 127 185 29 130
 """)
 
-# The classes of tiny-imagenet-32 that mini-clip has not seen, in order of arrival ("incremental" of the dataset's own
-# class_order.json).
-TINY_IMAGENET_32_ORDER = _ids("""
-114 135 120 19 100 133 160 108 60 151 37 177 136 83 11 73 124 77 81 118 168 148 111 128 7 94 101 89 24 147 91 106 123
-194 44 17 35 132 59 153 2 0 65 180 63 21 150 129 116 125 85 178 46 107 115 154 166 159 104 36 109 196 34 186 15 143
-183 78 93 182 162 49 102 33 149 198 51 90 188 14 113 195 20 164 66 4 43 140 69 79 41 52 71 27 174 199 122 5 61 10
-""")
-
 # Those of CLIP's prompts for EuroSAT, in the dataset's own order (AnnualCrop, Forest, …), as ZSCL has them.
 EUROSAT_NAMES = _names("""
 annual crop land, forest, brushland or shrubland, highway or road, industrial buildings or commercial buildings,

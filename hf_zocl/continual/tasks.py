@@ -242,6 +242,7 @@ class TaskStream(Sequence[Task]):
         class_order: Sequence[int] | None = None,
         partial_order: bool = False,
         class_order_seed: int | None = CLASS_ORDER_SEED,
+        excluded_train_rows: Callable[[np.ndarray], np.ndarray] | None = None,
         max_train_images_per_class: int | None = None,
         max_test_images_per_class: int | None = None,
         seed: int = 0,
@@ -275,6 +276,8 @@ class TaskStream(Sequence[Task]):
             class_order_seed: Draws the order when `class_order` is None:
                 `numpy.random.RandomState(seed).permutation(classes)`. Source: PyCIL and LAMDA-PILOT, whose seed is
                 1993. None: the dataset's own order.
+            excluded_train_rows: From the labels of all training images, the rows that the stream leaves out, such as
+                those that the model was pretrained on.
             max_train_images_per_class, max_test_images_per_class: Keep so many of a class, drawn at random.
             seed: Of that draw, which is each class's own: it does not change with the order or the increments.
 
@@ -302,6 +305,8 @@ class TaskStream(Sequence[Task]):
         )
 
         train, test = encode_strings(train, test)
+        if excluded_train_rows is not None:
+            train = train.rows(np.setdiff1d(np.arange(len(train.labels)), excluded_train_rows(train.labels)))
         if class_names is None and name_column is not None:
             class_names = names_from_column(named, name_column, train.labels)
         if test_fraction is not None:

@@ -1,16 +1,17 @@
 """The registry, and each benchmark's stream from a generated local dataset with the Hub's features."""
 
-import json
 import logging
 import re
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
 from hf_zocl.continual.benchmarks import BENCHMARKS, Benchmark, get_benchmark
+from hf_zocl.sample.pretraining import pretraining_rows
 
 
 SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -86,7 +87,7 @@ ORDERS = {
     "cifar100": PYCIL[100],
     "cifar100-moe-adapters": (87, 0, 52, 58, 44, 91, 68, 97, 51, 15),
     "tiny-imagenet": TINY,
-    "tiny-imagenet-32": (114, 135, 120, 19, 100, 133, 160, 108, 60, 151),
+    "tiny-imagenet-32": PYCIL[200],
     "imagenet-r": PYCIL[200],
     "cub-200": PYCIL[200],
     "stanford-cars": PYCIL[196],
@@ -98,7 +99,7 @@ SIZES = {
     "cifar100-base50-inc5": [50] + [5] * 10, "cifar100-base50-inc10": [50] + [10] * 5,
     "cifar100-moe-adapters": [10] * 10, "tiny-imagenet": [20] * 10, "tiny-imagenet-inc20": [20] * 10,
     "tiny-imagenet-base100-inc5": [100] + [5] * 20, "tiny-imagenet-base100-inc10": [100] + [10] * 10,
-    "tiny-imagenet-base100-inc20": [100] + [20] * 5, "tiny-imagenet-32": [10] * 10, "imagenet-r": [20] * 10,
+    "tiny-imagenet-base100-inc20": [100] + [20] * 5, "tiny-imagenet-32": [20] * 10, "imagenet-r": [20] * 10,
     "imagenet-r-inc10": [10] * 20, "imagenet-r-inc20": [20] * 10, "cub-200": [20] * 10,
     "stanford-cars": [20] * 9 + [16], "food-101": [21] + [20] * 4,
 }  # fmt: skip
@@ -196,16 +197,27 @@ def test_the_two_orders_of_tiny_imagenet_name_the_same_classes_as_their_sources(
     assert sorted(order) == list(range(200))
 
 
-def test_real_tiny_imagenet_32_is_the_hundred_new_classes_in_the_datasets_own_order():
+def test_real_tiny_imagenet_32_has_all_classes_and_the_images_that_the_embedded_model_has_not_seen():
     folder = SHARED_DATA / "tiny-imagenet-32"
     if not folder.is_dir():
         pytest.skip("the shared datasets are not on this machine")
-    order = json.loads((folder / "class_order.json").read_text())
     stream = get_benchmark("tiny-imagenet-32").stream(folder)
-    assert list(stream.class_order) == order["incremental"]
     assert [len(task.train) for task in stream] == [5000] * 10
-    assert [len(task.test) for task in stream] == [500] * 10
-    assert stream[0].class_names[0] == "lawn mower"
+    assert [len(task.test) for task in stream] == [1000] * 10
+    assert stream[0].class_names[0] == "umbrella"
+    labels = datasets.load_dataset(str(folder), split="train").with_format("numpy")["label"][:]
+    seen = pretraining_rows(labels)
+    assert len(seen) == 50_000
+    assert set(np.bincount(labels[seen])) == {250}
+    rows = np.concatenate([task.train_rows for task in stream])
+    assert len(np.intersect1d(rows, seen)) == 0
+
+
+def test_the_rows_of_pretraining_are_half_of_every_class_and_always_the_same():
+    labels = np.arange(2000) % 4
+    rows = pretraining_rows(labels)
+    assert np.bincount(labels[rows]).tolist() == [250] * 4
+    assert rows[:8].tolist() == [3, 4, 5, 6, 8, 9, 10, 15]
 
 
 def test_an_unknown_name_is_an_error_with_the_close_ones_and_all_others():

@@ -1,0 +1,18 @@
+"""Which training images of Tiny-ImageNet the embedded mini CLIP was pretrained on: a stream takes the others."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def pretraining_rows(labels: Sequence[int]) -> np.ndarray:
+    """Return the sorted rows of the training split that the embedded model has seen: half of every class.
+
+    Class by class, in the order of the labels: the first half of `RandomState(0).permutation` of its rows.
+
+    Args:
+        labels: The label of every row of the training split.
+    """
+    labels, rng = np.asarray(labels), np.random.RandomState(0)
+    shuffled = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    return np.sort(np.concatenate([rows[: len(rows) // 2] for rows in shuffled]))

