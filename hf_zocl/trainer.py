@@ -411,7 +411,7 @@ def _add_moments(total: dict[Any, Moments], more: dict[Any, Moments]) -> None:
         total[place] = total[place] + moments if place in total else moments
 
 
-def _log_name(figure: str, branch: str | None, layer: int | None = None) -> str:
+def _log_name(figure: str, branch: str | None, layer: int | str | None = None) -> str:
     return figure + (f"_{branch}" if branch else "") + ("" if layer is None else f"_layer_{layer}")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import nn
 
@@ -15,19 +15,50 @@ Number = TypeVar("Number", int, float)
 BRANCHES = ("none", "vision", "language", "dual")
 LAYER_SCHEMES = ("all", "hop-odd", "hop-even", "prefix-N", "suffix-N")
 
-# The names that transformers gives to a two-tower model's halves, and to a stack of layers.
+# The names that transformers and timm give to a two-tower model's halves, and to a stack of layers.
 _TOWERS = {
     "vision": re.compile(r"(?:^|\.)(?:vision_model|visual|vision_tower|visual_projection|image_encoder)(?:\.|$)"),
     "language": re.compile(r"(?:^|\.)(?:text_model|language_model|text_projection|text_encoder)(?:\.|$)"),
 }
-_LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blocks?|resblocks)\.(\d+)\.")
+# The first match in a name is the outermost stack: in a model of stages a stage, not the blocks within it.
+_LAYER = re.compile(r"(?:^|\.)(?:(?:layers?|h|blocks?|resblocks|stages|levels)\.(\d+)|layer([1-9]\d*))\.")
+
+
+class Location(NamedTuple):
+    """Where a parameter stands: its tower, the path of the stack of layers there, and the layer, counted from 1."""
+
+    branch: str | None
+    stack: str | None
+    layer: int | None
 
 
 def locate(name: str) -> tuple[str | None, int | None]:
     """Read the tower (`vision`, `language` or None) and the layer (from 1, or None) off a parameter's name."""
+    branch, _, layer = _location(name)
+    return branch, layer
+
+
+def _location(name: str) -> Location:
     branch = next((tower for tower, pattern in _TOWERS.items() if pattern.search(name)), None)
-    layer = _LAYER.search(name)
-    return branch, int(layer.group(1)) + 1 if layer else None
+    found = _LAYER.search(name)
+    if found is None:
+        return Location(branch, None, None)
+    index, number = found.groups()  # layers.0 is the first layer, and so is layer1
+    stack = name[: found.start(1) - 1] if number is None else name[: found.start(2)]
+    return Location(branch, stack, int(index) + 1 if number is None else int(number))
+
+
+def _locations(names: Iterable[str]) -> dict[str, Location]:
+    """The location of every parameter; where a tower has a single stack, it needs no name, and is None."""
+    locations = {name: _location(name) for name in names}
+    stacks: dict[str | None, set[str]] = {}
+    for location in locations.values():
+        if location.stack is not None:
+            stacks.setdefault(location.branch, set()).add(location.stack)
+    return {
+        name: location if len(stacks.get(location.branch, ())) > 1 else location._replace(stack=None)
+        for name, location in locations.items()
+    }
 
 
 def in_branch(value: Number | Mapping[str | None, Number], branch: str | None) -> Number:
@@ -41,9 +72,10 @@ class ZOGroup:
 
     Attributes:
         branch: `vision`, `language`, or None in a model with a single tower.
-        layer: The layer's number, counted from 1, or None outside the numbered layers.
+        layer: The layer's number in its stack, counted from 1, or None outside the numbered layers.
         eps: The size of the perturbation of these parameters.
         names, parameters: What is perturbed, in the model's order.
+        stack: The path of the layer's stack, where the tower has several (an encoder and a decoder).
     """
 
     branch: str | None
@@ -51,6 +83,12 @@ class ZOGroup:
     eps: float
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    stack: str | None = None
+
+    @property
+    def label(self) -> int | str | None:
+        """The layer as figures are logged under: its number, after the path of its stack where there are several."""
+        return self.layer if self.stack is None else f"{self.stack}.{self.layer}"
 
 
 @dataclass(frozen=True)
@@ -65,13 +103,17 @@ class ParameterSplit:
         return [parameter for group in self.zo for parameter in group.parameters]
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """Draw the split layer by layer: `{"vision": {"1": "fo", "2": "zo", …}, …}`; a single tower is `model`."""
+        """Draw the split layer by layer: `{"vision": {"1": "fo", "2": "zo", …}, …}`; a single tower is `model`.
+
+        Where a tower has several stacks of layers, each stands under its path.
+        """
+        kinds = dict.fromkeys(self.fo, "fo") | {name: "zo" for group in self.zo for name in group.names}
+        locations = _locations(kinds)
         towers: dict[str, dict[str, str]] = {}
-        located = [(locate(name), "fo") for name in self.fo]
-        located += [((group.branch, group.layer), "zo") for group in self.zo]
-        for (branch, layer), kind in sorted(located, key=lambda item: (item[0][0] or "", item[0][1] or 0)):
-            tower = towers.setdefault(branch or "model", {})
-            key = "other" if layer is None else str(layer)
+        for name in sorted(locations, key=lambda name: _order(locations[name])):
+            branch, stack, layer = locations[name]
+            tower = towers.setdefault(stack or branch or "model", {})
+            key, kind = "other" if layer is None else str(layer), kinds[name]
             # Regular expressions may split one layer in two.
             tower[key] = kind if tower.get(key, kind) == kind else "fo+zo"
         return towers
@@ -86,6 +128,10 @@ class LayerAssignment:
             with a single tower).
         layers: `all`, `hop-odd`, `hop-even`, `prefix-N`, `suffix-N`, a list of layer numbers counted from 1, or, for
             models whose layers are named otherwise, a list of regular expressions over parameter names.
+
+    Layers are counted stack by stack: the encoder and the decoder of a T5 have their own first and last layer each,
+    and `suffix-2` is the last two of both. In a model of stages (Swin, ConvNeXt, ResNet, SegFormer) the layers are the
+    stages, whatever blocks a stage is made of; regular expressions choose blocks.
 
     A trainable parameter outside the numbered layers (a projection, a prompt, a head) is zeroth-order under
     `layers="all"` only, or where a regular expression names it.
@@ -135,38 +181,46 @@ class LayerAssignment:
         if self.branch == "none":
             return ParameterSplit(fo=trainable, zo=())
 
-        is_zo = self._selector([name for name, _ in model.named_parameters()])
-        groups: dict[tuple[str | None, int | None], list[str]] = {}
-        for name in trainable:
+        locations = _locations(trainable)
+        is_zo = self._selector(locations, _depths(name for name, _ in model.named_parameters()))
+        groups: dict[Location, list[str]] = {}
+        for name, location in locations.items():
             if is_zo(name):
-                groups.setdefault(locate(name), []).append(name)
+                groups.setdefault(location, []).append(name)
         if not groups:
             raise ValueError(f"{self} matches no trainable parameter. {_inventory(trainable)}")
         zo = tuple(
-            ZOGroup(branch, layer, sizes[branch], tuple(names), tuple(trainable[name] for name in names))
-            for (branch, layer), names in groups.items()
+            ZOGroup(branch, layer, sizes[branch], tuple(names), tuple(trainable[name] for name in names), stack)
+            for (branch, stack, layer), names in groups.items()
         )
         chosen = {name for group in zo for name in group.names}
         return ParameterSplit(fo={name: p for name, p in trainable.items() if name not in chosen}, zo=zo)
 
-    def _selector(self, names: list[str]) -> Callable[[str], bool]:
-        """A predicate over parameter names: is it zeroth-order?"""
+    def _selector(self, locations: Mapping[str, Location], depths: Mapping[str, int]) -> Callable[[str], bool]:
+        """A predicate over parameter names: is it zeroth-order?
+
+        Args:
+            locations: Those of the trainable parameters.
+            depths: The number of layers by the path of the stack.
+        """
         in_branch = {"dual": ("vision", "language", None)}.get(self.branch, (self.branch,))
         if self._is_regex_list:
             patterns = [re.compile(pattern) for pattern in self.layers]
-            return lambda name: locate(name)[0] in in_branch and any(p.search(name) for p in patterns)
+            return lambda name: locations[name].branch in in_branch and any(p.search(name) for p in patterns)
         if self.layers == "all":
-            return lambda name: locate(name)[0] in in_branch
+            return lambda name: locations[name].branch in in_branch
 
-        depth: dict[str | None, int] = {}
-        for branch, layer in map(locate, names):
-            if layer is not None and branch in in_branch:
-                depth[branch] = max(depth.get(branch, 0), layer)
-        chosen = {(branch, layer) for branch, count in depth.items() for layer in self._numbers(branch, count)}
-        return lambda name: locate(name) in chosen
+        stacks = {_location(name).stack: locations[name] for name in locations if locations[name].branch in in_branch}
+        chosen = {
+            (location.branch, location.stack, layer)
+            for stack, location in stacks.items()
+            if stack is not None
+            for layer in self._numbers(location, depths[stack])
+        }
+        return lambda name: locations[name] in chosen
 
-    def _numbers(self, branch: str | None, depth: int) -> list[int]:
-        """The layers chosen in a tower of `depth` layers, counted from 1."""
+    def _numbers(self, location: Location, depth: int) -> list[int]:
+        """The layers chosen in a stack of `depth` layers, counted from 1."""
         if not isinstance(self.layers, str):
             numbers = list(self.layers)
         elif self.layers == "hop-odd":
@@ -178,8 +232,9 @@ class LayerAssignment:
             first = 1 if kind == "prefix" else depth - int(count) + 1
             numbers = list(range(first, first + int(count)))
         if min(numbers) < 1 or max(numbers) > depth:
-            tower = f"the {branch} tower" if branch else "the model"
-            raise ValueError(f"zo_layers={self.layers!r} reaches beyond {tower}, which has {depth} layers.")
+            tower = f"the {location.branch} tower" if location.branch else "the model"
+            where = f"{location.stack} in {tower}" if location.stack else tower
+            raise ValueError(f"zo_layers={self.layers!r} reaches beyond {where}, which has {depth} layers.")
         return numbers
 
     @property
@@ -207,6 +262,19 @@ class LayerAssignment:
             raise ValueError(f"zo_layers={list(self.layers)!r}: expected layer numbers counted from 1.")
 
 
+def _order(location: Location) -> tuple[str, str, int]:
+    return location.branch or "", location.stack or "", location.layer or 0
+
+
+def _depths(names: Iterable[str]) -> dict[str, int]:
+    """The number of layers of every stack, by its path."""
+    depths: dict[str, int] = {}
+    for _, stack, layer in map(_location, names):
+        if stack is not None:
+            depths[stack] = max(depths.get(stack, 0), layer)
+    return depths
+
+
 def _positive(name: str, value: float) -> float:
     if not value > 0:
         raise ValueError(f"{name}={value!r}: the size of the perturbation must be greater than 0.")
@@ -218,8 +286,9 @@ def _inventory(trainable: dict[str, nn.Parameter]) -> str:
     if not trainable:
         return "The model has no parameter that requires a gradient."
     layers: dict[str, set[int]] = {}
-    for branch, layer in map(locate, trainable):
-        layers.setdefault(branch or "no tower (use branch='dual')", set()).add(layer or 0)
+    for branch, stack, layer in _locations(trainable).values():
+        tower = branch or "no tower (use branch='dual')"
+        layers.setdefault(f"{tower}, {stack}" if stack else tower, set()).add(layer or 0)
     there = "; ".join(
         f"{tower}: " + ", ".join("outside the layers" if number == 0 else str(number) for number in sorted(numbers))
         for tower, numbers in layers.items()

@@ -20,8 +20,8 @@ ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo", "forward-gradien
 
 # Where a loss is asked for: the perturbations that are not at θ, and their offsets. Empty: L(θ).
 Point = Mapping[Perturbation, Combination]
-# A branch and a layer.
-Place = tuple[str | None, int | None]
+# A branch and a layer's label.
+Place = tuple[str | None, int | str | None]
 # A part of the batch, from its first row to before its last; None: the whole batch.
 Rows = tuple[int, int] | None
 

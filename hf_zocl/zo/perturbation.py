@@ -130,20 +130,20 @@ class Perturbation:
 
     def write(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
-    ) -> dict[int | None, Moments]:
+    ) -> dict[int | str | None, Moments]:
         """Set `.grad` of every parameter to the sum of the combinations, or to its sign, times a factor.
 
         Returns:
-            The moments of the sum by layer, as it is, without sign and factor.
+            The moments of the sum by layer (`ZOGroup.label`), as it is, without sign and factor.
         """
         total = self.vector(gradient[0])
         for term in gradient[1:]:
             total.add_(self.vector(term))
-        moments: dict[int | None, Moments] = {}
+        moments: dict[int | str | None, Moments] = {}
         sizes = [sum(parameter.numel() for parameter in group.parameters) for group in self.groups]
         for group, piece in zip(self.groups, total.split(sizes), strict=True):
             own = Moments(len(piece), piece.sum(), piece.square().sum())
-            moments[group.layer] = moments[group.layer] + own if group.layer in moments else own
+            moments[group.label] = moments[group.label] + own if group.label in moments else own
         total = (total.sign_() if sign else total).mul_(factor)
         for parameter, piece in zip(self.parameters, self.pieces(total), strict=True):
             parameter.grad = piece
