@@ -126,15 +126,23 @@ class PlainEvaluation:
 
     def losses(self, points: Sequence[Point], rows: Sequence[Rows] | None = None) -> list[torch.Tensor]:
         """The loss at every point, on the whole batch or on some rows of it each; scalars."""
+        watch(points, lambda: self._loss({}))
         losses = []
         for point, part in zip(points, rows or [None] * len(points), strict=True):
-            if self.before is not None:
-                self.before.restore()
-            with at(point):
-                losses.append(self.forward(*_given(part)))
-            if self.after is None and self.before is not None:
-                self.after = self.before.now()
+            loss = self._loss(point, part)
+            while _was_missed(point):
+                loss = self._loss(point, part)
+            losses.append(loss)
         return losses
+
+    def _loss(self, point: Point, part: Rows = None) -> torch.Tensor:
+        if self.before is not None:
+            self.before.restore()
+        with at(point):
+            loss = self.forward(*_given(part))
+        if self.after is None and self.before is not None:
+            self.after = self.before.now()
+        return loss
 
     def close(self) -> None:
         if self.after is not None:
@@ -148,6 +156,26 @@ def at(point: Point) -> Iterator[None]:
         for perturbation, offset in point.items():
             stack.enter_context(perturbation.at(offset))
         yield
+
+
+def watch(points: Iterable[Point], full_pass: Callable[[], Any]) -> None:
+    """See once, in a full pass at θ, where streamed parameters are read (`StreamedPerturbation.watching`)."""
+    unseen = {perturbation for point in points for perturbation in _streamed(point) if not perturbation.is_watched}
+    if unseen:
+        with ExitStack() as stack:
+            for perturbation in unseen:
+                stack.enter_context(perturbation.watching())
+            full_pass()
+
+
+def _streamed(point: Point) -> list[StreamedPerturbation]:
+    return [perturbation for perturbation in point if isinstance(perturbation, StreamedPerturbation)]
+
+
+def _was_missed(point: Point) -> bool:
+    """Whether the last pass may have read streamed parameters at θ: then the next one moves them for longer."""
+    missed = [perturbation for perturbation in _streamed(point) if perturbation.widen()]
+    return bool(missed)
 
 
 @dataclass(frozen=True)
@@ -231,7 +259,7 @@ class TowerPlan:
                 if not any(mine):
                     continue
                 units = perturbation.units if isinstance(perturbation, StreamedPerturbation) else []
-                moves_with_tower = any(tower.module in unit.modules for unit in units)
+                moves_with_tower = any(tower.module in scope for unit in units for scope in unit.scopes)
                 if self.perturbations[name] is not None or moves_with_tower:  # two branches in one tower, or its call
                     self.towers = {}
                     return
@@ -390,6 +418,7 @@ class TowerEvaluation:
 
         The first point of a micro-batch that no other pass has recorded is one of the whole batch.
         """
+        watch(points, lambda: self._plain_evaluation().losses([{}]))
         points, losses = list(points), []
         rows = list(rows) if rows is not None else [None] * len(points)
         if points and self.after is None:

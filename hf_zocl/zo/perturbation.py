@@ -157,20 +157,24 @@ class Perturbation:
     @contextmanager
     def at(self, offset: Combination) -> Iterator[None]:
         """Inside, the parameters are θ + offset; afterwards θ again, bit by bit, also when the block raises."""
-        data, pieces = self._data, self.pieces(self.vector(offset))
+        data = self._data
         saved = [tensor.clone() for tensor in data]
         try:
-            if offset.is_tangent:
-                # The parameters themselves: what is written to their data leaves them without a tangent.
-                self._assign(map(forward_ad.make_dual, saved, pieces))
-            else:
-                torch._foreach_add_(data, pieces)
+            self._move(data, saved, offset)
             yield
         finally:
             if offset.is_tangent:
                 self._assign(saved)
             else:
                 torch._foreach_copy_(data, saved)
+
+    def _move(self, data: list[torch.Tensor], saved: list[torch.Tensor], offset: Combination) -> None:
+        pieces = self.pieces(self.vector(offset))
+        if offset.is_tangent:
+            # The parameters themselves: what is written to their data leaves them without a tangent.
+            self._assign(map(forward_ad.make_dual, saved, pieces))
+        else:
+            torch._foreach_add_(data, pieces)
 
     @torch.no_grad()
     def _assign(self, values: Iterable[torch.Tensor]) -> None:

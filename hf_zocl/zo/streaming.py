@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .assignment import ZOGroup
 from .perturbation import Combination, Moments, Perturbation, direction_seed
 
 
+logger = logging.getLogger(__name__)
+
+# A layer within a layer (a block of a stage, an expert) moves on its own if it has as many parameters as this.
+UNIT_PARAMETERS = 1 << 20
+
+
 class StreamedPerturbation(Perturbation):
     """A layer is moved just before it runs, and put back just after: the memory of the model plus one layer.
 
-    A unit, of which there is one copy and one direction at a time, is a numbered layer; outside of those, the largest
-    module that holds none. Parameters that modules share (tied weights) move wherever one of these modules runs. A
-    parameter that is read while none of the modules that own it runs stays at θ.
+    A unit, of which there is one direction at a time, is a numbered layer: a child of an `nn.ModuleList` or an
+    `nn.Sequential`. It moves while its layer runs, if no pass reads it at another time; else while a layer around it
+    does; else, as whatever lies outside the layers (embeddings, heads, prompts), for the whole pass, and is copied for
+    as long. Which of these holds is seen in a pass at θ (`watching`); before, every unit moves for the whole pass.
+    Whichever it is, a pass reads the same values.
 
     Args:
         groups: All the groups of the branch.
@@ -28,99 +43,292 @@ class StreamedPerturbation(Perturbation):
 
     def __init__(self, groups: Sequence[ZOGroup], model: nn.Module, direction: str = "gaussian"):
         super().__init__(groups, direction)
+        self.model, self.is_watched = model, False
         self.units = [
-            _Unit(number, members, modules)
-            for number, (members, modules) in enumerate(_units(groups, model, direction))
+            _Unit(number, members, scopes) for number, (members, scopes) in enumerate(_units(groups, model, direction))
         ]
+        self._has_stepped = False
 
     @contextmanager
     def at(self, offset: Combination) -> Iterator[None]:
-        """Inside, a unit is at θ + offset while its module runs, and at θ otherwise, bit by bit."""
+        """Inside, every read of a unit within the model's forward pass is of θ + offset; afterwards of θ again."""
+        if self._has_stepped:
+            self._has_stepped = False
+            for unit in self.units:
+                unit.was_moved = False
         with ExitStack() as stack:
             for unit in self.units:
-                stack.enter_context(unit.hooked(offset))
+                stack.enter_context(unit.at(offset))
             yield
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """See in a whole pass at θ, which runs inside, while which modules run each unit is read."""
+        for unit in self.units:
+            unit.level = 0
+        try:
+            with _watched_calls(self.model, self.units) as calls, _Reads(self.units, calls):
+                yield
+            for unit in self.units:
+                unit.widen(lambda modules: calls.compiled or not calls.seen.intersection(modules))
+        except BaseException:
+            for unit in self.units:
+                unit.level = len(unit.scopes)
+            raise
+        self.is_watched = True
+        self._say_what_is_copied()
+
+    def widen(self) -> bool:
+        """See whether the last pass called the module of every unit, and if not, let more modules move that unit.
+
+        Returns:
+            Whether there was such a unit. It may have been read at θ: the pass is to be taken again.
+        """
+        missed = [unit for unit in self.units if unit.modules and not unit.was_called]
+        for unit in missed:
+            unit.level += 1
+        return bool(missed)
 
     def stack(self, offsets: Sequence[Combination]) -> list[torch.Tensor]:
         raise NotImplementedError("Streamed parameters are evaluated one candidate at a time.")
 
     def write(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
-    ) -> dict[int | None, Moments]:
+    ) -> dict[int | str | None, Moments]:
         raise NotImplementedError("A streamed gradient never stands in .grad as a whole: use `stream`.")
 
     def stream(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
-    ) -> Iterator[dict[int | None, Moments]]:
-        """`write` for one unit after another; a unit's gradient is freed when the next one's is asked for."""
+    ) -> Iterator[dict[int | str | None, Moments]]:
+        """`write` for one unit after another; a unit's gradient is freed when the next one's is asked for.
+
+        Raises:
+            RuntimeError: If the passes since the last step moved other units, but not this one.
+        """
+        still = [unit for unit in self.units if not unit.was_moved]
+        if still and len(still) < len(self.units):
+            names = [name for unit in still for group in unit.perturbation.groups for name in group.names]
+            raise RuntimeError(
+                f"{len(names)} zeroth-order parameters were at θ in all passes of this step, so that nothing is known "
+                f"of their gradient: {_some(names)}. Their layers were called in an earlier pass, and in none of "
+                "these; leave them out with zo_layers."
+            )
         for unit in self.units:
             yield unit.perturbation.write([unit.own(term) for term in gradient], sign, factor)
             for parameter in unit.perturbation.parameters:
                 parameter.grad = None
+        self._has_stepped = True
+
+    def _say_what_is_copied(self) -> None:
+        whole = [unit for unit in self.units if unit.scopes and not unit.modules]
+        if whole:
+            count, layers = (
+                sum(len(unit.perturbation) for unit in whole),
+                sum(bool(unit.scopes) for unit in self.units),
+            )
+            logger.warning(
+                f"{len(whole)} of {layers} layers cannot be moved just while they run (compiled, not called, or read "
+                f"elsewhere): {_some([unit.perturbation.groups[0].names[0] for unit in whole])}. They move for the "
+                f"whole pass, which takes the memory of another {count:,} parameters."
+            )
 
 
 class _Unit:
-    """The parameters that move together, and the modules in whose calls they do."""
+    """The parameters that move together.
 
-    def __init__(self, number: int, perturbation: Perturbation, modules: Sequence[nn.Module]):
-        self.number, self.perturbation, self.modules = number, perturbation, modules
+    Attributes:
+        scopes: Modules in whose calls the parameters may move, from the smallest to the largest; several of a kind
+            where modules share the parameters.
+        level: The index of the scope in use; behind the last one, the parameters move for the whole pass.
+        was_called, was_moved: Whether the last pass called a module of the scope, and whether the parameters were
+            moved in a pass since the last step.
+    """
+
+    def __init__(self, number: int, perturbation: Perturbation, scopes: Sequence[tuple[nn.Module, ...]]):
+        self.number, self.perturbation, self.scopes = number, perturbation, scopes
+        self.level = len(scopes)
+        self.was_called = self.was_moved = False
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """In whose calls the parameters move; none: for the whole pass."""
+        return self.scopes[self.level] if self.level < len(self.scopes) else ()
 
     def own(self, combination: Combination) -> Combination:
         """The combination with this unit's own directions."""
         return replace(combination, seeds=tuple(direction_seed(seed, self.number, 0, 0) for seed in combination.seeds))
 
-    @contextmanager
-    def hooked(self, offset: Combination) -> Iterator[None]:
-        offset, depth, moved = self.own(offset), 0, ExitStack()
+    def widen(self, is_too_small: Callable[[tuple[nn.Module, ...]], bool]) -> None:
+        while self.modules and is_too_small(self.modules):
+            self.level += 1
 
+    @contextmanager
+    def at(self, offset: Combination) -> Iterator[None]:
+        if not self.modules:
+            self.was_moved = True
+            with self.perturbation.at(self.own(offset)):
+                yield
+            return
+        with self._moved_in_calls(self.own(offset)):
+            yield
+
+    @contextmanager
+    def _moved_in_calls(self, offset: Combination) -> Iterator[None]:
+        depth, moved, is_open = 0, ExitStack(), True
+        self.was_called = False
+
+        # Compiled code may hold on to a hook of an earlier pass, and must not trace this one.
+        @torch.compiler.disable
         def enter(*_):
             nonlocal depth
             depth += 1
-            if depth == 1:
+            if depth == 1 and is_open:
+                self.was_called = self.was_moved = True
                 moved.enter_context(self.perturbation.at(offset))
 
+        @torch.compiler.disable
         def leave(*_):
             nonlocal depth
             depth -= 1
             if depth == 0:
                 moved.close()
 
-        handles = [module.register_forward_pre_hook(enter) for module in self.modules]
-        handles += [module.register_forward_hook(leave, always_call=True) for module in self.modules]
         try:
-            yield
+            with _hooked(self.modules, enter, leave):
+                yield
         finally:
+            is_open = False
             moved.close()
-            for handle in handles:
-                handle.remove()
+
+
+@contextmanager
+def _hooked(modules: Iterable[nn.Module], enter: Callable, leave: Callable) -> Iterator[None]:
+    """Around every call of the modules, and around the hooks that they have, which may read parameters too."""
+    handles = []
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(enter, prepend=True))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Calls:
+    """The modules that run at the moment, and those that were called."""
+
+    def __init__(self):
+        self.running: Counter[nn.Module] = Counter()
+        self.seen: set[nn.Module] = set()
+        self.compiled = False
+
+    def enter(self, module: nn.Module, *_: Any) -> None:
+        self.running[module] += 1
+        self.seen.add(module)
+
+    def leave(self, module: nn.Module, *_: Any) -> None:
+        self.running[module] -= 1
+
+    def look(self, module: nn.Module, *_: Any) -> None:
+        # A wrapper of `torch.compile`: what is compiled takes no notice of a hook that comes and goes.
+        self.compiled |= "_orig_mod" in module._modules
+
+
+@contextmanager
+def _watched_calls(model: nn.Module, units: Iterable[_Unit]) -> Iterator[_Calls]:
+    calls = _Calls()
+    calls.compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    modules = dict.fromkeys(module for unit in units for scope in unit.scopes for module in scope)
+    handle = nn.modules.module.register_module_forward_pre_hook(calls.look)
+    try:
+        with warnings.catch_warnings(), _hooked(modules, calls.enter, calls.leave):
+            warnings.filterwarnings("ignore", ".*global hooks on modules")  # torch.compile's: it may see one twice
+            yield calls
+    finally:
+        handle.remove()
+
+
+class _Reads(TorchDispatchMode):
+    """Widens the scope of a unit that is read, itself or by way of a view, while no module of its scope runs."""
+
+    def __init__(self, units: Iterable[_Unit], calls: _Calls):
+        super().__init__()
+        self.calls = calls
+        self.units: dict[int, list[_Unit]] = {}
+        for unit in units:
+            for parameter in unit.perturbation.parameters:
+                self.units.setdefault(_storage(parameter), []).append(unit)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                for unit in self.units.get(_storage(value), ()):
+                    unit.widen(lambda modules: not any(self.calls.running[module] for module in modules))
+        return func(*args, **(kwargs or {}))
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a sparse tensor has none
+        return id(tensor)
 
 
 def _units(
     groups: Sequence[ZOGroup], model: nn.Module, direction: str
-) -> Iterator[tuple[Perturbation, list[nn.Module]]]:
-    """The parameters by unit, in the groups' order, with the modules to watch."""
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+) -> Iterator[tuple[Perturbation, list[tuple[nn.Module, ...]]]]:
+    """The parameters by unit, in the groups' order, with the scopes in which they may move."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners: dict[int, list[str]] = {}
+    for path, module in modules.items():
         for parameter in module.parameters(recurse=False):
-            paths.setdefault(id(parameter), []).append(path)
-    stacks = {path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+            owners.setdefault(id(parameter), []).append(path)
+    layers = {path: _layers_around(path, modules) for path in modules}
     units: dict[tuple[str, ...], list[tuple[ZOGroup, str, nn.Parameter]]] = {}
     for group in groups:
         for name, parameter in zip(group.names, group.parameters, strict=True):
-            key = tuple(dict.fromkeys(_unit_path(path, stacks) for path in paths[id(parameter)]))
+            paths = owners.get(id(parameter), [name])
+            key = tuple(dict.fromkeys([*layers.get(path, ()), path][0] for path in paths))
             units.setdefault(key, []).append((group, name, parameter))
     for key, members in units.items():
-        group = members[0][0]
-        _, names, parameters = zip(*members, strict=True)
-        own = ZOGroup(group.branch, group.layer, group.eps, tuple(names), tuple(parameters))
-        yield Perturbation([own], direction), [model.get_submodule(path) for path in key]
+        parts = []
+        for _, own in groupby(members, key=lambda member: id(member[0])):
+            (group, *_), names, parameters = zip(*own, strict=True)
+            parts.append(replace(group, names=names, parameters=parameters))
+        yield Perturbation(parts, direction), _scopes(key, layers, modules)
 
 
-def _unit_path(owner: str, stacks: set[str]) -> str:
-    """The numbered layer that holds a module, or else the largest module around it that holds no stack of layers."""
-    parts = owner.split(".")
-    prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    for prefix in prefixes:
-        if prefix.rpartition(".")[0] in stacks:
-            return prefix
-    return next((p for p in prefixes if not any(s == p or s.startswith(p + ".") for s in stacks)), owner)
+def _layers_around(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """The numbered layers that hold a module, from the smallest that is worth a unit to the largest."""
+    parts = path.split(".")
+    prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    layers = [
+        prefix
+        for prefix in prefixes
+        if prefix
+        and isinstance(modules[prefix.rpartition(".")[0]], (nn.ModuleList, nn.Sequential))
+        and not isinstance(modules[prefix], (nn.ModuleList, nn.ModuleDict))  # never called
+    ]
+    while len(layers) > 1 and sum(p.numel() for p in modules[layers[0]].parameters()) < UNIT_PARAMETERS:
+        layers.pop(0)
+    return layers
+
+
+def _scopes(
+    paths: Sequence[str], layers: Mapping[str, Sequence[str]], modules: Mapping[str, nn.Module]
+) -> list[tuple[nn.Module, ...]]:
+    """Modules that run whenever the parameters are read: the layer, then the layers around it.
+
+    Where several modules share the parameters, one for each; none if one of them lies outside the layers.
+    """
+    around = [layers.get(path, ()) for path in paths]
+    if not all(around):
+        return []
+    count = max(map(len, around))
+    levels = [[own[min(level, len(own) - 1)] for own in around] for level in range(count)]
+    return [tuple(dict.fromkeys(modules[path] for path in level)) for level in levels]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
