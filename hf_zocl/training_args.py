@@ -48,7 +48,8 @@ class ZOCLTrainingArguments(TrainingArguments):
     Args:
         zo_branch: Where the zeroth-order layers are: `none`, `vision`, `language` or `dual` (every tower).
         zo_layers: Which layers of the branch: `all`, `hop-odd`, `hop-even`, `prefix-N`, `suffix-N`, a list of layer
-            numbers counted from 1, or a list of regular expressions over parameter names.
+            numbers counted from 1, stack by stack, or a list of regular expressions over parameter names
+            (`LayerAssignment`).
         zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative`, `fzoo` or
             `forward-gradient` (the derivative along the direction, without ε; twice the memory of inference).
         zo_queries: Directions per branch and step; their estimates are averaged.

@@ -156,6 +156,7 @@ FAMILIES = {
 }  # fmt: skip
 EVERY = {name: (name, *rest) for kind in FAMILIES.values() for name, *rest in kind}
 IN_FLOAT32 = {"SwitchTransformersForConditionalGeneration"}  # its router is not to be in float64
+DROP_LAYERS = {"Wav2Vec2ForCTC", "HubertModel"}
 FIRST = [kind[0][0] for kind in FAMILIES.values()]
 
 
@@ -230,7 +231,7 @@ def directions(perturbation: Perturbation, seed: int) -> dict[torch.nn.Parameter
 
 
 @torch.no_grad()
-def assert_step_is_right(name: str, layers: str, streamed: bool, tmp_path, monkeypatch) -> None:
+def assert_step_is_right(name: str, layers: str, streamed: bool, tmp_path, monkeypatch) -> Watched:
     monkeypatch.setattr(hf_zocl.trainer, "STREAMED_PARAMETERS", 0 if streamed else 1 << 60)
     monkeypatch.setattr(hf_zocl.trainer, "STREAMED_FRACTION", 0)
     family, options, inputs, prepare = EVERY[name]
@@ -275,6 +276,7 @@ def assert_step_is_right(name: str, layers: str, streamed: bool, tmp_path, monke
             expected = theta[parameter] - rate * difference / eps * move
             torch.testing.assert_close(stepped[parameter], expected.to(move), rtol=1e-5, atol=1e-2 * precision)
     assert seen == zo
+    return trainer
 
 
 cases = [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in EVERY]
@@ -284,7 +286,22 @@ cases = [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for
 @pytest.mark.parametrize("layers", ["all", "hop-even"])
 @pytest.mark.parametrize("name", cases)
 def test_what_is_stepped_was_perturbed_and_by_the_right_estimate(name, layers, streamed, tmp_path, monkeypatch):
-    assert_step_is_right(name, layers, streamed, tmp_path, monkeypatch)
+    trainer = assert_step_is_right(name, layers, streamed, tmp_path, monkeypatch)
+    if streamed and name not in DROP_LAYERS:  # memory: no layer is copied but while it runs
+        units = [unit for p in trainer._estimator.perturbations.values() for unit in p.units if unit.scopes]
+        assert units and all(unit.modules for unit in units)
+
+
+@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "CLIPModel"])
+def test_a_penalty_on_the_weights_is_part_of_the_estimate(name, streamed, tmp_path, monkeypatch):
+    plain = loss_of
+
+    def with_penalty(model, inputs):
+        return plain(model, inputs) + 1e-3 * sum(p.double().square().sum() for p in model.parameters())
+
+    monkeypatch.setitem(globals(), "loss_of", with_penalty)
+    assert_step_is_right(name, "all", streamed, tmp_path, monkeypatch)
 
 
 def test_there_are_thirty_families_and_more():

@@ -88,6 +88,108 @@ def test_a_model_with_one_tower_is_dual():
     assert zo_layers(LayerAssignment("dual", "hop-odd"), _tower(5)) == {None: [1, 3, 5]}
 
 
+def stack_of(make, depth: int) -> nn.ModuleList:
+    return nn.ModuleList(make() for _ in range(depth))
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(2, 2)
+
+
+class EncoderDecoder(nn.Module):
+    """Named as a T5 is: six layers and two, each of several parts, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        for name, depth in (("encoder", 6), ("decoder", 2)):
+            half = nn.Module()
+            half.block = stack_of(lambda: nn.ModuleDict({"layer": stack_of(linear, 2)}), depth)
+            setattr(self, name, half)
+        self.lm_head = linear()
+
+
+def chosen(model: nn.Module, layers: str) -> set[str]:
+    """The stacks and layers, as they stand in the names of what is zeroth-order."""
+    split = LayerAssignment("dual", layers).split(model)
+    return {".".join(name.split(".")[:3]) for group in split.zo for name in group.names}
+
+
+@pytest.mark.parametrize(
+    ("layers", "encoder", "decoder"),
+    [
+        ("suffix-1", [5], [1]),
+        ("suffix-2", [4, 5], [0, 1]),
+        ("prefix-1", [0], [0]),
+        ("hop-even", [1, 3, 5], [1]),
+        ("hop-odd", [0, 2, 4], [0]),
+        ([2], [1], [1]),
+    ],
+)
+def test_layers_are_counted_stack_by_stack(layers, encoder, decoder):
+    expected = {f"encoder.block.{i}" for i in encoder} | {f"decoder.block.{i}" for i in decoder}
+    assert chosen(EncoderDecoder(), layers) == expected
+
+
+@pytest.mark.parametrize("layers", ["prefix-3", "suffix-3", [1, 3]])
+def test_layers_beyond_a_stack_name_it(layers):
+    with pytest.raises(ValueError, match="beyond decoder.block in the model, which has 2 layers"):
+        LayerAssignment("dual", layers).split(EncoderDecoder())
+
+
+def test_a_stack_in_which_nothing_is_trained_sets_no_limit():
+    model = EncoderDecoder()
+    model.decoder.requires_grad_(False)
+    assert chosen(model, "prefix-3") == {f"encoder.block.{i}" for i in range(3)}
+    assert {group.stack for group in LayerAssignment("dual", "prefix-3").split(model).zo} == {None}
+
+
+def test_stacks_are_drawn_and_logged_apart():
+    split = LayerAssignment("dual", "hop-even").split(EncoderDecoder())
+    assert split.describe() == {
+        "model": {"other": "fo"},
+        "decoder.block": {"1": "fo", "2": "zo"},
+        "encoder.block": {str(i): "zo" if i % 2 == 0 else "fo" for i in range(1, 7)},
+    }
+    assert {group.label for group in split.zo} == {"decoder.block.2", *(f"encoder.block.{i}" for i in (2, 4, 6))}
+
+
+def staged(path: str) -> nn.Module:
+    """Two stages of three blocks; in `path` S is the number of a stage (S1: from 1), B that of a block."""
+    model = nn.Module()
+    for stage in range(2):
+        for block in range(3):
+            numbered = path.replace("S1", str(stage + 1)).replace("S", str(stage)).replace("B", str(block))
+            *parents, last = numbered.split(".")
+            module = model
+            for name in parents:
+                if name not in module._modules:
+                    module.add_module(name, nn.Module())
+                module = module._modules[name]
+            module.add_module(last, linear())
+    return model
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "encoder.layers.S.blocks.B.mlp",  # Swin
+        "encoder.stages.S.layers.B.layer.0.convolution",  # ConvNeXt, ResNet, RegNet, Hiera
+        "encoder.block.S.B.mlp",  # PVT
+        "encoder.blocks.S.B.ffn",  # Funnel
+        "levels.S.layers.B.mlp",  # NAT
+        "layerS1.B.conv1",  # torchvision's and timm's ResNet
+    ],
+)
+def test_in_a_model_of_stages_the_layers_are_the_stages(path):
+    model = staged(path)
+    names = [name for name, _ in model.named_parameters()]
+    assert LayerAssignment("dual", "hop-even").split(model).describe() == {"model": {"1": "fo", "2": "zo"}}
+    split = LayerAssignment("dual", "suffix-1").split(model)
+    assert [name for group in split.zo for name in group.names] == names[len(names) // 2 :]
+    with pytest.raises(ValueError, match="beyond the model, which has 2 layers"):
+        LayerAssignment("dual", "prefix-3").split(model)
+
+
 def test_none_leaves_everything_first_order():
     split = LayerAssignment("none").split(TwoTowers())
     assert split.zo == ()
