@@ -23,14 +23,12 @@ class StreamedPerturbation(Perturbation):
     Args:
         groups: All the groups of the branch.
         model: The model whose modules hold the parameters.
-        direction: `gaussian` or `rademacher`.
     """
 
-    def __init__(self, groups: Sequence[ZOGroup], model: nn.Module, direction: str = "gaussian"):
-        super().__init__(groups, direction)
+    def __init__(self, groups: Sequence[ZOGroup], model: nn.Module):
+        super().__init__(groups)
         self.units = [
-            _Unit(number, members, modules)
-            for number, (members, modules) in enumerate(_units(groups, model, direction))
+            _Unit(number, members, modules) for number, (members, modules) in enumerate(_units(groups, model))
         ]
 
     @contextmanager
@@ -95,9 +93,7 @@ class _Unit:
                 handle.remove()
 
 
-def _units(
-    groups: Sequence[ZOGroup], model: nn.Module, direction: str
-) -> Iterator[tuple[Perturbation, list[nn.Module]]]:
+def _units(groups: Sequence[ZOGroup], model: nn.Module) -> Iterator[tuple[Perturbation, list[nn.Module]]]:
     """The parameters by unit, in the groups' order, with the modules to watch."""
     paths: dict[int, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -113,7 +109,7 @@ def _units(
         group = members[0][0]
         _, names, parameters = zip(*members, strict=True)
         own = ZOGroup(group.branch, group.layer, group.eps, tuple(names), tuple(parameters))
-        yield Perturbation([own], direction), [model.get_submodule(path) for path in key]
+        yield Perturbation([own]), [model.get_submodule(path) for path in key]
 
 
 def _unit_path(owner: str, stacks: set[str]) -> str:
