@@ -284,6 +284,8 @@ def test_tensorboard_receives_the_zeroth_order_figures(tmp_path, monkeypatch):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("optim", ["sgd", "sign", "adamw"])
 def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estimator, optim):
+    if (estimator, optim) == ("conservative", "adamw"):
+        pytest.skip("refused: it judges steps of SGD")
     rates = {"sgd": 0.02, "sign": 0.01, "adamw": 0.02}
     trainer = train(
         tmp_path,
@@ -299,34 +301,6 @@ def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estim
     )
     logs = training_logs(trainer)
     assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
-
-
-@pytest.mark.parametrize("batch", [32, 20])  # of 32 examples: the second has a last batch of 12
-def test_queries_that_share_the_batch_learn(tmp_path, batch):
-    model = Mlp()
-    trainer = train(
-        tmp_path,
-        model,
-        data=rows(),
-        zo_layers="all",
-        zo_share_batch=True,
-        zo_queries=batch,
-        zo_optim="adamw",
-        zo_learning_rate=0.02,
-        max_steps=30,
-        per_device_train_batch_size=batch,
-    )
-    logs = training_logs(trainer)
-    assert sum(log["loss"] for log in logs[-4:]) < 0.5 * sum(log["loss"] for log in logs[:4])
-
-
-@pytest.mark.parametrize("layers", ["all", "hop-even"])
-def test_a_hybrid_step_of_clip_may_share_the_batch(tmp_path, layers):
-    model = mini_clip_classifier()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = train(tmp_path, model, zo_layers=layers, zo_share_batch=True, zo_queries=8, zo_learning_rate=1e-2)
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert {name for group in trainer.split.zo for name in group.names} <= moved
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
@@ -564,15 +538,20 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
         ({"zo_queries_vision": 2.5}, "zo_queries_vision=2.5"),
         ({"zo_estimator": "fzoo"}, "zo_queries=1: zo_estimator='fzoo' takes an integer from 2"),
         ({"zo_estimator": "forward"}, "zo_estimator='forward'"),
-        ({"zo_direction": "sparse"}, "zo_direction='sparse'"),
         ({"zo_optim": "lion"}, "zo_optim='lion'"),
         ({"zo_learning_rate": -1.0}, "zo_learning_rate=-1.0"),
         ({"zo_learning_rate_vision": -1.0}, "zo_learning_rate_vision=-1.0"),
         ({"zo_estimator": "conservative", "zo_max_grad_norm": 1.0}, "'conservative' judges its steps unclipped"),
-        (
-            {"zo_share_batch": True, "zo_estimator": "two-sided"},
-            "expected zo_estimator='one-sided'",
-        ),
+        ({"zo_estimator": "conservative", "zo_momentum": 0.9}, "zo_momentum=0.9: zo_estimator='conservative' applies"),
+        ({"zo_estimator": "conservative", "zo_weight_decay": 0.1}, "zo_weight_decay=0.1: .*a step without decay"),
+        ({"zo_estimator": "conservative", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2: "),
+        ({"zo_estimator": "conservative", "zo_optim": "adamw"}, "zo_optim='adamw': .*expected 'sgd' or 'sign'"),
+        ({"zo_eps": "small"}, "zo_eps='small': expected a number or auto"),
+        ({"zo_eps": float("inf")}, "zo_eps=inf"),
+        ({"zo_eps": "vision=1e-3,text=1e-2"}, "zo_eps='vision=1e-3,text=1e-2': expected one value, or one for each"),
+        ({"zo_queries": "vision=2,language"}, "zo_queries='vision=2,language': expected one value"),
+        ({"zo_queries": {"vision": 2}, "zo_queries_vision": 3}, "zo_queries_vision=3: pass one of them"),
+        ({"zo_learning_rate": True}, "zo_learning_rate=True: expected a number"),
         ({"optim": "lomo"}, "steps within the backward pass"),
     ],
 )

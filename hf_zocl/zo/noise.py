@@ -56,7 +56,7 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Shape:
-    """The first derivative of a loss along random directions, and the second or, two-sided, third: root mean squares."""
+    """Derivatives of a loss along random directions: the first, and the second or, two-sided, third; mean sizes."""
 
     slope: float
     bend: float
