@@ -83,11 +83,12 @@ def table(options: argparse.Namespace) -> Iterator[str]:
                         both = torch.stack([gradient.weights * QUERIES, true])
                         error = (both[0] - both[1]).square().mean().sqrt() / true.square().mean().sqrt()
                         own = trainer._estimator.resolutions.get(branch)
+                        size = f"auto: {own.eps:.1e}" if own else eps
                         passes = "float32" if not bf16 or (own and own.finer) else "bf16"
                         noise = f"{own.noise:.0e}" if own else ""
                         yield (
                             f"| {adapter}, {'fresh' if is_fresh else 'random'} | {branch} | "
-                            f"{'bf16' if bf16 else 'float32'} | {eps if not own else f'auto: {own.eps:.1e}'} | {passes} "
+                            f"{'bf16' if bf16 else 'float32'} | {size} | {passes} "
                             f"| {noise} | {float(error):.2f} | {float(both.corrcoef()[0, 1]):.3f} |"
                         )
 
