@@ -29,6 +29,9 @@ def load_replay_log(path: str | Path) -> ReplayLog:
     try:
         with safe_open(path, "pt") as file:
             settings = json.loads(file.metadata()["settings"])
+        direction = settings.pop("direction", "rademacher")
+        if direction != "rademacher":
+            raise ValueError(f"its directions are {direction}, which are not drawn any more")
         settings["queries"] = tuple((branch, count) for branch, count in settings["queries"])
         return ReplayLog.from_tensors(ReplaySettings(**settings), load_file(path))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from copy import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import find_batch_size
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.utils import logging
 
 from .data_parallel import DataParallelTrainer
+from .differences import DEFAULT_EPS, DifferenceWatch, full_precision
 from .replay_file import load_replay_log, save_replay_log
 from .resumable import ResumableTrainer
 from .training_args import ZOCLTrainingArguments
 from .zo import (
     Estimate,
+    Evaluation,
     ForwardState,
     HybridOptimizer,
     Moments,
@@ -31,7 +31,6 @@ from .zo import (
     PlainEvaluation,
     ReplayLog,
     ReplaySettings,
-    SharedQueries,
     TowerEvaluation,
     TowerPlan,
     ZOEstimator,
@@ -72,6 +71,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         super().__init__(model=model, args=args, **kwargs)
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
+        self._watch: DifferenceWatch | None = None
         self._plan: TowerPlan | None = None
         self._hybrid: HybridOptimizer | None = None
         self._is_detached = False
@@ -124,7 +124,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
 
     def _assign_layers(self) -> None:
         args: ZOCLTrainingArguments = self.args
-        self.split = args.layer_assignment.split(self.model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
+        # Where ε is to be measured, it is so at the first step.
+        eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
+        self.split = args.layer_assignment.split(self.model, eps[None], eps["vision"], eps["language"])
 
     def train(self, *args, **kwargs):
         """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""
@@ -161,15 +163,15 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             queries=args.queries_by_branch,
             # What is judged must be what will be applied.
             sign=args.zo_sign or (args.zo_estimator == "conservative" and args.zo_optim == "sign"),
-            direction=args.zo_direction,
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
-            # A text tower may have prompts that all images share; they are cheap, and stay whole.
-            sharing={"vision", None} if args.zo_share_batch else (),
         )
+        self._watch = DifferenceWatch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
         self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
-        is_replayable = not self.split.fo and not self._estimator.is_streamed
+        # What half precision rounds away of a move depends on ε, which a log does not have.
+        is_rounded = any(perturbation.is_rounded for perturbation in self._estimator.perturbations.values())
+        is_replayable = not self.split.fo and not self._estimator.is_streamed and not is_rounded
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 
@@ -179,20 +181,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
         return optimizer
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's; with `zo_parallelism="queries"` every process gets every batch.
-
-        Raises:
-            ValueError: If the queries are to be shared, and the dataset is a stream.
-        """
-        dataloader = super().get_train_dataloader()
-        if self._shares_queries:
-            shard = dataloader.batch_sampler
-            if not isinstance(shard, BatchSamplerShard):
-                raise ValueError("zo_parallelism='queries' needs a dataset with a length, not a stream.")
-            shard.num_processes, shard.process_index, shard.even_batches = 1, 0, False
-        return dataloader
 
     def training_step(
         self,
@@ -209,8 +197,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         evaluation = self._evaluation(model, inputs, num_items_in_batch)
-        with self._counting_own_examples(), closing(evaluation):
-            return self._hybrid_step(model, inputs, num_items_in_batch, evaluation)
+        with self._counting_own_examples(), ExitStack() as stack:
+            stack.callback(evaluation.close)
+            return self._hybrid_step(model, inputs, num_items_in_batch, evaluation, stack)
 
     def _hybrid_step(
         self,
@@ -218,6 +207,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None,
         evaluation: PlainEvaluation | TowerEvaluation,
+        stack: ExitStack,
     ) -> torch.Tensor:
         scale, base_loss = self._loss_scale(num_items_in_batch), None
         if self.split.fo:
@@ -226,14 +216,19 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             evaluation.check(base_loss)
         else:
             model.train()
-        processes = (self.accelerator.process_index, self.accelerator.num_processes)
+        make_finer = partial(self._finer_evaluation, model, evaluation, stack)
+        if not self._watch.is_settled:
+            self._measure_differences(model, inputs, evaluation, make_finer)
+        finer = {branch for branch, own in self._estimator.resolutions.items() if own.finer}
         estimate = self._estimator.estimate(
-            SharedQueries(evaluation, *processes) if self._shares_queries else evaluation,
+            evaluation,
             step=self.state.global_step,
             micro_step=len(self._estimates),
             base_loss=base_loss,
             learning_rate=self._zo_learning_rates,
+            finer=partial(make_finer, finer),
         )
+        self._watch.see(estimate)
         # FZOO's quotient of losses has no scale of its own.
         is_quotient = self.args.zo_estimator == "fzoo"
         self._estimates.append((estimate, 1.0 / self.current_gradient_accumulation_steps if is_quotient else scale))
@@ -251,6 +246,8 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         is_of_training = "loss" in logs
         if is_of_training:
             logs.update({name: float(value) for name, value in self._zo_logs.items()})
+            if self._watch is not None:
+                logs.update(self._watch.logs())
             model = self.accelerator.unwrap_model(self.model)
             if hasattr(model, "extra_logs"):
                 logs.update(model.extra_logs())
@@ -268,15 +265,10 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         elif isinstance(model, DistributedDataParallel):
             module = model.module  # a pass of the wrapper sends all buffers
-        batch_rows = find_batch_size(inputs) if self._estimator.sharing else None
 
-        def forward(rows: tuple[int, int] | None = None) -> torch.Tensor:
-            items, part = num_items_in_batch, copy(inputs)
-            if rows is not None:
-                part = {name: _take_rows(value, rows, batch_rows) for name, value in inputs.items()}
-                items = None if items is None else items * (rows[1] - rows[0]) / batch_rows
+        def forward() -> torch.Tensor:
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(module, part, num_items_in_batch=items).mean()
+                loss = self.compute_loss(module, copy(inputs), num_items_in_batch=num_items_in_batch).mean()
             if loss.dtype.itemsize < 4:
                 logger.warning_once(
                     f"The loss is {loss.dtype}, in which small differences vanish, and zeroth-order layers learn from "
@@ -287,9 +279,81 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
 
         before = ForwardState(self.args.device, model.buffers())
         if not self._plan.towers:
-            return PlainEvaluation(forward, before, batch_rows=batch_rows)
-        context = self.accelerator.autocast
-        return TowerEvaluation(self._plan, forward, before, context, batch_rows=batch_rows)
+            return PlainEvaluation(forward, before)
+        return TowerEvaluation(self._plan, forward, before, self.accelerator.autocast)
+
+    def _finer_evaluation(
+        self,
+        model: nn.Module,
+        evaluation: PlainEvaluation | TowerEvaluation,
+        stack: ExitStack,
+        towers: set[str | None],
+    ) -> Evaluation:
+        """The way to the losses of the same micro-batch in float32, where these towers are perturbed."""
+        module, device = self.accelerator.unwrap_model(model, keep_torch_compile=False), self.args.device.type
+
+        def forward() -> torch.Tensor:
+            with full_precision(module, device):
+                return evaluation.forward()
+
+        finer = evaluation.finer(forward, partial(torch.autocast, device, enabled=False), towers)
+        stack.callback(finer.close)
+        return finer
+
+    def _measure_differences(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        evaluation: PlainEvaluation | TowerEvaluation,
+        make_finer: Callable[[set[str | None]], Evaluation],
+    ) -> None:
+        """Choose ε and the precision of the zeroth-order passes on this micro-batch."""
+        module = self.accelerator.unwrap_model(model)
+        is_half = any(p.dtype.itemsize < 4 for p in module.parameters() if p.dtype.is_floating_point)
+        has_finer = self.accelerator.mixed_precision in ("bf16", "fp16") and not is_half
+        counts = module.training_state() if hasattr(module, "training_state") else None
+        self._watch.settle(
+            evaluation, make_finer if has_finer else None, partial(self._why_flat, module, inputs, evaluation)
+        )
+        if counts is not None:
+            module.load_training_state(counts)
+
+    def _why_flat(
+        self,
+        module: nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        evaluation: PlainEvaluation | TowerEvaluation,
+        branch: str | None,
+    ) -> str:
+        """Why no perturbation of a branch changes the loss."""
+        parameters = self._estimator.perturbations[branch].parameters
+        mine = {id(parameter) for parameter in parameters}
+        for name, layer in module.named_modules():
+            if mine.isdisjoint(id(parameter) for parameter in layer.parameters()):
+                continue
+            for state, undo in (("merged", "unmerge it"), ("disable_adapters", "enable it")):
+                if getattr(layer, state, False) is True:
+                    what = "merged into the weights" if state == "merged" else "disabled"
+                    return f"The adapter of {name} is {what}: {undo} to train it."
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        try:
+            with torch.enable_grad():
+                loss = self.compute_loss(module, copy(inputs))
+            gradients = torch.autograd.grad(loss.mean(), parameters, allow_unused=True) if loss.requires_grad else ()
+        except RuntimeError:  # no memory for a backward pass, or an operation without one
+            gradients = ()
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+        if any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients):
+            return (
+                "Backpropagation has a gradient there: the loss compares the model with itself as it is, as an "
+                "on-policy loss does (GRPO with num_iterations=1), and so is the same wherever the weights are."
+            )
+        if float(evaluation.losses([{}])[0]) == 0:
+            return "The loss is 0 whatever the weights are, as it is of a task with a single class."
+        return "The loss does not depend on these weights at all."
 
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
         """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
@@ -347,7 +411,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         return ReplaySettings(
             queries=tuple(estimator.queries.items()),
             seed=estimator.seed,
-            direction=args.zo_direction,
             sign=estimator.sign,
             optimizer=args.zo_optim,
             momentum=args.zo_momentum,
@@ -363,11 +426,15 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
+        if self.args.should_save and self._watch is not None:
+            self._watch.save(folder)
         if self.replay_log is not None and self.args.should_save:
             save_replay_log(self.replay_log, folder / REPLAY_FILE)
 
     def _restore_progress(self, folder: Path) -> None:
         super()._restore_progress(folder)
+        if self._watch is not None:
+            self._watch.load(folder)
         if self.replay_log is not None:
             self.replay_log = self._earlier_log(folder / REPLAY_FILE)
 
@@ -398,10 +465,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         """By branch, in the order of the branches."""
         return {group["zo_branch"]: group["lr"] for group in self.optimizer.param_groups if "zo_branch" in group}
 
-    @property
-    def _shares_queries(self) -> bool:
-        return self.args.zo_parallelism == "queries" and self.accelerator.num_processes > 1
-
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
 
@@ -413,12 +476,6 @@ def _add_moments(total: dict[Any, Moments], more: dict[Any, Moments]) -> None:
 
 def _log_name(figure: str, branch: str | None, layer: int | str | None = None) -> str:
     return figure + (f"_{branch}" if branch else "") + ("" if layer is None else f"_layer_{layer}")
-
-
-def _take_rows(value: Any, rows: tuple[int, int], count: int) -> Any:
-    """The rows of what has a row for every example; anything else as it is."""
-    is_batch = isinstance(value, torch.Tensor) and value.dim() > 0 and len(value) == count
-    return value[rows[0] : rows[1]] if is_batch else value
 
 
 class _InstallEstimate(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +15,12 @@ from .zo import LayerAssignment
 from .zo.assignment import BRANCHES, LAYER_SCHEMES
 from .zo.estimator import ESTIMATORS
 from .zo.optimizer import ZO_OPTIMIZERS
-from .zo.perturbation import DIRECTIONS
 
 
 HUB_STRATEGIES = ("every_task", "end", "every_save", "checkpoint", "all_checkpoints")
-PARALLELISM = ("data", "queries")
+TOWERS = ("vision", "language")
+# What may be set for each tower apart, and what its values are.
+PER_TOWER = {"zo_queries": int, "zo_eps": float, "zo_learning_rate": float}
 
 
 def _choices(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -52,14 +54,13 @@ class ZOCLTrainingArguments(TrainingArguments):
             (`LayerAssignment`).
         zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative`, `fzoo` or
             `forward-gradient` (the derivative along the direction, without ε; twice the memory of inference).
-        zo_queries: Directions per branch and step; their estimates are averaged.
+        zo_queries: Directions per branch and step; their estimates are averaged. This, `zo_eps` and `zo_learning_rate`
+            take one value, or one for each tower: `vision=2,language=16`, or a mapping.
         zo_queries_vision, zo_queries_language: `zo_queries` of one tower: many where a forward pass is cheap.
-        zo_share_batch: Let the vision tower's queries (of a model without towers: all queries) share the batch: each
-            has an equal part of it, so that as many queries as examples cost one forward pass.
-        zo_eps: ε, the size of the perturbation.
-        zo_eps_vision, zo_eps_language: ε of one tower (MoZO: the vision tower's is the smaller); default `zo_eps`.
+        zo_eps: ε, the size of the perturbation; `auto` measures the rounding noise of the loss as a training begins,
+            and takes the ε at which truncation and rounding are least.
+        zo_eps_vision, zo_eps_language: ε of one tower; default `zo_eps`.
         zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO).
-        zo_direction: `gaussian` or `rademacher`.
         zo_optim: `sgd`, `sign` or `adamw`.
         zo_learning_rate: The peak learning rate of the zeroth-order parameters.
         zo_learning_rate_vision, zo_learning_rate_language: That of one tower: small where the queries are few and the
@@ -71,8 +72,6 @@ class ZOCLTrainingArguments(TrainingArguments):
         hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of `every_task`, the
             last one alone (`end`), or, besides every task's, what is saved within a task, as the Trainer does:
             `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
-        zo_parallelism: What several processes share out: `data` (each has its own part of a batch, and evaluates all
-            queries) or `queries` (all have the whole batch, and each evaluates its part of the queries).
 
     Raises:
         ValueError: On an unknown choice or a number out of its range, which it names; if a launcher asks for FSDP,
@@ -86,17 +85,16 @@ class ZOCLTrainingArguments(TrainingArguments):
         metadata={"help": f"Zeroth-order layers: {', '.join(LAYER_SCHEMES)}, numbers from 1, or regular expressions."},
     )
     zo_estimator: str = field(default="one-sided", metadata={"help": f"Estimator: {', '.join(ESTIMATORS)}."})
-    zo_queries: int = field(default=1, metadata={"help": "Directions per branch and step."})
+    # Texts to HfArgumentParser, for a command line may say "auto" or "vision=2,language=16"; numbers once parsed.
+    zo_queries: str = field(default=1, metadata={"help": "Directions per branch and step; or vision=2,language=16."})
     zo_queries_vision: int | None = field(default=None, metadata={"help": "zo_queries of the vision tower."})
     zo_queries_language: int | None = field(default=None, metadata={"help": "zo_queries of the text tower."})
-    zo_share_batch: bool = field(default=False, metadata={"help": "Each query has its own part of the batch."})
-    zo_eps: float = field(default=1e-3, metadata={"help": "Size of the perturbation."})
-    zo_eps_vision: float | None = field(default=None, metadata={"help": "zo_eps of the vision tower."})
-    zo_eps_language: float | None = field(default=None, metadata={"help": "zo_eps of the text tower."})
+    zo_eps: str = field(default="auto", metadata={"help": "Size of the perturbation, or auto: measured."})
+    zo_eps_vision: str | None = field(default=None, metadata={"help": "zo_eps of the vision tower."})
+    zo_eps_language: str | None = field(default=None, metadata={"help": "zo_eps of the text tower."})
     zo_sign: bool = field(default=False, metadata={"help": "Step by the sign of the estimate (MoZO)."})
-    zo_direction: str = field(default="gaussian", metadata={"help": f"Directions: {', '.join(DIRECTIONS)}."})
     zo_optim: str = field(default="sgd", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
-    zo_learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."})
+    zo_learning_rate: str = field(default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."})
     zo_learning_rate_vision: float | None = field(
         default=None, metadata={"help": "zo_learning_rate of the vision tower."}
     )
@@ -108,17 +106,14 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
     zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
     hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
-    zo_parallelism: str = field(
-        default="data", metadata={"help": f"What processes share out: {', '.join(PARALLELISM)}."}
-    )
 
     def __post_init__(self):
         self.zo_layers = parse_layers(self.zo_layers)
         LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
-        _choices("zo_direction", self.zo_direction, DIRECTIONS)
         _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
-        _choices("zo_parallelism", self.zo_parallelism, PARALLELISM)
+        for name in PER_TOWER:
+            self._read_per_tower(name)
         own = (self.zo_queries_vision, self.zo_queries_language)
         for name in ("zo_queries", "zo_queries_vision", "zo_queries_language"):
             value = getattr(self, name)
@@ -130,20 +125,15 @@ class ZOCLTrainingArguments(TrainingArguments):
                 )
         for name in ("zo_eps", "zo_eps_vision", "zo_eps_language"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value not in (None, "auto") and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: the size of the perturbation must be greater than 0.")
         rates = ("zo_learning_rate", "zo_learning_rate_vision", "zo_learning_rate_language")
         for name in (*rates, "zo_momentum", "zo_weight_decay", "zo_max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}={value}: expected 0 or more.")
-        if self.zo_share_batch and self.zo_estimator != "one-sided":
-            raise ValueError(f"zo_share_batch=True: expected zo_estimator='one-sided', got {self.zo_estimator!r}.")
-        if self.zo_estimator == "conservative" and self.zo_max_grad_norm > 0:
-            raise ValueError(
-                f"zo_max_grad_norm={self.zo_max_grad_norm}: zo_estimator='conservative' judges its steps unclipped; "
-                "expected 0."
-            )
+        if self.zo_branch != "none" and self.zo_estimator == "conservative":
+            self._check_conservative()
         if self.zo_branch != "none" and self.sharding is not None:
             raise ValueError(
                 f"{self.sharding} cannot train zeroth-order layers (zo_branch={self.zo_branch!r}): "
@@ -156,11 +146,6 @@ class ZOCLTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"{started} processes were started, but without an accelerator they would train {started} models that "
                 "do not know of one another: on CPUs, pass --use_cpu."
-            )
-        if started > 1 and self.zo_share_batch:
-            raise ValueError(
-                f"zo_share_batch=True, {started} processes: their last batches may differ in size and so in "
-                "the number of parts; expected False."
             )
         hub_strategy = self.hub_strategy
         _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)
@@ -180,6 +165,55 @@ class ZOCLTrainingArguments(TrainingArguments):
         }
         return next((name for name, value in asked.items() if value), None)
 
+    def _read_per_tower(self, name: str) -> None:
+        """Take a value for each tower apart into the towers' own arguments, and texts into numbers."""
+        given, kind, words = getattr(self, name), PER_TOWER[name], ("auto",) if name == "zo_eps" else ()
+        by_tower = {tower: getattr(self, f"{name}_{tower}") for tower in TOWERS}
+        if isinstance(given, str) and "=" in given:
+            given = dict(part.strip().split("=", 1) for part in given.split(",") if "=" in part) | {
+                part: None for part in given.split(",") if "=" not in part
+            }
+        if isinstance(given, Mapping):
+            for tower, value in given.items():
+                if tower not in TOWERS or value is None:
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r}: expected one value, or one for each tower, such as "
+                        "vision=…,language=…."
+                    )
+                if by_tower[tower] not in (None, value):
+                    raise ValueError(f"{name}={given!r} and {name}_{tower}={by_tower[tower]!r}: pass one of them.")
+                by_tower[tower] = value
+            given = type(self).__dataclass_fields__[name].default
+        setattr(self, name, _number(name, given, kind, words))
+        for tower, value in by_tower.items():
+            value = value if value is None else _number(f"{name}_{tower}", value, kind, words)
+            setattr(self, f"{name}_{tower}", value)
+
+    def _check_conservative(self) -> None:
+        """The estimator judges plain SGD steps along one micro-batch's estimate; others it cannot answer for."""
+        others = {
+            "zo_max_grad_norm": (0.0, "it judges its steps unclipped"),
+            "zo_momentum": (0.0, "it judges a step without what earlier ones add to it"),
+            "zo_weight_decay": (0.0, "it judges a step without decay"),
+            "gradient_accumulation_steps": (1, "it judges the step of one micro-batch"),
+        }
+        for name, (expected, why) in others.items():
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: zo_estimator='conservative' applies the step that it has "
+                    f"judged, and {why}; expected {expected}."
+                )
+        if self.zo_optim == "adamw":
+            raise ValueError(
+                "zo_optim='adamw': zo_estimator='conservative' applies the step that it has judged, which is one of "
+                "SGD or of its sign; expected 'sgd' or 'sign'."
+            )
+
+    @property
+    def eps_by_branch(self) -> dict[str | None, float | None]:
+        """ε of each tower; None where it is to be measured."""
+        return {branch: None if eps == "auto" else eps for branch, eps in self._by_branch("zo_eps").items()}
+
     @property
     def queries_by_branch(self) -> dict[str | None, int]:
         """The number of queries of each tower; None stands for a model with a single one."""
@@ -191,13 +225,27 @@ class ZOCLTrainingArguments(TrainingArguments):
         return self._by_branch("zo_learning_rate")
 
     def _by_branch(self, name: str) -> dict[str | None, Any]:
-        own = {branch: getattr(self, f"{name}_{branch}") for branch in ("vision", "language")}
+        own = {branch: getattr(self, f"{name}_{branch}") for branch in TOWERS}
         common = getattr(self, name)
         return {None: common, **{branch: common if value is None else value for branch, value in own.items()}}
 
     @property
     def layer_assignment(self) -> LayerAssignment:
         return LayerAssignment(self.zo_branch, self.zo_layers)
+
+
+def _number(name: str, value: Any, kind: type, words: tuple[str, ...]) -> Any:
+    """A number, as it stands or as a text says it; or one of the words."""
+    if value in words:
+        return value
+    try:
+        number = kind(value)
+        if not isinstance(value, bool) and (isinstance(value, str) or number == value):
+            return number
+    except (TypeError, ValueError):
+        pass
+    expected = "an integer" if kind is int else "a number"
+    raise ValueError(f"{name}={value!r}: expected {' or '.join([expected, *words])}.")
 
 
 def parse_layers(layers: str | int | list) -> str | list[int] | list[str]:

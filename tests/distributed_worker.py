@@ -41,7 +41,6 @@ GRID = {
     for branch, options in BRANCHES.items()
     for count in (1, 4)
 }
-SHARED = {"zo_parallelism": "queries", "zo_queries": 3}
 CASES = {
     **GRID,
     # Its epochs end with a batch of 1 and none.
@@ -52,11 +51,6 @@ CASES = {
     "two-sided": {**BRANCHES["all-zo"], "zo_estimator": "two-sided", "zo_queries": 2},
     "conservative": {**BRANCHES["all-zo"], "zo_estimator": "conservative", "zo_queries": 2},
     "fzoo": {**BRANCHES["all-zo"], "zo_estimator": "fzoo", "zo_queries": 3, "zo_learning_rate": 1e-4},
-    "queries": {**BRANCHES["all-zo"], **SHARED},
-    "queries, hybrid, dropout": {**BRANCHES["hybrid"], **SHARED, "lora_dropout": 0.1},
-    "queries, two-sided": {**BRANCHES["all-zo"], **SHARED, "zo_estimator": "two-sided"},
-    "queries, forward gradient": {**BRANCHES["all-zo"], **SHARED, "zo_estimator": "forward-gradient"},
-    "queries, more processes than queries": {**BRANCHES["hybrid"], "zo_parallelism": "queries"},
 }
 QUICK = [
     *("lora, none, accumulation 1", "lora, hybrid, accumulation 4", "lora, all-zo, accumulation 1"),
@@ -91,9 +85,8 @@ def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate:
         model, data = small_gpt2(), sentences(examples)
     else:
         model, data = mini_clip_classifier(**ADAPTERS[adapter], **adapter_options), image_examples(examples)
-    shares = 1 if options.get("zo_parallelism") == "queries" else PROCESSES
     settings = {
-        "per_device_train_batch_size": GLOBAL_BATCH // shares,
+        "per_device_train_batch_size": GLOBAL_BATCH // PROCESSES,
         "learning_rate": 0.05,
         "optim": "sgd",
         "lr_scheduler_type": "constant",

@@ -37,6 +37,12 @@ class Watch(TrainerCallback):
         self.seen.append(self.look())
 
 
+@pytest.fixture
+def unmeasured(monkeypatch):
+    """The passes of a step are a step's own: ε is not measured at the first."""
+    monkeypatch.setattr(ZOCLTrainer, "_measure_differences", lambda *_: None)
+
+
 def test_branch_none_is_a_plain_trainer_to_the_last_bit(tmp_path):
     options = {"max_steps": 6, "gradient_accumulation_steps": 2, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
     ours = train(tmp_path, zo_branch="none", **options)
@@ -153,7 +159,7 @@ def test_queries_do_not_change_the_data_order_or_the_dropout(tmp_path):
 
 
 @pytest.mark.parametrize("layers", [[1], "all"])
-def test_all_losses_of_one_estimate_are_taken_under_the_same_masks(tmp_path, layers):
+def test_all_losses_of_one_estimate_are_taken_under_the_same_masks(tmp_path, unmeasured, layers):
     """With ε as small as this the losses differ only if the dropout masks do."""
     model = Mlp(dropout=0.5)
     train(tmp_path, model, data=rows(), zo_layers=layers, zo_queries=4, zo_eps=1e-12, max_steps=1)
@@ -161,7 +167,7 @@ def test_all_losses_of_one_estimate_are_taken_under_the_same_masks(tmp_path, lay
     assert len(set(model.losses)) == 1
 
 
-def test_masks_change_from_step_to_step(tmp_path):
+def test_masks_change_from_step_to_step(tmp_path, unmeasured):
     model = Mlp(dropout=0.5)
     data = rows(8)
     train(tmp_path, model, data=data, zo_layers="all", zo_eps=1e-12, zo_learning_rate=0.0, max_steps=4)
@@ -192,7 +198,9 @@ def test_accumulation_scales_the_estimate_like_the_loss(tmp_path, layers):
 
         trainer = ZOCLTrainer(
             model=model,
-            args=arguments(tmp_path, zo_layers=layers, max_steps=1, gradient_accumulation_steps=accumulation),
+            args=arguments(
+                tmp_path, zo_layers=layers, zo_queries=16, max_steps=1, gradient_accumulation_steps=accumulation
+            ),
             train_dataset=rows(8) * accumulation,
         )
         original = trainer._install_estimates
@@ -214,7 +222,7 @@ def test_accumulation_scales_the_estimate_like_the_loss(tmp_path, layers):
     assert double.norm() < 1.5 * single.norm()
 
 
-def test_language_queries_do_not_run_the_vision_tower(tmp_path):
+def test_language_queries_do_not_run_the_vision_tower(tmp_path, unmeasured):
     model, calls = mini_clip_classifier(), {"vision_model": 0, "text_model": 0}
     for name in calls:
         tower = getattr(model.clip.base_model.model, name)
@@ -252,7 +260,7 @@ def test_a_tower_may_have_a_learning_rate_of_its_own(tmp_path, estimator):
     assert "zo_learning_rate" not in log
     # Each branch has its own rate in the log of steps, too.
     read = ReplayLog.from_tensors(trainer.replay_log.settings, trainer.replay_log.tensors())
-    read.replay(trainer.args.layer_assignment.split(again, trainer.args.zo_eps).zo)
+    read.replay(trainer.args.layer_assignment.split(again).zo)
     assert all(torch.equal(a, b) for a, b in zip(trainable(again).values(), trainable(model).values(), strict=True))
 
 
@@ -284,6 +292,8 @@ def test_tensorboard_receives_the_zeroth_order_figures(tmp_path, monkeypatch):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("optim", ["sgd", "sign", "adamw"])
 def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estimator, optim):
+    if (estimator, optim) == ("conservative", "adamw"):
+        pytest.skip("refused: it judges steps of SGD")
     rates = {"sgd": 0.02, "sign": 0.01, "adamw": 0.02}
     trainer = train(
         tmp_path,
@@ -299,34 +309,6 @@ def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estim
     )
     logs = training_logs(trainer)
     assert logs[-1]["loss"] < 0.8 * logs[0]["loss"]
-
-
-@pytest.mark.parametrize("batch", [32, 20])  # of 32 examples: the second has a last batch of 12
-def test_queries_that_share_the_batch_learn(tmp_path, batch):
-    model = Mlp()
-    trainer = train(
-        tmp_path,
-        model,
-        data=rows(),
-        zo_layers="all",
-        zo_share_batch=True,
-        zo_queries=batch,
-        zo_optim="adamw",
-        zo_learning_rate=0.02,
-        max_steps=30,
-        per_device_train_batch_size=batch,
-    )
-    logs = training_logs(trainer)
-    assert sum(log["loss"] for log in logs[-4:]) < 0.5 * sum(log["loss"] for log in logs[:4])
-
-
-@pytest.mark.parametrize("layers", ["all", "hop-even"])
-def test_a_hybrid_step_of_clip_may_share_the_batch(tmp_path, layers):
-    model = mini_clip_classifier()
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = train(tmp_path, model, zo_layers=layers, zo_share_batch=True, zo_queries=8, zo_learning_rate=1e-2)
-    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert {name for group in trainer.split.zo for name in group.names} <= moved
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adafactor"])
@@ -564,15 +546,20 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
         ({"zo_queries_vision": 2.5}, "zo_queries_vision=2.5"),
         ({"zo_estimator": "fzoo"}, "zo_queries=1: zo_estimator='fzoo' takes an integer from 2"),
         ({"zo_estimator": "forward"}, "zo_estimator='forward'"),
-        ({"zo_direction": "sparse"}, "zo_direction='sparse'"),
         ({"zo_optim": "lion"}, "zo_optim='lion'"),
         ({"zo_learning_rate": -1.0}, "zo_learning_rate=-1.0"),
         ({"zo_learning_rate_vision": -1.0}, "zo_learning_rate_vision=-1.0"),
-        ({"zo_estimator": "conservative", "zo_max_grad_norm": 1.0}, "'conservative' judges its steps unclipped"),
-        (
-            {"zo_share_batch": True, "zo_estimator": "two-sided"},
-            "expected zo_estimator='one-sided'",
-        ),
+        ({"zo_estimator": "conservative", "zo_max_grad_norm": 1.0}, "'conservative' .*it judges its steps unclipped"),
+        ({"zo_estimator": "conservative", "zo_momentum": 0.9}, "zo_momentum=0.9: zo_estimator='conservative' applies"),
+        ({"zo_estimator": "conservative", "zo_weight_decay": 0.1}, "zo_weight_decay=0.1: .*a step without decay"),
+        ({"zo_estimator": "conservative", "gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2: "),
+        ({"zo_estimator": "conservative", "zo_optim": "adamw"}, "zo_optim='adamw': .*expected 'sgd' or 'sign'"),
+        ({"zo_eps": "small"}, "zo_eps='small': expected a number or auto"),
+        ({"zo_eps": float("inf")}, "zo_eps=inf"),
+        ({"zo_eps": "vision=1e-3,text=1e-2"}, "zo_eps='vision=1e-3,text=1e-2': expected one value, or one for each"),
+        ({"zo_queries": "vision=2,language"}, "zo_queries='vision=2,language': expected one value"),
+        ({"zo_queries": {"vision": 2}, "zo_queries_vision": 3}, "zo_queries_vision=3: pass one of them"),
+        ({"zo_learning_rate": True}, "zo_learning_rate=True: expected a number"),
         ({"optim": "lomo"}, "steps within the backward pass"),
     ],
 )
@@ -640,7 +627,7 @@ def test_a_compiled_model_is_not_compiled_again_when_weights_are_perturbed(tmp_p
 
 
 @pytest.mark.parametrize("layers", ["hop-even", "all"])
-def test_bf16_autocast_holds_for_every_pass_of_a_step(tmp_path, layers):
+def test_bf16_autocast_holds_for_every_pass_of_a_step(tmp_path, unmeasured, layers):
     seen, model = set(), mini_clip_classifier()
     for tower in (model.clip.base_model.model.vision_model, model.clip.base_model.model.text_model):
         tower.encoder.layers[1].mlp.fc1.register_forward_hook(lambda m, i, output: seen.add(output.dtype))

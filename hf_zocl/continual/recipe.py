@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoProcessor, CLIPModel, HfArgumentParser
 
-from ..models import AdapterArguments, CLIPClassifier, add_adapter
+from ..models import AdapterArguments, CLIPClassifier, add_adapter, in_training_dtype
 from ..sample import resolve
 from ..training_args import ZOCLTrainingArguments
 from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
@@ -37,8 +37,8 @@ class RunArguments:
 
     Args:
         model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`.
-        dtype: The model's dtype once loaded: `auto` (its checkpoint's own), `float64`, `float32`, `bfloat16` or
-            `float16`; the adapter's weights are float32 at least.
+        dtype: The model's dtype once loaded: `auto` (its checkpoint's own, but float32 where that is half precision),
+            `float64`, `float32`, `bfloat16` or `float16`; the adapter's weights are float32 at least.
         benchmark: A registered benchmark, or `none` for any image-classification dataset.
         dataset_name: Hub id of the dataset under `benchmark=none`.
         dataset_path: A local copy of the benchmark's dataset, or the dataset itself under `benchmark=none`.
@@ -324,7 +324,8 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
     base = resolve(run.model_name_or_path)
     processor = AutoProcessor.from_pretrained(base)
     torch.manual_seed(training.seed)  # the adapter's initial weights
-    clip = add_adapter(CLIPModel.from_pretrained(base, dtype=run.dtype), recipe.adapter, num_tasks=len(stream))
+    clip = in_training_dtype(CLIPModel.from_pretrained(base, dtype=run.dtype), run.dtype)
+    clip = add_adapter(clip, recipe.adapter, num_tasks=len(stream))
     model = CLIPClassifier(clip, processor.tokenizer, stream.class_names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task

@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from ..hub.checkpoint import read_adapter_weights, task_folder
 from ..hub.task_file import read_json
-from ..models import AdapterArguments, add_adapter
+from ..models import AdapterArguments, add_adapter, in_training_dtype
 from ..replay_file import load_replay_log
 from ..sample import resolve
 from ..zo import LayerAssignment
@@ -68,7 +68,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
     if hasattr(model, "begin_task"):
         model.begin_task(task)
     log = load_replay_log(log_file)
-    split = LayerAssignment(recipe["zo_branch"], recipe["zo_layers"]).split(model, recipe["zo_eps"])
+    split = LayerAssignment(recipe["zo_branch"], recipe["zo_layers"]).split(model)
     log.replay(split.zo)
     names = [name for group in split.zo for name in group.names]
     rebuilt = {name: p.detach().clone() for name, p in zip(names, split.zo_parameters, strict=True)}
@@ -87,5 +87,6 @@ def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
     """The model with its adapter as the run began."""
     arguments = AdapterArguments(**{each.name: recipe[each.name] for each in fields(AdapterArguments)})
     base = CLIPModel.from_pretrained(resolve(recipe["model_name_or_path"]), dtype=recipe["dtype"])
+    base = in_training_dtype(base, recipe["dtype"])
     torch.manual_seed(recipe["seed"])
     return add_adapter(base, arguments, num_tasks=num_tasks)

@@ -96,7 +96,7 @@ class ContinualTaskScheduler:
         self.image_cache_gb, self.skip_corrupt = image_cache_gb, skip_corrupt
         self._codec = PixelCodec(processor.image_processor)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
-        split = args.layer_assignment.split(model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
+        split = args.layer_assignment.split(model)
         self._towers = split.describe()
         # Last, for it may create a repository.
         pushes = args.push_to_hub and args.process_index == 0

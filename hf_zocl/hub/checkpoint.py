@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 
 from ..files import replace_folder
-from ..models import ADAPTERS, CLIPClassifier, adapter_name
+from ..models import ADAPTERS, CLIPClassifier, adapter_name, in_training_dtype
 from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..sample import resolve
 from .model_card import render_eval_results, render_task_card
@@ -263,7 +263,7 @@ def _load_base_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"the base model {str(base_model)!r} has no {missing[0]} (and {len(missing) - 1} more).")
-    return clip
+    return in_training_dtype(clip, dtype)
 
 
 def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> None:

@@ -1,7 +1,7 @@
 """Models that the Trainer learns: a CLIP classifier, and the adapters it carries."""
 
 from .adapters import ADAPTERS, AdapterArguments, adapter_name, add_adapter
-from .clip_classifier import CLIPClassifier, CLIPClassifierOutput
+from .clip_classifier import CLIPClassifier, CLIPClassifierOutput, in_training_dtype
 from .moe_adapter import MoEAdapterConfig, MoEAdapterModel
 
 
@@ -14,4 +14,5 @@ __all__ = [
     "MoEAdapterModel",
     "adapter_name",
     "add_adapter",
+    "in_training_dtype",
 ]

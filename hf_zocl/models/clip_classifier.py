@@ -263,3 +263,13 @@ def _templates(prompt_template: str | Sequence[str]) -> tuple[str, ...]:
         if template.count("{}") != 1:
             raise ValueError(f"prompt_template={template!r}: expected one '{{}}' for the class name.")
     return templates
+
+
+def in_training_dtype(model: nn.Module, dtype: str) -> nn.Module:
+    """A model that was loaded with `dtype`, as it is trained: in float32 where `auto` found half precision.
+
+    Half precision rounds away what small steps do to weights, and is many times slower on a CPU; bf16 autocast over
+    float32 weights has neither fault.
+    """
+    is_half = any(p.dtype.itemsize < 4 for p in model.parameters() if p.dtype.is_floating_point)
+    return model.float() if dtype == "auto" and is_half else model

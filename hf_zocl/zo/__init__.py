@@ -3,8 +3,8 @@
 from .assignment import LayerAssignment, ParameterSplit, ZOGroup
 from .estimator import Estimate, Evaluation, Place, ZOEstimator
 from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
+from .noise import Resolution, rounding_noise
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
-from .parallel import SharedQueries
 from .perturbation import Combination, Moments, Perturbation, direction_seed, draw_direction
 from .replay import ReplayLog, ReplaySettings
 from .streaming import StreamedPerturbation
@@ -24,7 +24,7 @@ __all__ = [
     "PlainEvaluation",
     "ReplayLog",
     "ReplaySettings",
-    "SharedQueries",
+    "Resolution",
     "SignSGD",
     "StreamedPerturbation",
     "TowerEvaluation",
@@ -35,5 +35,6 @@ __all__ = [
     "direction_seed",
     "draw_direction",
     "find_towers",
+    "rounding_noise",
     "stacked_linear",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .assignment import ZOGroup, in_branch
+from .noise import Resolution
 from .perturbation import Combination, Moments, Perturbation, direction_seed
 from .streaming import StreamedPerturbation
 
@@ -22,17 +24,15 @@ ESTIMATORS = ("one-sided", "two-sided", "conservative", "fzoo", "forward-gradien
 Point = Mapping[Perturbation, Combination]
 # A branch and a layer's label.
 Place = tuple[str | None, int | str | None]
-# A part of the batch, from its first row to before its last; None: the whole batch.
-Rows = tuple[int, int] | None
+# Rounding moves a loss by up to so many times its number format's spacing.
+ROUNDING = 4
 
 
 class Evaluation(Protocol):
     """The way to a loss; see `hf_zocl.zo.evaluation`."""
 
-    batch_rows: int | None
-
-    def losses(self, points: Sequence[Point], rows: Sequence[Rows] | None = None) -> list[torch.Tensor]:
-        """The loss at every point, on the whole batch or on some rows of it each; scalars."""
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point; scalars."""
 
 
 @dataclass
@@ -60,30 +60,31 @@ class ZOEstimator:
     - `one-sided`: g = [L(θ+εΔᵢ) − L(θ)] / ε · Δᵢ (equation 2)
     - `two-sided`: g = [L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2ε · Δᵢ (SPSA; MeZO, NeurIPS 2023). With two branches, L is the mean
       over both signs of the other branch's first query: up to O(ε²) the same number, and no pass at θ is needed.
-    - `fzoo`: g = [L(θ+εΔᵢ) − L(θ)] / σ · Δᵢ, σ the standard deviation of the q losses (FZOO, ICLR 2026)
+    - `fzoo`: g = [L(θ+εΔᵢ) − L(θ)] / σ · Δᵢ, σ the standard deviation of the q losses (FZOO, ICLR 2026); zero where σ
+      is no greater than the rounding of a loss
     - `conservative`: the one-sided estimate of every query, and their mean, are tried as an SGD step; the one with the
-      lowest loss is g, or zero when no step beats standing still (ZO-SGD-Cons; ZO-LLM, ICML 2024)
+      lowest loss is g, or zero when no step beats standing still (ZO-SGD-Cons; ZO-LLM, ICML 2024). With several
+      branches, their steps together are tried as well, and one branch steps alone where that is lower
     - `forward-gradient`: g = (∇L·Δᵢ) · Δᵢ, without ε, by forward-mode differentiation (Baydin et al. 2022)
 
-    Where a branch's queries share the batch, each has an equal part of it: L is then the loss on that part, both at θ
-    and at θ+εΔᵢ. All of them together cost one forward pass, however many they are.
-
-    A query whose loss is not finite counts for nothing, so one overflow does not spoil the weights.
+    A query whose loss is not finite counts for nothing, so one overflow does not spoil the weights. Where weights are
+    kept in half precision, Δᵢ is the move that was made, after rounding: what did not move is not stepped.
 
     Args:
         groups: The zeroth-order parameters; all groups of a branch are perturbed together.
         estimator: One of `one-sided`, `two-sided`, `conservative`, `fzoo`, `forward-gradient`.
         queries: q, the number of directions; one number, or one per branch.
         sign: Use the sign of the estimate, not its magnitude (gradient sign normalisation of MoZO).
-        direction: `gaussian` or `rademacher`.
         seed: Keys the directions, with the step, the micro-step and the query.
         reduce: Averages a tensor of losses over data-parallel ranks.
         model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied. Not by
             `forward-gradient`, whose tangents are as many as the parameters anyway.
-        sharing: The branches whose queries share the batch; of `one-sided` alone.
+
+    Attributes:
+        resolutions: By branch, how fine its differences are (see `hf_zocl.zo.noise`), where that was measured.
 
     Raises:
-        ValueError: If the estimator is unknown, has fewer queries than it needs, or cannot have them share the batch.
+        ValueError: If the estimator is unknown, or has fewer queries than it needs.
     """
 
     def __init__(
@@ -92,25 +93,20 @@ class ZOEstimator:
         estimator: str = "one-sided",
         queries: int | Mapping[str | None, int] = 1,
         sign: bool = False,
-        direction: str = "gaussian",
         seed: int = 0,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
         model: nn.Module | None = None,
-        sharing: Collection[str | None] = (),
     ):
         if estimator not in ESTIMATORS:
             raise ValueError(f"zo_estimator={estimator!r} is unknown: expected one of {', '.join(ESTIMATORS)}.")
-        if sharing and estimator != "one-sided":
-            raise ValueError(f"zo_share_batch=True: expected zo_estimator='one-sided', got {estimator!r}.")
-        self.estimator, self.sign, self.seed, self.reduce, self.sharing = estimator, sign, seed, reduce, sharing
+        self.estimator, self.sign, self.seed, self.reduce = estimator, sign, seed, reduce
+        self.resolutions: dict[str | None, Resolution] = {}
         branches: dict[str | None, list[ZOGroup]] = {}
         for group in groups:
             branches.setdefault(group.branch, []).append(group)
         self.is_streamed = model is not None and estimator != "forward-gradient"
         self.perturbations = {
-            branch: StreamedPerturbation(members, model, direction)
-            if self.is_streamed
-            else Perturbation(members, direction)
+            branch: StreamedPerturbation(members, model) if self.is_streamed else Perturbation(members)
             for branch, members in branches.items()
         }
         self.queries = {branch: in_branch(queries, branch) for branch in branches}
@@ -119,6 +115,12 @@ class ZOEstimator:
             if count < least:
                 name = "zo_queries" + (f" ({branch})" if branch else "")
                 raise ValueError(f"{name}={count}: zo_estimator={estimator!r} needs at least {least}.")
+
+    def settle(self, resolutions: Mapping[str | None, Resolution]) -> None:
+        """Take on the ε and the precision of the passes that were measured for each branch."""
+        self.resolutions = dict(resolutions)
+        for branch, resolution in resolutions.items():
+            self.perturbations[branch].eps = resolution.eps
 
     def direction_seeds(self, step: int, micro_step: int = 0) -> dict[str | None, tuple[int, ...]]:
         """The seeds of the queries' directions by branch: they follow from the seed and the step alone."""
@@ -137,24 +139,27 @@ class ZOEstimator:
         micro_step: int = 0,
         base_loss: torch.Tensor | None = None,
         learning_rate: float | Mapping[str | None, float] = 0.0,
+        finer: Callable[[], Evaluation] | None = None,
     ) -> Estimate:
         """Ask for the losses that the estimate needs, all of them at once, and weigh the directions.
 
         Args:
             evaluation: Gives the losses.
             step, micro_step: Key the directions; the micro-step counts the batches of one accumulated step.
-            base_loss: L(θ), if a first-order pass has it already.
+            base_loss: L(θ) by `evaluation`, if a first-order pass has it already.
             learning_rate: The size of the SGD step by which `conservative` judges its candidates; one number, or one
                 per branch.
+            finer: Makes the evaluation of the branches whose resolution asks for a finer one.
         """
         seeds = self.direction_seeds(step, micro_step)
-        if self.estimator == "two-sided":
-            return self._two_sided(evaluation, seeds)
         if self.estimator == "forward-gradient":
             return self._forward_gradient(evaluation, seeds, base_loss)
-        estimate = self._one_sided(evaluation, seeds, base_loss)
+        ways = self._ways(evaluation, base_loss, finer)
+        if self.estimator == "two-sided":
+            return self._two_sided(ways, seeds)
+        estimate, bases = self._one_sided(ways, seeds)
         if self.estimator == "conservative":
-            self._choose(estimate, evaluation, learning_rate)
+            self._choose(estimate, ways, bases, learning_rate)
         return estimate
 
     @torch.no_grad()
@@ -182,61 +187,76 @@ class ZOEstimator:
             for moments in perturbation.stream(_gradient(estimates, branch), self.sign, factor):
                 yield {(branch, layer): value for layer, value in moments.items()}
 
-    def _one_sided(
-        self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]], base_loss: torch.Tensor | None
-    ) -> Estimate:
-        points: list[Point] = [] if base_loss is not None else [{}]
-        rows: list[Rows] = [None] * len(points)
-        counts = {}
-        for branch, perturbation in self.perturbations.items():
-            parts: list[Rows] = [None] * len(seeds[branch])
-            if branch in self.sharing:
-                parts = _parts(evaluation.batch_rows, len(seeds[branch]))
-                points, rows = points + [{}] * len(parts), rows + parts
-            counts[branch] = len(parts)
-            points += [{perturbation: perturbation.query(seed)} for seed in seeds[branch][: len(parts)]]
-            rows += parts
-        losses = [_wide(loss) for loss in evaluation.losses(points, rows)]
-        own = [] if base_loss is None else [_wide(base_loss)]
-        base_loss, *losses = self.reduce(torch.stack(own + losses))
-        estimate, first = Estimate(loss=base_loss), 0
-        for branch, perturbation in self.perturbations.items():
-            count, bases = counts[branch], base_loss
-            if branch in self.sharing:
-                bases = torch.stack(losses[first : first + count])
-                first += count
-            mine = torch.stack(losses[first : first + count])
-            first += count
-            differences = estimate.differences[branch] = mine - bases
-            divisor = _finite_std(mine) if self.estimator == "fzoo" else perturbation.eps
-            weights = torch.zeros(len(seeds[branch]), dtype=mine.dtype, device=mine.device)
-            weights[:count] = _finite(differences / divisor) / count  # a query without a part counts for nothing
-            estimate.gradient[branch] = Combination(seeds[branch], weights)
-        return estimate
+    def _ways(
+        self, evaluation: Evaluation, base_loss: torch.Tensor | None, finer: Callable[[], Evaluation] | None
+    ) -> list[_Way]:
+        """Which branches are evaluated how; the plain way first, for a finer one reuses what it has computed."""
+        is_finer = {branch: branch in self.resolutions and self.resolutions[branch].finer for branch in self.queries}
+        ways = [_Way([b for b in self.queries if not is_finer[b]], lambda: evaluation, base_loss)]
+        ways += [_Way([b for b in self.queries if is_finer[b]], finer)]
+        return [way for way in ways if way.branches]
 
-    def _two_sided(self, evaluation: Evaluation, seeds: Mapping[str | None, tuple[int, ...]]) -> Estimate:
+    def _one_sided(
+        self, ways: Sequence[_Way], seeds: Mapping[str | None, tuple[int, ...]]
+    ) -> tuple[Estimate, dict[str | None, torch.Tensor]]:
+        """The estimate, and every branch's L(θ)."""
+        losses: list[torch.Tensor] = []
+        for way in ways:
+            points: list[Point] = [] if way.base_loss is not None else [{}]
+            for branch in way.branches:
+                perturbation = self.perturbations[branch]
+                points += [{perturbation: perturbation.query(seed)} for seed in seeds[branch]]
+            own = [] if way.base_loss is None else [way.base_loss]
+            losses += [_wide(loss) for loss in own + way.evaluation.losses(points)]
+        rest = self.reduce(torch.stack(losses))
+        estimate, bases = Estimate(loss=rest[0]), {}
+        for way in ways:
+            base_loss, rest = rest[0], rest[1:]
+            for branch in way.branches:
+                mine, rest = rest.tensor_split([len(seeds[branch])])
+                eps, bases[branch] = self.perturbations[branch].eps, base_loss
+                differences = estimate.differences[branch] = mine - base_loss
+                is_fzoo = self.estimator == "fzoo"
+                quotients = self._over_deviation(branch, mine, base_loss) if is_fzoo else differences / eps
+                weights = _finite(quotients) / len(mine)
+                estimate.gradient[branch] = Combination(seeds[branch], weights, moved=(eps, 0.0))
+        return estimate, bases
+
+    def _over_deviation(self, branch: str | None, losses: torch.Tensor, base_loss: torch.Tensor) -> torch.Tensor:
+        """FZOO's quotient; zero where the losses differ by no more than their rounding, of which it would be made."""
+        noise = self.resolutions[branch].noise if branch in self.resolutions else 0.0
+        least = (ROUNDING * torch.finfo(losses.dtype).eps * base_loss.abs()).clamp_min(noise)
+        deviation = _finite_std(losses)
+        return torch.where(deviation > least, (losses - base_loss) / deviation, 0.0)
+
+    def _two_sided(self, ways: Sequence[_Way], seeds: Mapping[str | None, tuple[int, ...]]) -> Estimate:
         sides = {
-            perturbation: [[perturbation.query(seed, sign) for sign in (1, -1)] for seed in seeds[branch]]
+            branch: [[perturbation.query(seed, sign) for sign in (1, -1)] for seed in seeds[branch]]
             for branch, perturbation in self.perturbations.items()
         }
-        points: list[Point] = []
-        for perturbation, queries in sides.items():
-            others = {other: theirs[0] for other, theirs in sides.items() if other is not perturbation}
-            held = [{other: pair[i] for other, pair in others.items()} for i in (0, 1)] if others else [{}]
-            points += [{perturbation: side, **rest} for query in queries for side in query for rest in held]
-        # Two branches meet at the four points of their first queries twice: each is evaluated once.
-        keys = [frozenset(point.items()) for point in points]
-        unique = dict(zip(keys, points, strict=True))
-        losses = dict(zip(unique, map(_wide, evaluation.losses(list(unique.values()))), strict=True))
-        losses = self.reduce(torch.stack([losses[key] for key in keys]))
+        found: list[torch.Tensor] = []
+        for way in ways:
+            points: list[Point] = []
+            for branch in way.branches:
+                others = {self.perturbations[other]: theirs[0] for other, theirs in sides.items() if other != branch}
+                held = [{other: pair[i] for other, pair in others.items()} for i in (0, 1)] if others else [{}]
+                perturbation = self.perturbations[branch]
+                points += [{perturbation: side, **rest} for query in sides[branch] for side in query for rest in held]
+            # Two branches meet at the four points of their first queries twice: each is evaluated once.
+            keys = [frozenset(point.items()) for point in points]
+            unique = dict(zip(keys, points, strict=True))
+            losses = dict(zip(unique, map(_wide, way.evaluation.losses(list(unique.values()))), strict=True))
+            found += [losses[key] for key in keys]
+        losses = self.reduce(torch.stack(found))
         estimate, first = Estimate(loss=losses.mean()), 0
-        for branch, perturbation in self.perturbations.items():
-            count = len(seeds[branch])
+        for branch in (branch for way in ways for branch in way.branches):
+            count, eps = len(seeds[branch]), self.perturbations[branch].eps
             size = count * 2 * (2 if len(sides) > 1 else 1)
             mine = losses[first : first + size].view(count, 2, -1).mean(dim=2)
             first += size
             differences = estimate.differences[branch] = (mine[:, 0] - mine[:, 1]) / 2
-            estimate.gradient[branch] = Combination(seeds[branch], _finite(differences / perturbation.eps) / count)
+            weights = _finite(differences / eps) / count
+            estimate.gradient[branch] = Combination(seeds[branch], weights, moved=(eps, -eps))
         return estimate
 
     def _forward_gradient(
@@ -263,31 +283,68 @@ class ZOEstimator:
         return estimate
 
     def _choose(
-        self, estimate: Estimate, evaluation: Evaluation, learning_rate: float | Mapping[str | None, float]
+        self,
+        estimate: Estimate,
+        ways: Sequence[_Way],
+        bases: Mapping[str | None, torch.Tensor],
+        learning_rate: float | Mapping[str | None, float],
     ) -> None:
-        """Replace the mean over the queries by the candidate whose step has the lowest loss."""
-        for branch, perturbation in self.perturbations.items():
+        """Replace the mean over the queries by the candidate whose step has the lowest loss, branch by branch.
+
+        Indexing with the winner stays on the device; "no update" is a row of zeros.
+        """
+        steps: Point = {}
+        gains: list[torch.Tensor] = []
+        for way in ways:
+            for branch in way.branches:
+                mean, perturbation = estimate.gradient[branch], self.perturbations[branch]
+                rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
+                if len(mean.seeds) > 1:
+                    rows.append(mean.weights)
+                candidates = [replace(mean, weights=row) for row in rows]
+                size = in_branch(learning_rate, branch)
+                points: list[Point] = [{perturbation: self._step(candidate, size)} for candidate in candidates[1:]]
+                gain = self._gains(way, points, bases[branch])
+                winner = gain.argmin().view(1)
+                gains.append(gain.index_select(0, winner))
+                estimate.gradient[branch] = replace(mean, weights=torch.stack(rows).index_select(0, winner)[0])
+                steps[perturbation] = self._step(estimate.gradient[branch], size)
+        if len(steps) < 2:
+            return
+        # Steps that are good alone may not be good together.
+        together = self._gains(ways[-1], [steps], bases[ways[-1].branches[0]])
+        options = torch.cat([together[1:], *gains])
+        keep = torch.cat([torch.ones(1, len(gains)), torch.eye(len(gains))]).to(options.device)
+        kept = keep.index_select(0, options.argmin().view(1))[0]
+        for number, branch in enumerate(branch for way in ways for branch in way.branches):
             mean = estimate.gradient[branch]
-            rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
-            if len(mean.seeds) > 1:
-                rows.append(mean.weights)
-            size = in_branch(learning_rate, branch)
-            steps = [Combination(mean.seeds, row, -size, self.sign) for row in rows[1:]]
-            losses = [_wide(loss) for loss in evaluation.losses([{perturbation: step} for step in steps])]
-            losses = torch.cat([estimate.loss.view(1), self.reduce(torch.stack(losses))]).nan_to_num(nan=torch.inf)
-            # Indexing with the winner stays on the device; "no update" is a row of zeros.
-            winner = torch.stack(rows).index_select(0, losses.argmin().view(1))[0]
-            estimate.gradient[branch] = Combination(mean.seeds, winner)
+            estimate.gradient[branch] = replace(mean, weights=mean.weights * kept[number].to(mean.weights.dtype))
+
+    def _step(self, gradient: Combination, size: float) -> Combination:
+        """The SGD step along a gradient."""
+        return replace(gradient, scale=-size, sign=self.sign)
+
+    def _gains(self, way: _Way, points: Sequence[Point], base_loss: torch.Tensor) -> torch.Tensor:
+        """0, and then the loss at every point less that at θ."""
+        losses = self.reduce(torch.stack([_wide(loss) for loss in way.evaluation.losses(points)]))
+        return torch.cat([torch.zeros_like(losses[:1]), (losses - base_loss).nan_to_num(nan=torch.inf)])
+
+
+@dataclass
+class _Way:
+    """Branches whose losses are compared with one another, and their evaluation, made when it is first used."""
+
+    branches: list[str | None]
+    make: Callable[[], Evaluation]
+    base_loss: torch.Tensor | None = None
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        return self.make()
 
 
 def _gradient(estimates: Sequence[tuple[Estimate, float]], branch: str | None) -> list[Combination]:
     return [estimate.gradient[branch].scaled(scale) for estimate, scale in estimates]
-
-
-def _parts(batch: int, queries: int) -> list[Rows]:
-    """Equal parts of a batch, at most one for each query: the smallest that divide it."""
-    size = next(size for size in range(1, batch + 1) if batch % size == 0 and size * queries >= batch)
-    return [(first, first + size) for first in range(0, batch, size)]
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -296,11 +353,11 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _finite_std(losses: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of the finite losses, above zero, without waiting for a count of them."""
+    """The standard deviation of the finite losses, without waiting for a count of them."""
     finite = losses.isfinite()
     count, known = finite.sum(), losses.nan_to_num(0.0, 0.0, 0.0) * finite
     squares = ((known - known.sum() / count) * finite).square().sum()
-    return (squares / (count - 1)).sqrt().nan_to_num(0.0).clamp_min(torch.finfo(losses.dtype).tiny)
+    return (squares / (count - 1)).sqrt().nan_to_num(0.0, 0.0)
 
 
 def _finite(weights: torch.Tensor) -> torch.Tensor:

@@ -15,16 +15,16 @@ import logging
 import math
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from .estimator import Point, Rows
+from .estimator import Point
 from .packing import PackedPrompts
 from .perturbation import Combination, Perturbation
 from .streaming import StreamedPerturbation
@@ -99,21 +99,19 @@ class PlainEvaluation:
     """Every loss by one full forward pass, all of them from the same state, so that dropout masks do not differ.
 
     Args:
-        forward: Returns the loss, a scalar, at the present parameters; given rows of the batch, on these.
+        forward: Returns the loss, a scalar, at the present parameters.
         before: The state in which the step's first forward pass started: every evaluation starts there too.
         after: The state that a single pass leaves behind, to which `close` returns, so that the number of queries does
             not change what the next step draws; by default, the state after the first evaluation.
-        batch_rows: The number of rows of the batch, where parts of it may be asked for.
     """
 
     def __init__(
         self,
-        forward: Callable[..., torch.Tensor],
+        forward: Callable[[], torch.Tensor],
         before: ForwardState | None = None,
         after: ForwardState | None = None,
-        batch_rows: int | None = None,
     ):
-        self.forward, self.before, self.after, self.batch_rows = forward, before, after, batch_rows
+        self.forward, self.before, self.after = forward, before, after
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -124,22 +122,26 @@ class PlainEvaluation:
     def check(self, loss: torch.Tensor) -> None:
         """There is no shortcut to check."""
 
-    def losses(self, points: Sequence[Point], rows: Sequence[Rows] | None = None) -> list[torch.Tensor]:
-        """The loss at every point, on the whole batch or on some rows of it each; scalars."""
+    def finer(self, forward: Callable[[], torch.Tensor], *_: Any) -> PlainEvaluation:
+        """The evaluation of the same micro-batch by another, finer forward pass."""
+        return PlainEvaluation(forward, self.before, self.after)
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point; scalars."""
         watch(points, lambda: self._loss({}))
         losses = []
-        for point, part in zip(points, rows or [None] * len(points), strict=True):
-            loss = self._loss(point, part)
+        for point in points:
+            loss = self._loss(point)
             while _was_missed(point):
-                loss = self._loss(point, part)
+                loss = self._loss(point)
             losses.append(loss)
         return losses
 
-    def _loss(self, point: Point, part: Rows = None) -> torch.Tensor:
+    def _loss(self, point: Point) -> torch.Tensor:
         if self.before is not None:
             self.before.restore()
         with at(point):
-            loss = self.forward(*_given(part))
+            loss = self.forward()
         if self.after is None and self.before is not None:
             self.after = self.before.now()
         return loss
@@ -362,8 +364,8 @@ class _TowerRecord:
     entry: ForwardState | None = None
     resume: ForwardState | None = None
     exit: ForwardState | None = None
-    # By offset, None at θ; or by offset and rows.
-    outputs: dict[Any, Any] = field(default_factory=dict)
+    # By offset; None at θ.
+    outputs: dict[Combination | None, Any] = field(default_factory=dict)
     packed: PackedPrompts | None = None
     has_asked_for_packing: bool = False
 
@@ -378,30 +380,26 @@ class TowerEvaluation:
 
     Args:
         plan: See `TowerPlan`.
-        forward: The model's whole forward pass without gradient: the loss, a scalar, at the present parameters; given
-            rows of the batch, on these.
+        forward: The model's whole forward pass without gradient: the loss, a scalar, at the present parameters.
         context: Under which a tower runs on its own, such as autocast.
         before: The state in which the step's first forward pass started.
         batch_candidates: Whether candidates may go through a tower as one batch.
         reuse_layers: Whether the layers below the first perturbed one may be skipped.
         pack_prompts: Whether prompts that begin alike may share their beginning.
-        batch_rows: The number of rows of the batch, where parts of it may be asked for.
     """
 
     def __init__(
         self,
         plan: TowerPlan,
-        forward: Callable[..., torch.Tensor],
+        forward: Callable[[], torch.Tensor],
         before: ForwardState,
         context: Callable[[], AbstractContextManager] = nullcontext,
         batch_candidates: bool = True,
         reuse_layers: bool = True,
         pack_prompts: bool = True,
-        batch_rows: int | None = None,
     ):
         self.plan, self.forward, self.before, self.context = plan, forward, before, context
         self.batch_candidates, self.reuse_layers, self.pack_prompts = batch_candidates, reuse_layers, pack_prompts
-        self.batch_rows = batch_rows
         self.records = {name: _TowerRecord() for name in plan.towers}
         self.after: ForwardState | None = None
         self.plain: PlainEvaluation | None = None
@@ -413,29 +411,49 @@ class TowerEvaluation:
         with self._watching({}):
             yield
 
-    def losses(self, points: Sequence[Point], rows: Sequence[Rows] | None = None) -> list[torch.Tensor]:
-        """The loss at every point, on the whole batch or on some rows of it each; scalars.
+    def finer(
+        self,
+        forward: Callable[[], torch.Tensor],
+        context: Callable[[], AbstractContextManager],
+        towers: Collection[str | None],
+    ) -> PlainEvaluation | TowerEvaluation:
+        """The evaluation of the same micro-batch by another, finer forward pass.
 
-        The first point of a micro-batch that no other pass has recorded is one of the whole batch.
+        What was recorded serves: the states before the first perturbed layer, and the features of the other tower, are
+        the same in all losses that are compared.
+
+        Args:
+            forward, context: As for the evaluation itself.
+            towers: Those that run anew.
         """
+        if self.plain is not None:
+            return self.plain.finer(forward)
+        options = self.batch_candidates, self.reuse_layers, self.pack_prompts
+        finer = TowerEvaluation(self.plan, forward, self.before, context, *options)
+        if self.after is not None:
+            finer.after, finer.draws = self.after, self.draws
+            for name, record in self.records.items():
+                outputs = {} if name in towers else {offset: _wide(own) for offset, own in record.outputs.items()}
+                hidden = None if record.hidden is None else _widened(record.hidden)
+                finer.records[name] = replace(record, outputs=outputs, hidden=hidden)
+        return finer
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point; scalars."""
         watch(points, lambda: self._plain_evaluation().losses([{}]))
         points, losses = list(points), []
-        rows = list(rows) if rows is not None else [None] * len(points)
         if points and self.after is None:
-            point, part = points.pop(0), rows.pop(0)
+            point = points.pop(0)
             self.before.restore()
             with at(point), self._watching(point):
-                losses.append(self.forward(*_given(part)))
+                losses.append(self.forward())
             self.check(losses[0], point)
         if self.plain is not None:
-            return losses + self.plain.losses(points, rows)
+            return losses + self.plain.losses(points)
         for name in self.records:
-            offsets = [self.plan.offset(name, point) for point in points]
-            pairs = list(zip(offsets, rows, strict=True))
-            self._run_tower(name, dict.fromkeys(o for o, part in pairs if o is None or part is None))
-            self._run_parts(name, [(o, part) for o, part in pairs if o is not None and part is not None])
-        self._see_what_is_read(list(zip(points, rows, strict=True)))
-        return losses + [self._combine(point, part) for point, part in zip(points, rows, strict=True)]
+            self._run_tower(name, dict.fromkeys(self.plan.offset(name, point) for point in points))
+        self._see_what_is_read(points)
+        return losses + [self._combine(point) for point in points]
 
     def check(self, loss: torch.Tensor, point: Point | None = None) -> None:
         """See once whether replayed towers give the loss of the recorded pass; if not, passes are full from then on.
@@ -453,25 +471,25 @@ class TowerEvaluation:
             logger.warning(f"The towers of this model cannot be replayed ({why}): every loss is a full forward pass.")
             self.plan.towers, self.plain = {}, self._plain_evaluation()
 
-    def _see_what_is_read(self, asked: Sequence[tuple[Point, Rows]]) -> None:
+    def _see_what_is_read(self, points: Sequence[Point]) -> None:
         """See once whether the loss reads the parameters of a tower itself, as a penalty on the weights does (EWC).
 
         Then they are moved while the towers are replayed. The features are those of finite parameters, so that with
         NaN in their place only a loss that reads them is NaN, however small its part is at this step.
         """
         for perturbation in self.plan.within_towers - self.plan.read_directly.keys():
-            point, part = next((pair for pair in asked if perturbation in pair[0]), ({}, None))
+            point = next((point for point in points if perturbation in point), {})
             if not point:
                 continue
             is_tangent = point[perturbation].is_tangent  # of a moment, and no place to put a NaN
             self.plan.read_directly[perturbation] = is_tangent
             if not is_tangent:
                 with perturbation.at(point[perturbation].scaled(math.nan)):
-                    loss = self._combine(point, part)
+                    loss = self._combine(point)
                 self.plan.read_directly[perturbation] = not bool(loss.isfinite())
 
     def _plain_evaluation(self) -> PlainEvaluation:
-        return PlainEvaluation(self.forward, self.before, self.after, self.batch_rows)
+        return PlainEvaluation(self.forward, self.before, self.after)
 
     def close(self) -> None:
         if self.plain is not None:
@@ -545,7 +563,8 @@ class TowerEvaluation:
             record.outputs[None] = self._tower_output(name)
         if not missing:
             return
-        if name == "language" and self.pack_prompts and self.plan.packable and not record.has_asked_for_packing:
+        can_pack = name == "language" and self.pack_prompts and self.plan.packable and record.outputs
+        if can_pack and not record.has_asked_for_packing:
             record.has_asked_for_packing = True
             record.packed = self.plan.packing.prompts(record, lambda packed: self._recorded_again(name, packed))
         size = self._batch_size(name, len(missing))
@@ -555,38 +574,19 @@ class TowerEvaluation:
                 with perturbation.at(chunk[0]):
                     record.outputs[chunk[0]] = self._tower_output(name)
                 continue
-            outputs = self._stacked_outputs(name, chunk, copies=len(chunk))
+            outputs = self._stacked_outputs(name, chunk)
             if outputs is None:
                 return self._run_tower(name, missing)
             record.outputs.update(zip(chunk, outputs, strict=True))
 
-    def _run_parts(self, name: str, pairs: Sequence[tuple[Combination, Rows]]) -> None:
-        """Make sure of the tower's output on some rows of the batch at every offset: one pass for all of them."""
-        record, perturbation = self.records[name], self.plan.perturbations[name]
-        pairs = [pair for pair in pairs if pair not in record.outputs]
-        if not pairs:
-            return
-        tiles = [first for _, (first, _) in pairs] == [0, *(last for _, (_, last) in pairs[:-1])]
-        rows, is_whole = _rows((record.args, record.kwargs)), pairs[-1][1][1] == self.batch_rows
-        outputs = None
-        if self.plan.stacked.get(name) is not None and tiles and is_whole and rows == self.batch_rows:
-            # The rows keep their places, and with them their dropout masks.
-            outputs = self._stacked_outputs(name, [offset for offset, _ in pairs])
-        if outputs is not None:
-            record.outputs.update(zip(pairs, outputs, strict=True))
-            return
-        for offset, part in pairs:
-            with perturbation.at(offset):
-                record.outputs[offset, part] = _take(self._tower_output(name), part)
-
-    def _stacked_outputs(self, name: str, offsets: Sequence[Combination], copies: int = 1) -> list[Any] | None:
-        """The tower's output at every offset by one pass, of `copies` of the batch or of a part of it for each.
+    def _stacked_outputs(self, name: str, offsets: Sequence[Combination]) -> list[Any] | None:
+        """The tower's output at every offset by one pass, of a copy of the batch for each.
 
         None where the tower cannot hold the candidates' weights side by side; it is not tried again.
         """
         try:
             with self._stacked(name, self.plan.perturbations[name].stack(offsets)):
-                output = self._tower_output(name, copies=copies)
+                output = self._tower_output(name, copies=len(offsets))
         except (RuntimeError, TypeError) as error:
             logger.warning(f"Candidates cannot go through the {name} tower as one batch ({error}): one by one.")
             self.plan.stacked[name] = None
@@ -649,7 +649,7 @@ class TowerEvaluation:
                 stack.enter_context(shadowed(module, forward=_StackedForward(module)))
             yield
 
-    def _combine(self, point: Point, rows: Rows = None) -> torch.Tensor:
+    def _combine(self, point: Point) -> torch.Tensor:
         """The loss from the towers' outputs: the model's forward pass with both of them replayed.
 
         Parameters outside the towers, such as a projection's, and those that the loss reads itself are where the point
@@ -663,14 +663,9 @@ class TowerEvaluation:
             stack.enter_context(at(outside))
             for name, record in self.records.items():
                 offset = self.plan.offset(name, point)
-                own = record.outputs.get((offset, rows))
-                # Class prompts are not of the batch: they are asked for whole whatever its rows.
-                part = None if own is not None else rows
-                state = record.exit if self.draws else None
-                count = _rows((record.args, record.kwargs))
-                replay = _Replay(record.outputs[offset] if own is None else own, state, part, count)
+                replay = _Replay(record.outputs[offset], record.exit if self.draws else None)
                 stack.enter_context(_forward_of(self.plan.towers[name].module, replay))
-            return self.forward(*_given(rows))
+            return self.forward()
 
 
 @contextmanager
@@ -726,21 +721,15 @@ def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 
 class _Replay:
-    """A tower that gives what it gave before, or some rows of it, and leaves the random state as it did then."""
+    """A tower that gives what it gave before, and leaves the random state as it did then."""
 
-    def __init__(self, output: Any, state: ForwardState | None, part: Rows, count: int | None):
-        self.output, self.state, self.part, self.count = output, state, part, count
+    def __init__(self, output: Any, state: ForwardState | None):
+        self.output, self.state = output, state
 
     def __call__(self, *args, **kwargs) -> Any:
         if self.state is not None:
             self.state.restore()
-        if self.part is not None and _rows((args, kwargs)) != self.count:
-            return _take(self.output, self.part)
         return type(self.output)(**self.output)
-
-
-def _given(rows: Rows) -> tuple[Rows, ...]:
-    return () if rows is None else (rows,)
 
 
 def _is_pooled(output: Any) -> bool:
@@ -754,9 +743,12 @@ def _pooled(output: Any) -> Any:
     return type(output)(pooler_output=features.detach() if features.requires_grad else features)
 
 
-def _take(output: Any, rows: Rows) -> Any:
-    first, last = rows
-    return type(output)(pooler_output=output["pooler_output"][first:last])
+def _wide(output: Any) -> Any:
+    return type(output)(pooler_output=_widened(output["pooler_output"]))
+
+
+def _widened(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _split(output: Any, parts: int) -> list[Any]:

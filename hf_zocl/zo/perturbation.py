@@ -14,35 +14,26 @@ from torch.autograd import forward_ad
 from .assignment import ZOGroup
 
 
-DIRECTIONS = ("gaussian", "rademacher")
-
-
 def direction_seed(seed: int, step: int, micro_step: int, query: int) -> int:
     """The seed of one direction: a 63-bit hash of its key, so that the seeds of neighbours are unrelated."""
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_step, query), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def draw_direction(count: int, seed: int, kind: str = "gaussian", device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw Δ, from a generator of its own: the global random state is neither read nor changed.
+def draw_direction(count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Draw Δ, whose n coordinates are ±1 with equal chance (Rademacher; of all with unit variance, the least noisy).
+
+    From a generator of its own: the global random state is neither read nor changed.
 
     Args:
-        count: The number n of coordinates.
+        count: n.
         seed: See `direction_seed`.
-        kind: `gaussian` (N(0, 1)) or `rademacher` (±1 with equal chance).
 
     Returns:
         Float32, shape `(n,)`.
-
-    Raises:
-        ValueError: If the kind is unknown.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    if kind == "gaussian":
-        return torch.randn(count, generator=generator, device=device)
-    if kind == "rademacher":
-        return torch.randint(0, 2, (count,), generator=generator, device=device).float().mul_(2).sub_(1)
-    raise ValueError(f"zo_direction={kind!r} is unknown: expected one of {', '.join(DIRECTIONS)}.")
+    return torch.randint(0, 2, (count,), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +46,8 @@ class Combination:
         scale: Multiplies the sum, or its sign.
         sign: Whether to take the sign.
         is_tangent: Whether parameters stay at θ and carry this as their tangent, in forward-mode differentiation.
+        moved: (a, b), where the weights are from losses at θ+a·Δᵢ and θ+b·Δᵢ. Where θ is kept in half precision, both
+            are rounded, and Δᵢ stands for their difference over a − b: the move that was made.
     """
 
     seeds: tuple[int, ...]
@@ -62,6 +55,7 @@ class Combination:
     scale: float = 1.0
     sign: bool = False
     is_tangent: bool = False
+    moved: tuple[float, float] | None = None
 
     def scaled(self, factor: float) -> Combination:
         return replace(self, scale=self.scale * factor)
@@ -90,20 +84,20 @@ class Perturbation:
 
     Args:
         groups: All the groups of the branch; their order fixes the order of the coordinates.
-        direction: `gaussian` or `rademacher`.
 
     Raises:
         ValueError: If the groups are of several branches, or differ in ε.
     """
 
-    def __init__(self, groups: Sequence[ZOGroup], direction: str = "gaussian"):
+    def __init__(self, groups: Sequence[ZOGroup]):
         kinds = {(group.branch, group.eps) for group in groups}
         if len(kinds) != 1:
             raise ValueError(f"The groups of one perturbation share their branch and ε; these have {sorted(kinds)}.")
         self.branch, self.eps = kinds.pop()
-        self.groups, self.direction = tuple(groups), direction
+        self.groups = tuple(groups)
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         self._sizes = [parameter.numel() for parameter in self.parameters]
+        self.is_rounded = any(parameter.dtype.itemsize < 4 for parameter in self.parameters)
 
     def __len__(self) -> int:
         return sum(self._sizes)
@@ -124,7 +118,7 @@ class Perturbation:
         """The combination's value, float32 or wider, shape `(n,)`."""
         total = None
         for seed, weight in zip(combination.seeds, combination.weights, strict=True):
-            term = self._draw(seed) * weight
+            term = self._direction(seed, combination.moved) * weight
             total = term if total is None else total.add_(term)
         return (total.sign_() if combination.sign else total).mul_(combination.scale)
 
@@ -190,7 +184,16 @@ class Perturbation:
             return [forward_ad.make_dual(data.expand_as(piece).clone(), piece) for data, piece in pieces]
         return [data + piece for data, piece in pieces]
 
+    def _direction(self, seed: int, moved: tuple[float, float] | None) -> torch.Tensor:
+        drawn = self._draw(seed)
+        if moved is None or not self.is_rounded:
+            return drawn
+        # Rounded as in `at`.
+        ends = [torch._foreach_add(self._data, self.pieces(drawn * size)) for size in moved]
+        first, second = (torch.cat([tensor.flatten().to(drawn.dtype) for tensor in end]) for end in ends)
+        return (first - second).div_(moved[0] - moved[1])
+
     def _draw(self, seed: int) -> torch.Tensor:
         # Drawn again whenever it is needed: none is in memory while a forward pass runs.
-        drawn = draw_direction(len(self), seed, self.direction, self.parameters[0].device)
+        drawn = draw_direction(len(self), seed, self.parameters[0].device)
         return drawn.to(torch.promote_types(self.parameters[0].dtype, torch.float32))

@@ -20,14 +20,13 @@ class ReplaySettings:
 
     Args:
         queries: The number of directions of every branch, in the order of the branches.
-        seed, direction, sign: As `ZOEstimator`'s.
+        seed, sign: As `ZOEstimator`'s.
         optimizer, momentum, weight_decay: As `build_zo_optimizer`'s.
         max_norm: Clips the estimate; 0 does not clip.
     """
 
     queries: tuple[tuple[str | None, int], ...]
     seed: int
-    direction: str
     sign: bool
     optimizer: str
     momentum: float = 0.0
@@ -80,13 +79,7 @@ class ReplayLog:
             groups: The groups of the training, in their order.
         """
         settings = self.settings
-        estimator = ZOEstimator(
-            groups,
-            queries=dict(settings.queries),
-            sign=settings.sign,
-            direction=settings.direction,
-            seed=settings.seed,
-        )
+        estimator = ZOEstimator(groups, queries=dict(settings.queries), sign=settings.sign, seed=settings.seed)
         optimizer = build_zo_optimizer(
             groups, settings.optimizer, momentum=settings.momentum, weight_decay=settings.weight_decay
         )

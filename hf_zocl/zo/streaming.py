@@ -38,14 +38,13 @@ class StreamedPerturbation(Perturbation):
     Args:
         groups: All the groups of the branch.
         model: The model whose modules hold the parameters.
-        direction: `gaussian` or `rademacher`.
     """
 
-    def __init__(self, groups: Sequence[ZOGroup], model: nn.Module, direction: str = "gaussian"):
-        super().__init__(groups, direction)
+    def __init__(self, groups: Sequence[ZOGroup], model: nn.Module):
+        super().__init__(groups)
         self.model, self.is_watched = model, False
         self.units = [
-            _Unit(number, members, scopes) for number, (members, scopes) in enumerate(_units(groups, model, direction))
+            _Unit(number, members, scopes) for number, (members, scopes) in enumerate(_units(groups, model))
         ]
         self._has_stepped = False
 
@@ -276,7 +275,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def _units(
-    groups: Sequence[ZOGroup], model: nn.Module, direction: str
+    groups: Sequence[ZOGroup], model: nn.Module
 ) -> Iterator[tuple[Perturbation, list[tuple[nn.Module, ...]]]]:
     """The parameters by unit, in the groups' order, with the scopes in which they may move."""
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -296,7 +295,7 @@ def _units(
         for _, own in groupby(members, key=lambda member: id(member[0])):
             (group, *_), names, parameters = zip(*own, strict=True)
             parts.append(replace(group, names=names, parameters=parameters))
-        yield Perturbation(parts, direction), _scopes(key, layers, modules)
+        yield Perturbation(parts), _scopes(key, layers, modules)
 
 
 def _layers_around(path: str, modules: Mapping[str, nn.Module]) -> list[str]:

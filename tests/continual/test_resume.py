@@ -29,7 +29,7 @@ RUN = f"""
 --report_to none --disable_tqdm true --logging_steps 3 --save_strategy steps --save_steps 2 --save_total_limit 2
 """
 HYBRID = "--zo_layers hop-even --lora_dropout 0.2 --zo_optim sign --zo_momentum 0.9"
-ALL_ZO = "--zo_layers all --zo_optim adamw --zo_queries_language 3 --zo_direction rademacher"
+ALL_ZO = "--zo_layers all --zo_optim adamw --zo_queries_language 3"
 MOE = """--adapter moe --zo_layers hop-odd --moe_num_experts 3 --moe_top_k 1 --moe_freeze_experts 1
 --moe_router_per_task true"""
 ACCUMULATED = """--zo_layers all --gradient_accumulation_steps 2 --zo_estimator two-sided --zo_sign false
@@ -230,7 +230,7 @@ def test_a_checkpoint_of_elsewhere_is_refused(stopped, tmp_path):
 
 
 def test_how_often_is_saved_is_not_the_run_and_everything_else_is(stopped):
-    with pytest.raises(ResumeError, match=r"recipe \(zo_eps: 0.001 there, 0.5 here\)"):
+    with pytest.raises(ResumeError, match=r"recipe \(zo_eps: 'auto' there, 0.5 here\)"):
         resume(stopped(HYBRID), f"{HYBRID} --zo_eps 0.5 --save_steps 3")
 
 

@@ -71,17 +71,14 @@ def gradients(model: nn.Module, inputs: dict, make_evaluation, branch: str, laye
     estimator = ZOEstimator(groups, **options)
     torch.manual_seed(7)
 
-    def forward(rows=None):
-        part = slice(*rows) if rows else slice(None)
-        batch = {name: value[part] if torch.is_tensor(value) else value for name, value in inputs.items()}
+    def forward():
         with torch.no_grad():
-            return model(**batch).loss
+            return model(**inputs).loss
 
     evaluation = make_evaluation(model, estimator, forward, ForwardState(torch.device("cpu"), model.buffers()))
     losses = []
     original = evaluation.losses
     evaluation.losses = lambda *points: losses.extend(result := original(*points)) or result
-    evaluation.batch_rows = 6
     estimate = estimator.estimate(evaluation, step=3, learning_rate=1e-2)
     evaluation.close()
     estimator.write([(estimate, 1.0)])
@@ -125,40 +122,6 @@ def assert_same(model, inputs, branch, layers, make_evaluation=None, **options):
 def test_towers_give_the_plain_losses_and_gradients(branch, layers, estimator):
     model, inputs = classifier()
     assert_same(model, inputs, branch, layers, estimator=estimator, queries=3)
-
-
-def one_by_one(model, estimator, forward, before):
-    evaluation = towers()(model, estimator, forward, before)
-    evaluation.plan.stacked.clear()
-    return evaluation
-
-
-@pytest.mark.parametrize("queries", [2, 6, 50])
-@pytest.mark.parametrize(("branch", "layers"), [("dual", "all"), ("vision", "hop-even"), ("vision", "suffix-2")])
-@pytest.mark.parametrize("make_evaluation", [towers(), one_by_one], ids=["stacked", "one by one"])
-def test_queries_that_share_the_batch_give_the_plain_losses(branch, layers, queries, make_evaluation):
-    model, inputs = classifier()
-    model.set_classes(MANY_CLASSES[:6])  # as many prompts as images: they are no part of the batch
-    assert_same(model, inputs, branch, layers, make_evaluation, queries=queries, sharing={"vision"})
-
-
-@pytest.mark.parametrize("kind", ["clip", "siglip"])
-def test_parts_of_a_batch_of_pairs_give_the_plain_losses(kind):
-    model, inputs = dual_encoder(kind)
-    assert_same(model, inputs, "dual", "all", queries=3, sharing={"vision"})
-
-
-def test_queries_that_share_the_batch_cost_one_pass_and_keep_their_dropout_masks():
-    model, inputs = classifier(lora_dropout=0.5)
-    runs = []
-    layer = model.clip.base_model.model.vision_model.encoder.layers[0]
-    hook = layer.register_forward_hook(lambda *_: runs.append(1))
-    losses, _, _ = gradients(model, inputs, towers(), "vision", "all", queries=6, sharing={"vision"}, eps=1e-9)
-    hook.remove()
-    assert len(runs) == 2
-    at_theta, parts, perturbed = losses[0], losses[1:7], losses[7:]
-    torch.testing.assert_close(parts.mean(), at_theta, rtol=1e-9, atol=0)
-    torch.testing.assert_close(perturbed, parts, rtol=1e-6, atol=0)  # other masks would be far off
 
 
 QUIET = {"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}

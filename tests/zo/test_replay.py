@@ -19,7 +19,7 @@ def trained(
     inputs, targets = torch.randn(16, 6).double(), torch.randn(16, 1).double()
     groups = LayerAssignment().split(model).zo
     sign = options.pop("sign", False)
-    settings = ReplaySettings(((None, 3),), seed=5, direction="gaussian", sign=sign, optimizer=optimizer, **options)
+    settings = ReplaySettings(((None, 3),), seed=5, sign=sign, optimizer=optimizer, **options)
     estimator, log = ZOEstimator(groups, queries=3, sign=sign, seed=5), ReplayLog(settings)
     rule = build_zo_optimizer(groups, optimizer, 0.1, settings.momentum, settings.weight_decay)
     evaluation = PlainEvaluation(lambda: nn.functional.mse_loss(model(inputs), targets))

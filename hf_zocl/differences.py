@@ -1,0 +1,173 @@
+"""Whether differences of losses are seen above their rounding: measured as a training begins, and watched."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .files import written_whole
+from .zo import Combination, Estimate, Evaluation, Resolution, ZOEstimator, direction_seed
+from .zo.evaluation import shadowed
+from .zo.noise import Line, measure, two_sided_would_do
+
+
+logger = logging.get_logger(__name__)
+
+NOISE_FILE = "zo_noise.json"
+# ε where the loss does not move whatever it is.
+DEFAULT_EPS = 1e-3
+# A loss may be flat at first, as an on-policy one is: it is measured again at so many steps.
+TRIES = 4
+# So many differences are enough to compare their mean with the noise.
+ENOUGH = 32
+
+MakeFiner = Callable[[set[str | None]], Evaluation]
+
+
+@contextmanager
+def full_precision(model: nn.Module, device_type: str) -> Iterator[None]:
+    """Inside, the model runs without autocast, also where accelerate has wrapped its forward pass in one."""
+    original = vars(model).get("_original_forward")
+    with ExitStack() as stack:
+        if original is not None:
+            stack.enter_context(shadowed(model, forward=original, _compiled_call_impl=None))
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+        yield
+
+
+class DifferenceWatch:
+    """Chooses ε and the precision of the zeroth-order passes, and says where nothing is seen.
+
+    Args:
+        estimator: Takes on what is measured.
+        eps: ε of every branch; None where it is to be chosen.
+        precision: The training's, such as `bf16`, for messages.
+    """
+
+    def __init__(self, estimator: ZOEstimator, eps: Mapping[str | None, float | None], precision: str):
+        self.estimator, self.precision = estimator, precision
+        self.eps = {branch: eps[branch] for branch in estimator.queries}
+        self.tries = TRIES if estimator.estimator != "forward-gradient" else 0  # which has no ε
+        self._seen: dict[str | None, tuple[torch.Tensor | float, int]] = {}
+
+    @property
+    def is_settled(self) -> bool:
+        return self.tries == 0
+
+    def settle(
+        self, evaluation: Evaluation, make_finer: MakeFiner | None, why_flat: Callable[[str | None], str]
+    ) -> None:
+        """Measure every branch on a micro-batch.
+
+        Args:
+            evaluation: Its losses by the training's own passes.
+            make_finer: Makes an evaluation in which some branches are perturbed in full precision, if there can be.
+            why_flat: A reason for a loss that no perturbation of a branch changes.
+        """
+        is_two_sided, found = self.estimator.estimator == "two-sided", {}
+        for branch, eps in self.eps.items():
+            line, finer = self._line(evaluation, branch), None
+            if make_finer is not None:
+                evaluation.losses([{}])  # a finer one reuses what this one has recorded
+                finer = self._line(make_finer({branch}), branch)
+            resolution = measure(line, finer, is_two_sided, eps)
+            if resolution.slope == 0:
+                resolution = Resolution(eps or DEFAULT_EPS, resolution.noise, math.inf, 0.0)
+            found[branch] = resolution
+            if resolution.finer:
+                hint = ""
+                if not is_two_sided and two_sided_would_do(resolution.training_noise, finer):
+                    hint = f" zo_estimator=two-sided would do in {self.precision}."
+                logger.warning_once(
+                    f"{_of(branch)}: in {self.precision} no difference of losses is seen well above their rounding"
+                    f"{' at zo_eps=' + str(eps) if eps else ''}: its zeroth-order passes run in float32.{hint}"
+                )
+        is_seen = {branch: resolution.is_seen for branch, resolution in found.items()}
+        self.tries = 0 if all(is_seen.values()) else self.tries - 1
+        for branch, resolution in found.items():
+            if not is_seen[branch]:
+                logger.warning_once(f"{_of(branch)} {self._why_unseen(branch, resolution, why_flat)}")
+        self.estimator.settle(found)
+        logger.info(f"Differences of losses: {found}")
+
+    def see(self, estimate: Estimate) -> None:
+        """Take note of a step's differences."""
+        for branch, differences in estimate.differences.items():
+            total, count = self._seen.get(branch, (0.0, 0))
+            self._seen[branch] = (total + differences.abs().sum(), count + len(differences))
+
+    def logs(self) -> dict[str, float]:
+        """σ and ε of every branch; and a warning where the differences since the last one are below σ."""
+        logs = {}
+        for branch, resolution in self.estimator.resolutions.items():
+            suffix = f"_{branch}" if branch else ""
+            logs |= {f"zo_noise{suffix}": resolution.noise, f"zo_eps{suffix}": resolution.eps}
+            total, count = self._seen.get(branch, (0.0, 0))
+            if count >= ENOUGH:
+                del self._seen[branch]
+                if resolution.is_seen and float(total) / count < resolution.noise:
+                    logger.warning_once(
+                        f"{_of(branch)}: the differences of losses have fallen below the rounding of a loss "
+                        f"({resolution.noise:.1e}): what is left of the zeroth-order estimate is noise."
+                    )
+        if len(logs) > 2:
+            logs["zo_noise"] = max(resolution.noise for resolution in self.estimator.resolutions.values())
+        return logs
+
+    def save(self, folder: Path) -> None:
+        """Write what was measured into a checkpoint, so that a training that goes on keeps it."""
+        if self.is_settled and self.estimator.resolutions:
+            content = [[branch, self.eps[branch], asdict(own)] for branch, own in self.estimator.resolutions.items()]
+            with written_whole(folder / NOISE_FILE) as unfinished:
+                Path(unfinished).write_text(json.dumps(content), encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Take on what `save` wrote, unless another ε is asked for now."""
+        file = folder / NOISE_FILE
+        if self.is_settled or not file.is_file():
+            return
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if {branch: eps for branch, eps, _ in content} == self.eps:
+            self.estimator.settle({branch: Resolution(**own) for branch, _, own in content})
+            self.tries = 0
+
+    def _line(self, evaluation: Evaluation, branch: str | None) -> Line:
+        """The losses of an evaluation along random directions of a branch, the mean over all processes."""
+        estimator, perturbation = self.estimator, self.estimator.perturbations[branch]
+
+        @torch.no_grad()
+        def line(number: int, offsets) -> torch.Tensor:
+            seed = direction_seed(estimator.seed, -1, 0, number)
+            points = [{perturbation: Combination((seed,), (1.0,), offset)} if offset else {} for offset in offsets]
+            losses = torch.stack(evaluation.losses(points))
+            return estimator.reduce(losses.to(torch.promote_types(losses.dtype, torch.float32)))
+
+        return line
+
+    def _why_unseen(self, branch: str | None, resolution: Resolution, why_flat: Callable[[str | None], str]) -> str:
+        perturbation = self.estimator.perturbations[branch]
+        if perturbation.is_rounded:
+            dtype = str(next(p.dtype for p in perturbation.parameters if p.dtype.itemsize < 4)).removeprefix("torch.")
+            return (
+                f"keeps its weights in {dtype}, in which moves by zo_eps={resolution.eps} and what they change are "
+                "mostly rounded away: load the model in float32 (dtype=torch.float32) and train with bf16=True."
+            )
+        if resolution.slope == 0:
+            return f"learns nothing by differences of losses: all of them are exactly zero. {why_flat(branch)}"
+        return (
+            f"learns next to nothing by differences of losses: at zo_eps={resolution.eps} they are about "
+            f"{resolution.eps * resolution.slope:.1e}, and the rounding of a loss is {resolution.noise:.1e}. The loss "
+            "is flat where the training begins, or computed too coarsely."
+        )
+
+
+def _of(branch: str | None) -> str:
+    return f"The {branch} tower" if branch else "The model"
