@@ -71,7 +71,9 @@ class RunArguments:
         num_seeds: So many seeds, counted up from `seed`, instead.
         vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
         resume: Go on where the run in `output_dir` stopped, within a task too; so does `resume_from_checkpoint=true`,
-            which also takes a checkpoint's folder.
+            which also takes the folder of a checkpoint or of a complete task.
+        overwrite_output_dir: Replace the run in `output_dir`: what it wrote, and nothing else there, is removed once
+            the first step of this one is done. Without it, and without `resume`, a folder that holds a run is refused.
     """
 
     model_name_or_path: str = field(default="mini-clip", metadata={"help": "Hub id, folder, or mini-clip."})
@@ -108,6 +110,7 @@ class RunArguments:
     num_seeds: int | None = field(default=None, metadata={"help": "Run with so many seeds, from seed on."})
     vary_class_order: bool = field(default=False, metadata={"help": "The seeds draw the class order too."})
     resume: bool = field(default=False, metadata={"help": "Go on where the run in output_dir stopped."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self):
         if self.learning not in LEARNING:

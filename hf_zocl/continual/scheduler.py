@@ -6,8 +6,9 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from peft import set_peft_model_state_dict
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
+from ..folder_lock import FolderLock
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
@@ -34,6 +36,7 @@ from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
 from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
+from .processes import by_main_process
 from .run_state import RESULTS_FILE, ResumeError, RunFolder
 from .tasks import Task, TaskStream
 
@@ -102,43 +105,77 @@ class ContinualTaskScheduler:
         pushes = args.push_to_hub and args.process_index == 0
         self._pusher = HubPusher.from_arguments(args) if pushes else None
 
-    def run(self, resume: bool | str | Path = False, train: bool = True) -> dict[str, Any]:
-        """Run the stream.
+    def run(
+        self, resume: bool | str | Path = False, train: bool = True, overwrite_output_dir: bool = False
+    ) -> dict[str, Any]:
+        """Run the stream; meanwhile no other run may use `output_dir`.
 
         Args:
             resume: Go on where the run in `output_dir` stopped: after its last complete task, and within the next one
-                at the last step that was saved; or at the step of the checkpoint whose folder this is. The result is
-                that of a run that never stopped. Without a run in `output_dir`, start from the beginning.
+                at the last step that was saved; or at the step of the checkpoint whose folder this is, or after the
+                task whose folder this is. The result is that of a run that never stopped. Without a run in
+                `output_dir`, start from the beginning.
             train: False measures the model as it is: zero-shot, the lower bound, as a run of its own.
+            overwrite_output_dir: Replace the run in `output_dir`. What it wrote is removed once the first step of
+                this run is done; everything else in the folder stays.
 
         Returns:
             The content of `results.json`; accuracies are fractions.
 
         Raises:
+            FolderInUseError: If another run uses `output_dir`.
+            RunFolderError: If `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is given; or
+                if it holds files of names that this run would write, and no run.
             ResumeError: If `output_dir` holds the run of another recipe, or no such checkpoint.
             SaveError: If something cannot be saved, for example on a full disk.
             ValueError: If an image cannot be decoded.
         """
-        chosen = None if isinstance(resume, bool) else resume
-        _reset_peak_memory()
-        if resume and train:
+        with ExitStack() as stack:
+            results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
+            return self._run(results, resume, train)
+
+    def _take_folder(self, stack: ExitStack, resume: bool | str | Path, overwrite: bool) -> dict[str, Any] | None:
+        """Lock `output_dir` until the stack is closed, and read what it holds: the results of the run to go on with.
+
+        The main process alone does this.
+        """
+        self.folder.check(bool(resume), overwrite)
+        stack.enter_context(FolderLock(self.output_dir))
+        stack.callback(self.folder.remove_empty_folders, len(self.stream))
+        self.folder.check(bool(resume), overwrite)  # again: another may have ended meanwhile
+        if resume:
             self._fetch_run()
-        results = self._read_results(chosen) if resume and train else None
-        self._prepare_images()
-        checkpoint = None
+        results = self._read_results(None if isinstance(resume, bool) else resume) if resume else None
         if results is None:
+            if overwrite and self.folder.holds_run:
+                self.folder.check_removable()
+            else:
+                self.folder.check_free(len(self.stream))
+        return results
+
+    def _run(self, results: dict[str, Any] | None, resume: bool | str | Path, train: bool) -> dict[str, Any]:
+        """Run the stream from its beginning, or go on from `results`."""
+        _reset_peak_memory()
+        if results is not None and not train and results["accuracy_matrix"]:
+            return results
+        self._prepare_images()
+        checkpoint, begin = None, None
+        if results is None or not train:
             results = self._start()
+            begin = partial(self._begin, results)
         else:
-            checkpoint = self._go_on(results, chosen)
+            checkpoint = self._go_on(results, None if isinstance(resume, bool) else resume)
             self._push(*complete_tasks(self.output_dir))  # what is there already stays as it is
         if not train:
+            begin()
             return self._finish_untrained(results)
         started = time.perf_counter() - results["seconds"]
         for task in self._images[len(results["accuracy_matrix"]) :]:
             logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
             if hasattr(self.model, "begin_task"):
                 self.model.begin_task(task.index)  # before the trainer asks which parameters are trainable
-            trained, checkpoint = self._train(task, checkpoint), None
+            trained = self._train(task, checkpoint, begin)
+            checkpoint = begin = None
             started -= trained.earlier_seconds
             results["training"].append(trained.means)
             if hasattr(self.model, "end_task"):
@@ -150,8 +187,6 @@ class ContinualTaskScheduler:
             self._push(task.index)
         if self._pusher is not None:
             self._pusher.finish()
-        if self.args.should_save:
-            self.folder.remove_empty_folders()
         return results
 
     def _push(self, *tasks: int) -> None:
@@ -161,12 +196,11 @@ class ContinualTaskScheduler:
 
     def _fetch_run(self) -> None:
         """Where `output_dir` holds no run yet, go on from the one in the repository."""
-        with self.args.main_process_first(desc="fetching the run"):
-            if self._pusher is not None and not (self.output_dir / RESULTS_FILE).is_file():
-                try:
-                    fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
-                except (OSError, ValueError) as error:  # to begin anew would replace what is there
-                    raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
+        if self._pusher is not None and not self.folder.holds_run:
+            try:
+                fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
+            except (OSError, ValueError) as error:  # to begin anew would replace what is there
+                raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
 
     def _prepare_images(self) -> None:
         """Decode and resize ahead; the first process fills the cache for the others."""
@@ -181,12 +215,12 @@ class ContinualTaskScheduler:
         self._held_out_images = {name: images for name, (images, _) in held_out.items()}
 
     def _start(self) -> dict[str, Any]:
-        """Measure zero-shot, then clear what an earlier run left behind."""
+        """Measure zero-shot: the results with which a run begins."""
         started = time.perf_counter()
         evaluator = self.evaluator()
         zero_shot = evaluator.zero_shot(self._images)
         held_out = {name: evaluator.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
-        results = {
+        return {
             "benchmark": self.stream.name,
             "scenario": self.stream.scenario,
             "recipe": self.recipe,
@@ -205,10 +239,12 @@ class ContinualTaskScheduler:
             "seed": self.args.seed,
             "versions": _versions(),
         }
+
+    def _begin(self, results: dict[str, Any]) -> None:
+        """Let the folder be this run's, in place of an earlier one."""
         if self.args.should_save:
             with self._saving(RESULTS_FILE):
                 self.folder.start(results)
-        return results
 
     def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
         """The adapter as after the last complete task; and the checkpoint within the next one, if there is one."""
@@ -216,11 +252,13 @@ class ContinualTaskScheduler:
         if done:
             self._load_adapter(done)
         if self.args.should_save:
-            self.folder.remove_scratch()
+            self.folder.remove_scratch(len(self.stream))
             for task in self.stream[:done]:  # of a run that was killed before it could
                 self.folder.remove_checkpoints(task.name)
         if done == len(self.stream):
             return None
+        if chosen is not None and self.folder.task_of(chosen) is not None:
+            chosen = None
         checkpoint = self.folder.checkpoint(self.stream[done].name, chosen)
         logger.info(f"Going on after task {done}" + (f", from {checkpoint}" if checkpoint else ""))
         return checkpoint
@@ -234,18 +272,21 @@ class ContinualTaskScheduler:
             with self._saving(RESULTS_FILE):
                 plot_accuracy_matrix(results, self.output_dir / FIGURE)
                 self.folder.write(results)
-            self.folder.remove_empty_folders()
         return results
 
-    def _train(self, task: Task, checkpoint: Path | None) -> _Trained:
-        """Train on one task, from its beginning or from a checkpoint within it."""
+    def _train(self, task: Task, checkpoint: Path | None, begin: Callable[[], None] | None) -> _Trained:
+        """Train on one task, from its beginning or from a checkpoint within it; `begin` is called after a step."""
         template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
         # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
         self.model.set_classes(task.class_names, template if isinstance(template, str) else template[0])
         # Every task draws directions of its own.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
         trainer = self._trainer(task.name, task, zo_seed=zo_seed)
+        if begin is not None:
+            trainer.add_callback(first_step := _AfterFirstStep(begin))
         trainer.train(resume_from_checkpoint=checkpoint)
+        if begin is not None:
+            first_step.call()  # where there was none
         return _Trained(_means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
 
     def evaluator(self) -> StreamEvaluator:
@@ -354,11 +395,15 @@ class ContinualTaskScheduler:
 
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""
-        results = self.folder.read(self.recipe, self.stream.class_names, Path(self.model.config.name_or_path).exists())
+        is_local = Path(self.model.config.name_or_path).exists()
+        after = None if chosen is None else self.folder.task_of(chosen)
+        results = self.folder.read(self.recipe, self.stream.class_names, is_local, after)
         if results is None and chosen is not None:
             raise ResumeError(f"resume_from_checkpoint={str(chosen)!r}: there is no run in {self.output_dir}.")
         if results is None:
             logger.warning(f"resume: there is no run in {self.output_dir}, so it starts from the beginning.")
+            return None
+        self.folder.check_tasks(len(results["accuracy_matrix"]))
         return results
 
     def _load_adapter(self, task: int) -> None:
@@ -367,6 +412,21 @@ class ContinualTaskScheduler:
         except ValueError as error:
             raise ResumeError(f"resume: {error}") from error
         set_peft_model_state_dict(self.model.clip, weights)
+
+
+class _AfterFirstStep(TrainerCallback):
+    """Calls a function once, when the first step is done: what can fail before training has not failed then."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function: Callable[[], None] | None = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.call()
+
+    def call(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
 
 
 @dataclasses.dataclass(frozen=True)

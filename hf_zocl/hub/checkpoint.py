@@ -6,12 +6,12 @@ import copy
 import shutil
 from collections import ChainMap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -23,7 +23,8 @@ from ..files import replace_folder
 from ..models import ADAPTERS, CLIPClassifier, adapter_name
 from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..sample import resolve
-from .model_card import render_eval_results, render_task_card
+from .client import download
+from .model_card import EVAL_RESULTS_FOLDER, render_eval_results, render_task_card
 from .seal import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -37,6 +38,8 @@ from .task_file import FORMAT_VERSION, TASK_FILE, is_snapshot, read_json, read_t
 
 
 FIGURE = "accuracy_matrix.png"
+# What a checkpoint is made of besides the files that loading reads.
+_OTHER_FILES = (TASK_FILE, RESULTS_FILE, FIGURE, "README.md")
 # Fields of a PEFT configuration that would have a module imported, or another folder read, by name.
 _REACHES_OUT = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
 _DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -72,8 +75,46 @@ def save_task_checkpoint(
     plot_accuracy_matrix({**task, **task["metrics"]}, unfinished / FIGURE)
     write_task_card(unfinished, task)
     seal_task_checkpoint(unfinished)
-    replace_folder(unfinished, folder)
+    place_task_checkpoint(unfinished, folder)
     return folder
+
+
+def is_of_checkpoint(path: str) -> bool:
+    """Whether a file of this path in a checkpoint's folder, or in a repository, is a part of a checkpoint."""
+    folder, _, name = path.rpartition("/")
+    if folder:
+        return folder == EVAL_RESULTS_FOLDER and name.endswith(".yaml")
+    return name in _OTHER_FILES or any(fnmatch(name, pattern) for pattern in LOADED_FILES)
+
+
+def checkpoint_parts(folder: Path) -> list[Path]:
+    """The files in a checkpoint's folder that are parts of it, `task.json` last: with it there is a checkpoint."""
+    files = [*folder.glob("*"), *(folder / EVAL_RESULTS_FOLDER).glob("*")]
+    parts = [
+        f for f in files if is_of_checkpoint(f.relative_to(folder).as_posix()) and (f.is_file() or f.is_symlink())
+    ]
+    return sorted(parts, key=lambda file: (file.name == TASK_FILE, file))
+
+
+def place_task_checkpoint(unfinished: Path, folder: Path) -> None:
+    """Let a complete checkpoint take the place of an earlier one; files that are no part of one stay."""
+    remove_task_checkpoint(folder)
+    if not folder.exists():
+        return replace_folder(unfinished, folder)
+    for file in checkpoint_parts(unfinished):
+        target = folder / file.relative_to(unfinished)
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(file, target)
+    shutil.rmtree(unfinished)
+
+
+def remove_task_checkpoint(folder: Path) -> None:
+    """Remove the files of a checkpoint, and its folder if nothing else is in it."""
+    for file in checkpoint_parts(folder):
+        file.unlink()
+    for path in (folder / EVAL_RESULTS_FOLDER, folder):
+        with suppress(OSError):  # something else is in it, or it is not there
+            path.rmdir()
 
 
 def write_task_card(
@@ -109,11 +150,9 @@ def find_task_checkpoint(
         return folder / task_folder(number) if number is not None else folder
     _check_repository(str(path))
     if task == "best":
-        newest = snapshot_download(str(path), allow_patterns=[TASK_FILE], **hub_kwargs)
-        task = best_task(read_task(Path(newest)))
+        task = best_task(read_task(download(str(path), [TASK_FILE], **hub_kwargs)))
     revision = task_folder(task) if task is not None else revision
-    patterns = [TASK_FILE, *LOADED_FILES]
-    return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
+    return download(str(path), [TASK_FILE, *LOADED_FILES], revision, **hub_kwargs)
 
 
 def best_task(info: dict[str, Any]) -> int:
@@ -158,8 +197,9 @@ def load_task_checkpoint(
         huggingface_hub.errors.HfHubHTTPError: If the Hub has no such repository or revision.
     """
     folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
-    info = read_task(folder)
-    check_seal(folder, info)
+    with _hinting_at_download(folder):
+        info = read_task(folder)
+        check_seal(folder, info)
     config = _read_adapter_config(folder, info)
     options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
     if base_model is None:
@@ -178,8 +218,8 @@ def load_task_checkpoint(
     return model.eval(), processor
 
 
-def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's weights in a run's folder `task-NN`, on the CPU.
+def read_sealed_task(folder: Path) -> dict[str, Any]:
+    """The `task.json` of a run's folder `task-NN`.
 
     Raises:
         ValueError: If the folder is not, as it was saved, the checkpoint of that task.
@@ -188,6 +228,16 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     check_seal(folder, info)
     if task_folder(info["task"]) != folder.name:
         raise ValueError(f"{folder / TASK_FILE} is foreign: it is of task {info['task']}.")
+    return info
+
+
+def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights in a run's folder `task-NN`, on the CPU.
+
+    Raises:
+        ValueError: If the folder is not, as it was saved, the checkpoint of that task.
+    """
+    read_sealed_task(folder)
     file = folder / ADAPTER_WEIGHTS
     with _refusing(f"{file} is damaged: it cannot be read as safetensors"):
         return load_file(file)
@@ -287,6 +337,17 @@ def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) ->
 def _load_processor(folder: Path) -> ProcessorMixin:
     with _refusing(f"{folder}: its processor cannot be read"):
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextmanager
+def _hinting_at_download(folder: Path) -> Iterator[None]:
+    """A file that was damaged on its way from the Hub stays in the cache until it is asked for anew."""
+    try:
+        yield
+    except ValueError as error:
+        if is_snapshot(folder):
+            raise ValueError(f"{error} It was downloaded: force_download=True fetches it anew.") from error
+        raise
 
 
 @contextmanager
