@@ -20,6 +20,7 @@ REQUIRED = [
     "pillow>=10",
     "pyyaml>=6.0",
     "psutil>=5.9",
+    "xxhash>=3.0",
 ]
 # reproduce: the paired tests of scripts/reproduce.py.
 EXTRAS = {"reproduce": ["scipy>=1.13"]}

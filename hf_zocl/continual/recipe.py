@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import AutoProcessor, CLIPModel, HfArgumentParser
+from transformers import HfArgumentParser
 
-from ..models import AdapterArguments, CLIPClassifier, add_adapter
-from ..sample import resolve
+from ..hub.pretrained import load_pretrained
+from ..models import AdapterArguments, CLIPClassifier
 from ..training_args import ZOCLTrainingArguments
 from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from .images import DEFAULT_CACHE_GB
@@ -36,7 +37,11 @@ class RunArguments:
     """The model and the stream of tasks of a run.
 
     Args:
-        model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`.
+        model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`. Or a task's checkpoint
+            (its folder, or a repository) or another adapter of PEFT's: it is trained further, and what is predicted is
+            predicted among the classes that a checkpoint knows, too.
+        merge_into: Instead, merge that adapter into its base model, keep the result in this folder, and train a fresh
+            adapter on it.
         dtype: The model's dtype once loaded: `auto` (its checkpoint's own), `float64`, `float32`, `bfloat16` or
             `float16`; the adapter's weights are float32 at least.
         benchmark: A registered benchmark, or `none` for any image-classification dataset.
@@ -77,6 +82,7 @@ class RunArguments:
     """
 
     model_name_or_path: str = field(default="mini-clip", metadata={"help": "Hub id, folder, or mini-clip."})
+    merge_into: str | None = field(default=None, metadata={"help": "Folder for model and adapter merged into one."})
     dtype: str = field(default="auto", metadata={"help": f"The model's dtype: {', '.join(DTYPES)}."})
     benchmark: str = field(default="cifar10-sample", metadata={"help": "A registered benchmark, or none."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a dataset (benchmark=none)."})
@@ -324,19 +330,21 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
             "process: use data parallelism (docs/scaling.md)."
         )
     stream, template = build_stream(run, seed=training.data_seed or 0)
-    base = resolve(run.model_name_or_path)
-    processor = AutoProcessor.from_pretrained(base)
-    torch.manual_seed(training.seed)  # the adapter's initial weights
-    clip = add_adapter(CLIPModel.from_pretrained(base, dtype=run.dtype), recipe.adapter, num_tasks=len(stream))
-    model = CLIPClassifier(clip, processor.tokenizer, stream.class_names, template)
+    with training.main_process_first(desc="merging the adapter") if run.merge_into else nullcontext():
+        pretrained = load_pretrained(
+            run.model_name_or_path, recipe.adapter, run.dtype, training.seed, len(stream), run.merge_into
+        )
+    model = CLIPClassifier(pretrained.clip, pretrained.processor.tokenizer, stream.class_names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task
     return ContinualTaskScheduler(
         model,
-        processor,
+        pretrained.processor,
         stream,
         training,
-        recipe=recipe.to_dict(),
+        recipe={**recipe.to_dict(), **pretrained.adapter},
+        base_model=pretrained.base_model,
+        known_classes=pretrained.known_classes,
         held_out=build_held_out(run, seed=training.data_seed or 0),
         evaluate_future=run.evaluate_future,
         image_cache_gb=run.image_cache_gb,

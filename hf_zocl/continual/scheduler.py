@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
@@ -26,7 +26,7 @@ from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
 from ..hub.push_queue import complete_tasks
 from ..hub.task_file import task_folder
-from ..models import CLIPClassifier, adapter_name
+from ..models import CLIPClassifier, adapter_name, base_digest, check_trained_parameters, trained_adapter
 from ..replay_file import save_replay_log
 from ..report import plot_accuracy_matrix
 from ..resumable import WRITE_ERRORS, SaveError
@@ -34,6 +34,7 @@ from ..trainer import ZOCLTrainer
 from ..training_args import ZOCLTrainingArguments
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
+from .fingerprint import stream_digest
 from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .processes import by_main_process
@@ -62,6 +63,9 @@ class ContinualTaskScheduler:
         evaluate_future: Also measure the tasks to come after every task, which forward transfer and MTIL's figures
             need; default: in the `cross-dataset` scenario alone.
         image_cache_gb, skip_corrupt: See `prepare_images`.
+        base_model: What the checkpoints name as the base model; default: the recipe's model, or the model's own name.
+        known_classes: Classes that the model has learned before: in the `class` scenario they are predicted among as
+            well, and the checkpoints know them.
 
     Raises:
         ValueError: If the layer assignment does not fit the model.
@@ -80,6 +84,8 @@ class ContinualTaskScheduler:
         evaluate_future: bool | None = None,
         image_cache_gb: float = DEFAULT_CACHE_GB,
         skip_corrupt: bool = False,
+        base_model: str | None = None,
+        known_classes: Sequence[str] = (),
     ):
         if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
             raise ValueError(
@@ -97,8 +103,11 @@ class ContinualTaskScheduler:
         self.held_out = dict(held_out or {})
         self.evaluate_future = stream.scenario == "cross-dataset" if evaluate_future is None else evaluate_future
         self.image_cache_gb, self.skip_corrupt = image_cache_gb, skip_corrupt
+        self.base_model = base_model or self.recipe.get("model_name_or_path") or model.config.name_or_path
+        self.known_classes = tuple(known_classes)
         self._codec = PixelCodec(processor.image_processor)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
+        self._fingerprints: dict[str, str] = {}  # known to the main process, which writes
         split = args.layer_assignment.split(model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
         self._towers = split.describe()
         # Last, for it may create a repository.
@@ -124,12 +133,15 @@ class ContinualTaskScheduler:
 
         Raises:
             FolderInUseError: If another run uses `output_dir`.
+            ValueError: If the model has no adapter or several active ones, or trains what no checkpoint would hold.
             RunFolderError: If `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is given; or
                 if it holds files of names that this run would write, and no run.
             ResumeError: If `output_dir` holds the run of another recipe, or no such checkpoint.
             SaveError: If something cannot be saved, for example on a full disk.
             ValueError: If an image cannot be decoded.
         """
+        if train:
+            check_trained_parameters(self.model.clip)
         with ExitStack() as stack:
             results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
             return self._run(results, resume, train)
@@ -145,6 +157,9 @@ class ContinualTaskScheduler:
         self.folder.check(bool(resume), overwrite)  # again: another may have ended meanwhile
         if resume:
             self._fetch_run()
+        self._fingerprints = {"images": stream_digest(self.stream)}
+        if isinstance(self.model.clip, PeftModel):
+            self._fingerprints["base_model"] = base_digest(self.model.clip)
         results = self._read_results(None if isinstance(resume, bool) else resume) if resume else None
         if results is None:
             if overwrite and self.folder.holds_run:
@@ -217,15 +232,17 @@ class ContinualTaskScheduler:
     def _start(self) -> dict[str, Any]:
         """Measure zero-shot: the results with which a run begins."""
         started = time.perf_counter()
-        evaluator = self.evaluator()
-        zero_shot = evaluator.zero_shot(self._images)
-        held_out = {name: evaluator.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
+        zero_shot = self.evaluator().zero_shot(self._images)
+        others = self.evaluator(is_own=False)
+        held_out = {name: others.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
         return {
             "benchmark": self.stream.name,
             "scenario": self.stream.scenario,
             "recipe": self.recipe,
             "tasks": [task.title or task.name for task in self.stream],
             "classes": list(self.stream.class_names),
+            **({"known_classes": list(self.known_classes)} if self.known_classes else {}),
+            "fingerprints": self._fingerprints,
             "zero_shot": zero_shot,
             "accuracy_matrix": [],
             "seen_accuracy": [],
@@ -256,6 +273,7 @@ class ContinualTaskScheduler:
             for task in self.stream[:done]:  # of a run that was killed before it could
                 self.folder.remove_checkpoints(task.name)
         if done == len(self.stream):
+            logger.info(f"The run in {self.output_dir} is complete (--overwrite_output_dir runs it anew).")
             return None
         if chosen is not None and self.folder.task_of(chosen) is not None:
             chosen = None
@@ -289,9 +307,10 @@ class ContinualTaskScheduler:
             first_step.call()  # where there was none
         return _Trained(_means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
 
-    def evaluator(self) -> StreamEvaluator:
-        """What measures the model as it is now, on this stream or another."""
-        return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec)
+    def evaluator(self, is_own: bool = True) -> StreamEvaluator:
+        """What measures the model as it is now, on this stream or, without the classes known besides, on another."""
+        known = self.known_classes if is_own and self.stream.scenario == "class" else ()
+        return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec, known)
 
     def _evaluate(self, task: Task, results: dict[str, Any]) -> None:
         """Add what is measured after `task` to the results."""
@@ -310,8 +329,9 @@ class ContinualTaskScheduler:
             if self.stream.scenario == "cross-dataset":
                 results["mtil"] = mtil_summary(rows)
         held_out = results["held_out"]
+        others = self.evaluator(is_own=False)
         for name, images in self._held_out_images.items():
-            held_out[name]["after"].append(evaluator.after(images, 1)["seen"])
+            held_out[name]["after"].append(others.after(images, 1)["seen"])
         if held_out:
             before = [record["zero_shot"] for record in held_out.values()]
             results["zero_shot_retention"] = zero_shot_retention(before, [r["after"][-1] for r in held_out.values()])
@@ -364,7 +384,6 @@ class ContinualTaskScheduler:
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
         """The content of `task.json`."""
-        base_model = self.recipe.get("model_name_or_path") or self.model.config.name_or_path
         seen = self.stream.class_order[: len(self.stream.seen_class_names(task.index))]
         measures = ("accuracy_matrix", "seen_accuracy", "last", "avg", "forgetting", "backward_transfer")
         prompts = [earlier.prompt_template for earlier in self.stream[: task.index]]
@@ -374,10 +393,12 @@ class ContinualTaskScheduler:
             "benchmark": self.stream.name,
             "scenario": self.stream.scenario,
             "dataset": self.stream.dataset_id,
-            "base_model": base_model,
+            "base_model": self.base_model,
             "base_model_is_local": Path(self.model.config.name_or_path).exists(),
-            "adapter": self.recipe.get("adapter") or adapter_name(self.model.clip.peft_config["default"]),
+            "base_model_sha256": results.get("fingerprints", {}).get("base_model"),
+            "adapter": adapter_name(self.model.clip.peft_config[trained_adapter(self.model.clip)]),
             "classes": list(self.stream.seen_class_names(task.index)),
+            **({"known_classes": known} if (known := self._known_beside(task)) else {}),
             "task_classes": list(task.class_names),
             "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],
             "task_titles": [earlier.title for earlier in self.stream[: task.index]],
@@ -393,6 +414,11 @@ class ContinualTaskScheduler:
             },
         }
 
+    def _known_beside(self, task: Task) -> list[str]:
+        """The known classes that are not among those seen after `task`."""
+        seen = self.stream.seen_class_names(task.index)
+        return [name for name in self.known_classes if name not in seen]
+
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""
         is_local = Path(self.model.config.name_or_path).exists()
@@ -403,6 +429,12 @@ class ContinualTaskScheduler:
         if results is None:
             logger.warning(f"resume: there is no run in {self.output_dir}, so it starts from the beginning.")
             return None
+        for name, value in self._fingerprints.items():
+            if results.get("fingerprints", {}).get(name, value) != value:
+                raise ResumeError(
+                    f"resume: the {name.replace('_', ' ')} {'have' if name == 'images' else 'has'} changed since the "
+                    f"run in {self.output_dir} began: it goes on with what it began with, or not at all."
+                )
         self.folder.check_tasks(len(results["accuracy_matrix"]))
         return results
 
@@ -411,7 +443,7 @@ class ContinualTaskScheduler:
             weights = read_adapter_weights(self.output_dir / task_folder(task))
         except ValueError as error:
             raise ResumeError(f"resume: {error}") from error
-        set_peft_model_state_dict(self.model.clip, weights)
+        set_peft_model_state_dict(self.model.clip, weights, adapter_name=trained_adapter(self.model.clip))
 
 
 class _AfterFirstStep(TrainerCallback):

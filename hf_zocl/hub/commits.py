@@ -27,8 +27,8 @@ LAST_CHECKPOINT = "last-checkpoint/"
 def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes], message: str) -> str:
     """Make one commit on `main` whose checkpoint is `files` and let `tag` name it; nothing if it is that already.
 
-    Whatever else is on `main` stays. A tag that names other files moves, and the tags of later tasks go: they belong to a run that this one replaces,
-    whose commits stay in the history.
+    Whatever else is on `main` stays. A tag that names other files moves, and the tags of later tasks go: they belong
+    to a run that this one replaces, whose commits stay in the history.
 
     Args:
         api: The client.
