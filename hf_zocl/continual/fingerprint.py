@@ -6,6 +6,8 @@ import os
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import xxhash
 
 from .tasks import TaskStream
@@ -30,31 +32,37 @@ def stream_digest(stream: TaskStream) -> str:
 
 def _add(digest: xxhash.xxh3_128, data: datasets.Dataset) -> None:
     digest.update(np.asarray(data["label"][:], dtype=np.int64).tobytes())
+    sizes = _sizes(data)
+    digest.update(sizes.tobytes())
+    step = -(-int(sizes.sum()) // READ_BYTES) or 1
     images = data.select_columns("image").cast_column("image", datasets.Image(decode=False))
-    sizes: list[int] = []
-    for start in range(0, len(images), BATCH):
-        sizes += [_size(image) for image in images[start : start + BATCH]["image"]]
-    digest.update(np.asarray(sizes, dtype=np.int64).tobytes())
-    step = -(-sum(sizes) // READ_BYTES) or 1
     read = range(0, len(images), step)
     for start in range(0, len(read), BATCH):
         for image in images[list(read[start : start + BATCH])]["image"]:
             digest.update(_content(image))
 
 
-def _size(image: dict | None) -> int:
-    if image is None:
-        return 0
-    if image["bytes"] is not None:
-        return len(image["bytes"])
-    return os.path.getsize(image["path"]) if os.path.exists(image["path"]) else 0
+def _sizes(data: datasets.Dataset) -> np.ndarray:
+    """The bytes of every image as it is stored, int64; what stands in a table is not read for that."""
+    column = data.data.column("image")
+    lengths = pc.binary_length(pc.struct_field(column, "bytes"))
+    sizes = pc.fill_null(pc.cast(lengths, pa.int64()), -1).to_numpy()
+    paths = pc.struct_field(column, "path")
+    rows = np.arange(len(data)) if data._indices is None else data._indices.column(0).to_numpy()
+    sizes = sizes[rows]
+    for place in np.flatnonzero(sizes < 0):
+        path = paths[int(rows[place])].as_py()
+        sizes[place] = os.path.getsize(path) if path is not None and os.path.exists(path) else 0
+    return sizes
 
 
 def _content(image: dict | None) -> bytes:
-    if image is None or (image["bytes"] is None and not os.path.exists(image["path"])):
+    if image is None:
         return b""
     if image["bytes"] is not None:
         return image["bytes"]
+    if image["path"] is None or not os.path.exists(image["path"]):
+        return b""
     with open(image["path"], "rb") as file:
         return file.read()
 

@@ -119,6 +119,8 @@ class RunFolder:
                     remove_task_checkpoint(path)
                 elif path.name != RESULTS_FILE:
                     path.unlink()
+                    if path.parent.name == "replay" and not any(path.parent.iterdir()):
+                        path.parent.rmdir()
             self.remove_scratch(tasks)
         self.write(results)
 
@@ -281,7 +283,7 @@ class RunFolder:
     def remove_empty_folders(self, tasks: int) -> None:
         """A Trainer makes its folder whether or not it saves anything there."""
         names = ("evaluation", *(task_folder(task) for task in range(1, tasks + 1)))
-        for folder in (*map(self.trainer_folder, names), self.path / "trainer", self.path / "replay"):
+        for folder in (*map(self.trainer_folder, names), self.path / "trainer"):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
