@@ -50,7 +50,8 @@ def prepare(recipe: Recipe, recipes: list[Recipe], stack: ExitStack) -> None:
         FolderInUseError, ValueError: If a folder is in use, or would lose something; or the Hub refuses a repository.
     """
     for one in recipes:
-        RunFolder(one.training.output_dir).check(bool(resume_of(one)), overwrites(one))
+        with FolderLock(one.training.output_dir):
+            RunFolder(one.training.output_dir).check(bool(resume_of(one)), overwrites(one))
     if len(recipes) == 1:
         return
     folder = Path(recipe.training.output_dir)

@@ -108,7 +108,7 @@ DAMAGES = {
     "an empty manifest": (
         "manifest.json",
         lambda file: file.write_text('{"files": {}}'),
-        "saved without trainer_state",
+        "it was saved without trainer_state",
     ),
 }
 

@@ -151,10 +151,9 @@ class ContinualTaskScheduler:
 
         The main process alone does this.
         """
-        self.folder.check(bool(resume), overwrite)
         stack.enter_context(FolderLock(self.output_dir))
         stack.callback(self.folder.remove_empty_folders, len(self.stream))
-        self.folder.check(bool(resume), overwrite)  # again: another may have ended meanwhile
+        self.folder.check(bool(resume), overwrite)
         if resume:
             self._fetch_run()
         self._fingerprints = {"images": stream_digest(self.stream)}
