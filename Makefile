@@ -22,10 +22,10 @@ $(VENV)/installed: setup.py constraints.txt Makefile
 
 setup: $(VENV)/installed  ## make .venv and install the package with its tools
 
-train: $(VENV)/installed  ## learn the embedded sample's five tasks (RECIPE=… for another run)
+train: $(VENV)/installed  ## learn the embedded sample's five tasks, or go on with them (RECIPE=… for another run)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
-		scripts/train.py --recipe $(RECIPE) $(ARGS)
+		scripts/train.py --recipe $(RECIPE) --resume $(ARGS)
 
 test: $(VENV)/installed  ## the tests, without the slow ones, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile

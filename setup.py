@@ -19,7 +19,8 @@ REQUIRED = [
     "matplotlib>=3.9",
     "pillow>=10",
     "pyyaml>=6.0",
-    "psutil>=5.9; platform_system == 'Windows'",
+    "psutil>=5.9",
+    "xxhash>=3.0",
 ]
 # reproduce: the paired tests of scripts/reproduce.py.
 EXTRAS = {"reproduce": ["scipy>=1.13"]}

@@ -1,10 +1,14 @@
 """Files and folders that are whole or absent at any moment, and on the disk before their names are."""
 
+import hashlib
+import io
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -32,11 +36,22 @@ def replace_folder(unfinished: Path, folder: Path) -> None:
     os.replace(unfinished, folder)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove the files that a process which was killed was writing into `folder`."""
+def remove_unfinished(folder: Path, names: Collection[str]) -> None:
+    """Remove what a process which was killed was writing into `folder`, of files that have one of `names`."""
     for file in folder.glob(".*.tmp"):
-        if file.is_file():
+        match = re.fullmatch(r"\.(.+)\.\d+\.tmp", file.name)
+        if match and match[1] in names and file.is_file():
             file.unlink()
+
+
+def fingerprint(content: Path | bytes) -> dict[str, Any]:
+    """Size and SHA-256 of a file, or of what is to be one."""
+    digest, size = hashlib.sha256(), 0
+    with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _flush(file: Path) -> None:

@@ -19,7 +19,15 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
+from .files import fingerprint, written_whole
+
+
+logger = logging.get_logger(__name__)
+
+# Written last into a checkpoint: size and SHA-256 of every other file.
+MANIFEST_FILE = "manifest.json"
 
 # What goes wrong in a write: torch and safetensors have no OSError for a full disk.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -89,7 +97,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             SaveError: If a checkpoint cannot be written.
-            ValueError: If the last one is asked for, and none is whole.
+            ValueError: If the last one is asked for, and none is whole; or if the given one is damaged.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -98,6 +106,8 @@ class ResumableTrainer(Trainer):
         if isinstance(resume_from_checkpoint, Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
         self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        if self._checkpoint is not None and (problem := _damage(self._checkpoint)):
+            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {problem}.")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _begin(self) -> None:
@@ -115,7 +125,7 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """`Trainer._save_checkpoint`; no half checkpoint is taken for a whole one.
 
-        The Trainer writes trainer_state.json last and closes it with a brace: where that can be read, all is there.
+        What says that all is there is written after the Trainer's last file, and before it removes older checkpoints.
 
         Raises:
             SaveError: If it cannot be written; half of one is removed then.
@@ -125,6 +135,13 @@ class ResumableTrainer(Trainer):
             remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
         self._saves_checkpoint = True
+        save_state = self.state.save_to_json
+
+        def save_state_and_manifest(path: str) -> None:
+            save_state(path)
+            _write_manifest(folder)
+
+        self.state.save_to_json = save_state_and_manifest
         try:
             super()._save_checkpoint(model, trial)
         except WRITE_ERRORS as error:
@@ -133,6 +150,7 @@ class ResumableTrainer(Trainer):
             raise SaveError(folder, error) from error
         finally:
             self._saves_checkpoint = False
+            del self.state.save_to_json  # the instance's own
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self._saves_checkpoint and state_dict is None and not isinstance(self.model, (PreTrainedModel, PeftModel)):
@@ -205,25 +223,66 @@ class _Begin(TrainerCallback):
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint after the most steps, of those in `folder` that are whole."""
+    """The checkpoint after the most steps, of those in `folder` that are whole; the others are named in a warning."""
     found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*")]
-    by_step = sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
-    return next((path for _, path in by_step if is_whole(path)), None)
+    for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
+        if (problem := what_is_missing(path)) is None:
+            return path
+        logger.warning(f"{path} is passed over for one before it: {problem}.")
+    return None
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a training can go on from a checkpoint: its trainer_state.json, which is written last, can be read.
+    """Whether a training can go on from a checkpoint."""
+    return what_is_missing(checkpoint) is None
+
+
+def what_is_missing(checkpoint: Path) -> str | None:
+    """Why a training cannot go on from a checkpoint; None if it can: all its files are as its manifest says.
 
     One that `save_only_model` made has no scheduler, nor an optimizer, and is none.
     """
+    if not (checkpoint / MANIFEST_FILE).is_file():
+        return f"it is not finished, or of another program (it has no {MANIFEST_FILE})"
+    files = _read_manifest(checkpoint)
+    if files is None:
+        return f"{MANIFEST_FILE} is damaged"
+    for name in (TRAINER_STATE_NAME, SCHEDULER_NAME):
+        if name not in files:
+            return f"it was saved without {name}"
+    for name, expected in sorted(files.items()):
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected.get("bytes") or fingerprint(file) != expected:
+            return f"{name} is damaged"
+    return None
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint that is asked for by name; one of a plain Trainer has no manifest to fail."""
+    is_ours = (checkpoint / MANIFEST_FILE).exists() or any(checkpoint.glob("progress*.safetensors"))
+    return what_is_missing(checkpoint) if is_ours else None
+
+
+def _write_manifest(checkpoint: Path) -> None:
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    content = {"files": {path.relative_to(checkpoint).as_posix(): fingerprint(path) for path in files}}
+    with written_whole(checkpoint / MANIFEST_FILE) as unfinished:
+        unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
     try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / SCHEDULER_NAME).is_file()
+        files = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    is_right = isinstance(files, dict) and all(isinstance(each, dict) for each in files.values())
+    return files if is_right else None
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, if it is there, so that one whose removal was cut off is not whole."""
-    (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    for name in (MANIFEST_FILE, TRAINER_STATE_NAME):
+        (checkpoint / name).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)

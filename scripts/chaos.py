@@ -1,6 +1,13 @@
-"""Kill runs at random moments, resume them until they are done, and compare how they end with an undisturbed run.
+"""Disturb runs at random, and compare how they end with an undisturbed run.
 
     python scripts/chaos.py --runs 20 --output_dir runs/chaos [--kills 2] [--seed 0] [--table docs/table.md]
+    python scripts/chaos.py pairs --runs 20
+    python scripts/chaos.py damage --runs 20
+
+`kills`, the default, kills runs at random moments and resumes them until they are done. `pairs` starts two runs at
+once in one folder: one must run, the other must refuse and change nothing. `damage` kills a run, removes or cuts short
+a file of its folder, drawn at random, and resumes it: it must end as the undisturbed one, or name in one line what is
+broken, and touch nothing else.
 
 Any further argument is a recipe's and overrides the short one below; in it, {run} stands for the run's number. With
 --push_to_hub true --hub_model_id me/chaos-{run} the runs push, to the Hub that HF_ENDPOINT names, and are killed in a
@@ -28,6 +35,7 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_zocl.continual import evaluation, recipe, scheduler
+from hf_zocl.folder_lock import LOCK_FILE
 from hf_zocl.hub import push
 from hf_zocl.hub.commits import changes
 from hf_zocl.hub.public import public_files
@@ -113,6 +121,7 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=("kills", "pairs", "damage"), default="kills")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=2, help="the most that one run is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
@@ -131,18 +140,125 @@ def main() -> None:
     undisturbed = Undisturbed(outcome_of(folder), time.perf_counter() - started, trace)
     aims = [ANY, *(name for name, times in zip(PHASES, trace.entered, strict=True) if times)]
 
-    runs = []
-    for number in range(1, options.runs + 1):
-        folder = options.output_dir / f"run-{number:02d}"
-        own_aims = [aims[(number + kill * (len(aims) // 2)) % len(aims)] for kill in range(options.kills)]
-        runs.append(torment(folder, number, further, undisturbed, own_aims, rng))
-        print(row(number, runs[-1], undisturbed), flush=True)
-    table = markdown(runs, undisturbed)
+    folders = [options.output_dir / f"run-{number:02d}" for number in range(1, options.runs + 1)]
+    if options.what == "kills":
+        table, good = kill_runs(folders, further, undisturbed, aims, options.kills, rng)
+    else:
+        disturb = start_pair if options.what == "pairs" else damage_run
+        outcomes = []
+        for number, folder in enumerate(folders, start=1):
+            outcomes.append(disturb(folder, number, further, undisturbed, rng))
+            print(f"| {number} | {outcomes[-1].row} |", flush=True)
+        good = sum(outcome.is_right for outcome in outcomes)
+        table = "\n".join(f"| {number} | {outcome.row} |" for number, outcome in enumerate(outcomes, start=1))
+        table = f"{HEADS[options.what]}\n{table}\n\n{good} of {len(folders)} {RIGHT[options.what]}"
     print(f"\n{table}")
     if options.table is not None:
         options.table.write_text(table + "\n", encoding="utf-8")
-    if any(run.outcome != undisturbed.outcome for run in runs):
-        sys.exit("error: not every run ended as the undisturbed one.")
+    if good < len(folders):
+        sys.exit("error: not every run ended as it must.")
+
+
+def kill_runs(
+    folders: list[Path],
+    further: list[str],
+    undisturbed: Undisturbed,
+    aims: list[str],
+    kills: int,
+    rng: random.Random,
+) -> tuple[str, int]:
+    """The table of runs that were killed and resumed, and how many of them ended as the undisturbed one."""
+    runs = []
+    for number, folder in enumerate(folders, start=1):
+        own_aims = [aims[(number + kill * (len(aims) // 2)) % len(aims)] for kill in range(kills)]
+        runs.append(torment(folder, number, further, undisturbed, own_aims, rng))
+        print(row(number, runs[-1], undisturbed), flush=True)
+    return markdown(runs, undisturbed), sum(run.outcome == undisturbed.outcome for run in runs)
+
+
+HEADS = {
+    "pairs": "| pair | the second started after | exit codes | what the one that refused said |\n|---:|---|---|---|",
+    "damage": "| run | killed while, after | damage | how it ended |\n|---:|---|---|---|",
+}
+RIGHT = {
+    "pairs": "pairs: one ran and ended as the undisturbed run, the other refused in one line.",
+    "damage": "runs ended as the undisturbed run, or said in one line what is broken and touched nothing else.",
+}
+
+
+@dataclass
+class Disturbed:
+    """A row of the table of `pairs` or `damage`, and whether it is as it must be."""
+
+    row: str
+    is_right: bool
+
+
+def start_pair(
+    folder: Path, number: int, further: list[str], undisturbed: Undisturbed, rng: random.Random
+) -> Disturbed:
+    """Start two runs in one folder, the second up to two seconds after the first."""
+    delay = rng.choice([0.0, rng.uniform(0, 2)])
+    logs = [folder.with_name(f"{folder.name}-{one}.log") for one in (1, 2)]
+    processes = []
+    for log in logs:
+        processes.append(start(log, folder, number, further, Trace()))
+        time.sleep(delay if len(processes) == 1 else 0)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    refusals = [log for log, code in zip(logs, codes, strict=True) if code != 0]
+    said = last_line(refusals[0]) if len(refusals) == 1 else "–"
+    is_right = sorted(codes) == [0, 1] and said.startswith("error: ") and not has_traceback(refusals[0])
+    is_right = is_right and outcome_of(folder) == undisturbed.outcome
+    said = said.replace(str(folder), "RUN")
+    return Disturbed(f"{delay:.1f} s | {codes[0]}, {codes[1]} | {said}", is_right)
+
+
+def damage_run(
+    folder: Path, number: int, further: list[str], undisturbed: Undisturbed, rng: random.Random
+) -> Disturbed:
+    """Kill a run, damage a file of its folder, and resume it."""
+    while True:
+        shutil.rmtree(folder, ignore_errors=True)
+        _, killed = attempt(folder, number, further, Trace(), undisturbed.moment(rng, ANY))
+        files = contents(folder)
+        if killed is not None and files:
+            break
+    name = rng.choice(sorted(files))
+    kept = rng.choice([None, rng.randrange(max(1, len(files[name])))])
+    (folder / name).unlink()
+    if kept is not None:
+        (folder / name).write_bytes(files[name][:kept])
+    before, start_of_log = contents(folder), len(log_of(folder).read_text(encoding="utf-8"))
+    code, _ = attempt(folder, number, [*further, "--resume", "true"], Trace())
+    log = log_of(folder).read_text(encoding="utf-8")[start_of_log:]
+    damage = f"{name} {'removed' if kept is None else f'cut to {kept} of {len(files[name])} bytes'}"
+    if code != 0:
+        said = last_line(log_of(folder))
+        is_right = said.startswith("error: ") and "Traceback" not in log and contents(folder) == before
+        return Disturbed(f"{killed} | {damage} | {said.replace(str(folder), 'RUN')}", is_right)
+    outcome = outcome_of(folder)
+    if outcome == undisturbed.outcome:
+        return Disturbed(f"{killed} | {damage} | equal", True)
+    lost = f"weights of {Path(name).parent}"
+    rest = {key: value for key, value in undisturbed.outcome.items() if key != lost}
+    is_named = str(folder / name) in log and {k: v for k, v in outcome.items() if k != lost} == rest
+    return Disturbed(
+        f"{killed} | {damage} | {'equal but for the file, which is named' if is_named else 'DIFFERENT'}", is_named
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What the files of a run's folder hold; a lock is no file of the run."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK_FILE)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def last_line(log: Path) -> str:
+    return log.read_text(encoding="utf-8").strip().splitlines()[-1]
+
+
+def has_traceback(log: Path) -> bool:
+    return "Traceback" in log.read_text(encoding="utf-8")
 
 
 def torment(
@@ -178,10 +294,7 @@ def attempt(
     Returns:
         Its exit code, and what it was doing when it was killed: None if it was not.
     """
-    arguments = [part.replace("{run}", str(number)) for part in [*RECIPE, *further]]
-    process = os.fork()
-    if process == 0:
-        train(log_of(folder), [*arguments, "--output_dir", str(folder)], trace)
+    process = start(log_of(folder), folder, number, further, trace)
     deadline, started = None, time.perf_counter()
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
@@ -201,6 +314,15 @@ def attempt(
                 return os.waitstatus_to_exitcode(status), None
             return None, f"{trace.now()}, {now - started:.1f} s"
         time.sleep(0.0002)
+
+
+def start(log: Path, folder: Path, number: int, further: list[str], trace: Trace) -> int:
+    """Start a run in a process of its own, and return its number."""
+    arguments = [part.replace("{run}", str(number)) for part in [*RECIPE, *further]]
+    process = os.fork()
+    if process == 0:
+        train(log, [*arguments, "--output_dir", str(folder)], trace)
+    return process
 
 
 def train(log: Path, arguments: list[str], trace: Trace) -> None:

@@ -249,7 +249,7 @@ def run_cell(arguments: list[str], folder: Path, seed: int) -> None:
     folder = folder / f"seed-{seed}"
     own = ["--seed", str(seed), "--output_dir", str(folder), "--push_to_hub", "false"]  # a cell is no repository
     scheduler = build_scheduler(parse_recipe([*arguments, *own]))
-    scheduler.run(resume=(folder / "results.json").is_file())
+    scheduler.run(resume=True)
 
 
 def read_cells(folder: Path, cells: dict[str, Cell], seeds: list[int]) -> list[RunGroup]:

@@ -3,14 +3,19 @@
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import torch.distributed as dist
 from accelerate import PartialState
 
+from hf_zocl.continual.processes import by_main_process
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
-from hf_zocl.continual.run_state import ResumeError
-from hf_zocl.report import compare_groups, format_results, load_seeds
+from hf_zocl.continual.run_state import RunFolder, RunFolderError
+from hf_zocl.folder_lock import FolderInUseError, FolderLock
+from hf_zocl.hub.push import HubPusher
+from hf_zocl.report import COMPARISON_FILES, RESULTS_FILE, compare_groups, format_results, load_seeds
 
 
 def main() -> None:
@@ -22,14 +27,44 @@ def main() -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     recipes = recipe.per_seed()
-    for one in recipes:
-        run(one)
-    if len(recipes) > 1 and recipe.training.should_save:
-        # These seeds alone: the folder may hold other runs.
-        comparison = compare_groups([load_seeds([Path(one.training.output_dir) for one in recipes])])
-        comparison.write(Path(recipe.training.output_dir))
-        print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
+    with ExitStack() as stack:
+        try:
+            by_main_process(recipe.training, lambda: prepare(recipe, recipes, stack))
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
+        for one in recipes:
+            run(one)
+        if len(recipes) > 1 and recipe.training.should_save:
+            # These seeds alone: the folder may hold other runs.
+            comparison = compare_groups([load_seeds([Path(one.training.output_dir) for one in recipes])])
+            comparison.write(Path(recipe.training.output_dir))
+            print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
     PartialState().destroy_process_group()
+
+
+def prepare(recipe: Recipe, recipes: list[Recipe], stack: ExitStack) -> None:
+    """Before the first run: look at every folder; of several runs lock the folder that they share, and ask the Hub
+    about every repository.
+
+    Raises:
+        FolderInUseError, ValueError: If a folder is in use, or would lose something; or the Hub refuses a repository.
+    """
+    for one in recipes:
+        with FolderLock(one.training.output_dir):
+            RunFolder(one.training.output_dir).check(bool(resume_of(one)), overwrites(one))
+    if len(recipes) == 1:
+        return
+    folder = Path(recipe.training.output_dir)
+    stack.enter_context(FolderLock(folder))
+    there = next((folder / name for name in COMPARISON_FILES if (folder / name).exists()), None)
+    if there is not None and not recipe.resume and not recipe.run.overwrite_output_dir:
+        raise RunFolderError(
+            f"{there} is there already: --resume and --overwrite_output_dir replace it, another output_dir leaves it "
+            "alone."
+        )
+    for one in recipes:
+        if one.training.push_to_hub:
+            HubPusher.from_arguments(one.training)
 
 
 def run(recipe: Recipe) -> None:
@@ -39,12 +74,27 @@ def run(recipe: Recipe) -> None:
         sys.exit(f"error: {error}")
     logging.getLogger("hf_zocl").setLevel(logging.INFO if recipe.training.should_save else logging.ERROR)
     try:
-        results = scheduler.run(resume=recipe.resume or restarts() > 0, train=recipe.run.learning != "none")
-    except (OSError, ResumeError) as error:
+        results = scheduler.run(resume_of(recipe), recipe.run.learning != "none", overwrites(recipe))
+    except (OSError, FolderInUseError, RunFolderError) as error:
         sys.exit(f"error: {error}")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")
+
+
+def resume_of(recipe: Recipe) -> bool | str:
+    """Whether to go on: as asked for; and with what this launch has begun, if its processes were started anew."""
+    return recipe.resume or (restarts() > 0 and is_begun(recipe))
+
+
+def overwrites(recipe: Recipe) -> bool:
+    return recipe.run.overwrite_output_dir and not (restarts() > 0 and is_begun(recipe))
+
+
+def is_begun(recipe: Recipe) -> bool:
+    """Whether the run in `output_dir` is of this launch, whose first process outlives its restarts."""
+    results = Path(recipe.training.output_dir) / RESULTS_FILE
+    return results.is_file() and results.stat().st_mtime >= psutil.Process(os.getppid()).create_time()
 
 
 def restarts() -> int:

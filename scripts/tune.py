@@ -111,7 +111,7 @@ class FirstTask:
                     # Other directions and another data order, as the next task would have.
                     args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
                     scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
-                    scheduler.run()
+                    scheduler.run(overwrite_output_dir=True)
                 retained.append(accuracy(scheduler, self.retention))
         return as_row(candidate, first_task, retained)
 

@@ -34,5 +34,7 @@ def test_a_folder_takes_the_place_of_another_and_what_a_killed_process_left_is_r
     assert (tmp_path / "old" / "file").read_text() == "new"
     (tmp_path / ".results.json.7.tmp").write_text("{")
     (tmp_path / ".task-02.tmp").mkdir()
-    remove_unfinished(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".task-02.tmp", "old"]
+    (tmp_path / ".keep.tmp").write_text("the user's")
+    (tmp_path / ".notes.7.tmp").write_text("the user's")
+    remove_unfinished(tmp_path, {"results.json"})
+    assert sorted(os.listdir(tmp_path)) == [".keep.tmp", ".notes.7.tmp", ".task-02.tmp", "old"]

@@ -89,3 +89,54 @@ def test_a_full_disk_is_known_by_what_torch_says():
     with pytest.raises(WRITE_ERRORS) as raised:
         torch.save({"a": torch.ones(5)}, "/dev/full")
     assert "make room, then go on" in str(SaveError("out/checkpoint-1", raised.value))
+
+
+def spoil(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "no optimizer": ("optimizer.pt", Path.unlink, "optimizer.pt is missing"),
+    "no random state": ("rng_state.pth", Path.unlink, "rng_state.pth is missing"),
+    "no progress": ("progress.safetensors", Path.unlink, "progress.safetensors is missing"),
+    "a changed weight": ("model.safetensors", spoil, "model.safetensors is damaged"),
+    "a changed state": ("trainer_state.json", spoil, "trainer_state.json is damaged"),
+    "no manifest": ("manifest.json", Path.unlink, "it is not finished"),
+    "a damaged manifest": ("manifest.json", lambda file: file.write_text("[1]"), "manifest.json is damaged"),
+    "an empty manifest": (
+        "manifest.json",
+        lambda file: file.write_text('{"files": {}}'),
+        "it was saved without trainer_state",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_passed_over(damage, tmp_path, caplog):
+    logging.getLogger("hf_zocl").propagate = True
+    train(tmp_path, Mlp(), data=rows(), **SAVING)
+    name, spoiling, message = DAMAGES[damage]
+    folder = tmp_path / "trainer"
+    assert last_checkpoint(folder) == folder / "checkpoint-5"
+    spoiling(folder / "checkpoint-5" / name)
+    assert last_checkpoint(folder) == folder / "checkpoint-4"
+    assert f"{folder / 'checkpoint-5'} is passed over for one before it: {message}" in caplog.text
+    with pytest.raises(ValueError, match=f"checkpoint-5': .*{message}"):
+        resumed(tmp_path, Mlp(), "checkpoint-5")
+
+
+def test_the_checkpoint_before_is_removed_once_the_next_one_is_whole(tmp_path, monkeypatch):
+    from transformers import trainer as transformers_trainer
+
+    rotate, whole = transformers_trainer.rotate_checkpoints, []
+
+    def look(output_dir, **options):
+        whole.append(last_checkpoint(output_dir).name)
+        return rotate(output_dir=output_dir, **options)
+
+    monkeypatch.setattr(transformers_trainer, "rotate_checkpoints", look)
+    train(tmp_path, Mlp(), data=rows(), **SAVING, save_total_limit=1)
+    assert whole == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in (tmp_path / "trainer").glob("checkpoint-*")] == ["checkpoint-5"]

@@ -5,12 +5,15 @@ import os
 import runpy
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from hf_zocl.continual.recipe import build_stream, parse_recipe
+from hf_zocl.continual.run_state import RunFolderError
+from hf_zocl.folder_lock import FolderInUseError
 from hf_zocl.report import RunGroup
 
 
@@ -258,3 +261,53 @@ def test_candidates_are_judged_with_the_class_names_of_the_benchmark(tmp_path, m
     first = first_task_stream(stream, recipe, held_out=3)
     assert first.class_names == stream[0].class_names
     assert set(first.class_names) < set(names)
+
+
+@pytest.fixture
+def train_script() -> dict:
+    return runpy.run_path(str(ROOT / "scripts" / "train.py"))
+
+
+def test_the_hub_is_asked_about_every_seed_before_the_first_one_runs(tmp_path, monkeypatch, train_script):
+    asked = []
+
+    def from_arguments(args):
+        asked.append(args.hub_model_id)
+        if args.hub_model_id.endswith("-3"):
+            raise ValueError("the Hub refuses it")
+
+    monkeypatch.setattr("hf_zocl.hub.push.HubPusher.from_arguments", from_arguments)
+    pushed = ["--push_to_hub", "true", "--hub_model_id", "me/run"]
+    recipe = parse_recipe(["--output_dir", str(tmp_path / "run"), "--seeds", "1,2,3", *pushed])
+    with ExitStack() as stack, pytest.raises(ValueError, match="the Hub refuses it"):
+        train_script["prepare"](recipe, recipe.per_seed(), stack)
+    assert asked == ["me/run-seed-1", "me/run-seed-2", "me/run-seed-3"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_seeds_lock_the_folder_above_them_and_replace_no_comparison_unasked(tmp_path, train_script):
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--seeds", "1,2"])
+    with ExitStack() as stack:
+        train_script["prepare"](recipe, recipe.per_seed(), stack)
+        with ExitStack() as second, pytest.raises(FolderInUseError):
+            train_script["prepare"](recipe, recipe.per_seed(), second)
+    (tmp_path / "comparison.md").write_text("mine")
+    with ExitStack() as stack, pytest.raises(RunFolderError, match="comparison.md is there already"):
+        train_script["prepare"](recipe, recipe.per_seed(), stack)
+    (tmp_path / "comparison.md").unlink()
+    (tmp_path / "seed-2").mkdir()
+    (tmp_path / "seed-2" / "results.json").write_text("{}")
+    with ExitStack() as stack, pytest.raises(RunFolderError, match="seed-2' holds a run"):
+        train_script["prepare"](recipe, recipe.per_seed(), stack)
+
+
+def test_processes_that_are_started_anew_go_on_with_what_their_launch_began(tmp_path, monkeypatch, train_script):
+    recipe = parse_recipe(["--output_dir", str(tmp_path), "--overwrite_output_dir", "true"])
+    asked = train_script["resume_of"](recipe), train_script["overwrites"](recipe)
+    assert asked == (False, True)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    file = tmp_path / "results.json"
+    file.write_text("{}")
+    assert (train_script["resume_of"](recipe), train_script["overwrites"](recipe)) == (True, False)
+    os.utime(file, (1, 1))  # of long before this launch
+    assert (train_script["resume_of"](recipe), train_script["overwrites"](recipe)) == asked

@@ -71,7 +71,8 @@ def evaluate_checkpoint(
     images, skipped = prepare_images(_test_images(stream), codec, run.image_cache_gb, run.skip_corrupt)
     with tempfile.TemporaryDirectory() as unused:
         trainer = Trainer(model, _training_arguments(unused, info["recipe"], given))
-        measured = StreamEvaluator(model, processor, trainer, codec).after(images, index)
+        known = info.get("known_classes", ()) if is_own and stream.scenario == "class" else ()
+        measured = StreamEvaluator(model, processor, trainer, codec, known).after(images, index)
     return {
         "checkpoint": Path(os.fspath(path)).name if Path(path).exists() else str(path),
         "benchmark": stream.name,

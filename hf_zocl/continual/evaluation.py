@@ -59,12 +59,19 @@ class StreamEvaluator:
         processor: The CLIP model's processor.
         trainer: Its `predict` is used, with its arguments; its collator is replaced.
         codec: Reads images that are bytes.
+        known_classes: Classes that the model knows besides: every image is predicted among these as well.
     """
 
     def __init__(
-        self, model: CLIPClassifier, processor: ProcessorMixin, trainer: Trainer, codec: PixelCodec | None = None
+        self,
+        model: CLIPClassifier,
+        processor: ProcessorMixin,
+        trainer: Trainer,
+        codec: PixelCodec | None = None,
+        known_classes: Sequence[str] = (),
     ):
         self.model, self.processor, self.trainer, self.codec = model, processor, trainer, codec
+        self.known_classes = tuple(known_classes)
 
     def after(self, stream: TaskStream, index: int) -> dict[str, Any]:
         """Measure the model as it is to be measured after task `index`.
@@ -112,9 +119,13 @@ class StreamEvaluator:
     def _zero_shot_by_class(self, stream: TaskStream) -> tuple[list[list[float]], list[float]]:
         counts = [len(stream.seen_class_names(task.index)) for task in stream]
         (everything,) = stream.evaluations(len(stream))
+        # Known classes stand among those that arrive, or after them.
+        names = self._names(everything)
+        known = [column for column, name in enumerate(names) if name in self.known_classes]
+        columns = [[*range(count), *(column for column in known if column >= count)] for count in counts]
         predictions, labels = self._run(
             everything,
-            lambda logits: torch.stack([logits[:, :count].argmax(dim=-1) for count in counts], dim=-1),
+            lambda logits: torch.stack([logits[:, chosen].argmax(dim=-1) for chosen in columns], dim=-1),
         )
         matrix, seen = [], []
         for index, count in enumerate(counts):
@@ -132,7 +143,7 @@ class StreamEvaluator:
 
     def _run(self, evaluation: Evaluation, keep) -> tuple[Any, np.ndarray]:
         """What `keep` makes of the logits, and the labels counted from the evaluation's first class."""
-        self.model.set_classes(evaluation.class_names, evaluation.prompt_template)
+        self.model.set_classes(self._names(evaluation), evaluation.prompt_template)
         self.trainer.data_collator = ImageCollator(
             self.processor, evaluation.tasks[0].arrival_labels, evaluation.first_label, self.codec
         )
@@ -141,6 +152,11 @@ class StreamEvaluator:
         )
         output = self.trainer.predict(evaluation.test, metric_key_prefix="test")
         return output.predictions, output.label_ids
+
+    def _names(self, evaluation: Evaluation) -> list[str]:
+        """What an evaluation's images are predicted among: its own classes, then the others that are known."""
+        others = [name for name in self.known_classes if name not in evaluation.class_names]
+        return [*evaluation.class_names, *others]
 
 
 def _rank(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets.fingerprint import Hasher
 from PIL import Image as PILImage
@@ -15,6 +18,8 @@ from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, ProcessorMixin
 from transformers.utils import logging
 
+from ..files import written_whole
+from .fingerprint import file_digest
 from .tasks import Task, TaskStream
 
 
@@ -185,16 +190,30 @@ class _Source:
             kept = [index for index, value in enumerate(pixels) if value is not None]
             return {"image": [pixels[i] for i in kept], "label": [batch["label"][i] for i in kept]}
 
-        return self.data.map(
-            decode,
-            batched=True,
-            batch_size=256,
-            with_indices=True,
-            features=datasets.Features({"image": datasets.Value("binary"), "label": self.data.features["label"]}),
-            new_fingerprint=f"{self.fingerprint}{'-skip' if skip_corrupt else ''}",
-            num_proc=workers or None,
-            desc="Decoding images",
-        )
+        def made(**options: Any) -> datasets.Dataset:
+            return self.data.map(
+                decode,
+                batched=True,
+                batch_size=256,
+                with_indices=True,
+                features=datasets.Features({"image": datasets.Value("binary"), "label": self.data.features["label"]}),
+                new_fingerprint=f"{self.fingerprint}{'-skip' if skip_corrupt else ''}",
+                num_proc=workers or None,
+                desc="Decoding images",
+                **options,
+            )
+
+        started = time.time()
+        try:
+            images = made()
+            if _is_intact(images, started):
+                return images
+        except (OSError, pa.ArrowException):  # its file cannot be read as a table
+            pass
+        logger.warning(f"{self.where}: the cache of decoded images is damaged, or has no checksum; it is made anew.")
+        images = made(load_from_cache_file=False)
+        _is_intact(images, started)
+        return images
 
     def lazy(self, skip_corrupt: bool) -> LazyImages:
         """All images, each decoded when it is needed; with `skip_corrupt`, once ahead to see whether it can be."""
@@ -202,6 +221,22 @@ class _Source:
         if skip_corrupt:
             kept = np.array([i for i in kept if self.readable(self.data[int(i)]["image"], i) is not None], dtype=int)
         return LazyImages(self, kept)
+
+
+def _is_intact(images: datasets.Dataset, started: float) -> bool:
+    """Whether the files behind `images` are as they were written: their checksums lie beside them.
+
+    Files that were written after `started`, seconds since the epoch, get theirs here.
+    """
+    for file in (Path(each["filename"]) for each in images.cache_files):
+        known = file.with_name(f"{file.name}.xxh3")
+        digest = file_digest(file)
+        if file.stat().st_mtime >= started:
+            with written_whole(known) as unfinished:
+                unfinished.write_text(digest, encoding="ascii")
+        elif not known.is_file() or known.read_text(encoding="ascii", errors="replace") != digest:
+            return False
+    return True
 
 
 class LazyImages(Dataset):

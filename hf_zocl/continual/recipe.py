@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from transformers import AutoProcessor, CLIPModel, HfArgumentParser
+from transformers import HfArgumentParser
 
-from ..models import AdapterArguments, CLIPClassifier, add_adapter, in_training_dtype
-from ..sample import resolve
+from ..hub.pretrained import load_pretrained
+from ..models import AdapterArguments, CLIPClassifier
 from ..training_args import ZOCLTrainingArguments
 from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from .images import DEFAULT_CACHE_GB
@@ -36,7 +37,11 @@ class RunArguments:
     """The model and the stream of tasks of a run.
 
     Args:
-        model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`.
+        model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`. Or a task's checkpoint
+            (its folder, or a repository) or another adapter of PEFT's: it is trained further, and what is predicted is
+            predicted among the classes that a checkpoint knows, too.
+        merge_into: Instead, merge that adapter into its base model, keep the result in this folder, and train a fresh
+            adapter on it.
         dtype: The model's dtype once loaded: `auto` (its checkpoint's own, but float32 where that is half precision),
             `float64`, `float32`, `bfloat16` or `float16`; the adapter's weights are float32 at least.
         benchmark: A registered benchmark, or `none` for any image-classification dataset.
@@ -71,10 +76,13 @@ class RunArguments:
         num_seeds: So many seeds, counted up from `seed`, instead.
         vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
         resume: Go on where the run in `output_dir` stopped, within a task too; so does `resume_from_checkpoint=true`,
-            which also takes a checkpoint's folder.
+            which also takes the folder of a checkpoint or of a complete task.
+        overwrite_output_dir: Replace the run in `output_dir`: what it wrote, and nothing else there, is removed once
+            the first step of this one is done. Without it, and without `resume`, a folder that holds a run is refused.
     """
 
     model_name_or_path: str = field(default="mini-clip", metadata={"help": "Hub id, folder, or mini-clip."})
+    merge_into: str | None = field(default=None, metadata={"help": "Folder for model and adapter merged into one."})
     dtype: str = field(default="auto", metadata={"help": f"The model's dtype: {', '.join(DTYPES)}."})
     benchmark: str = field(default="cifar10-sample", metadata={"help": "A registered benchmark, or none."})
     dataset_name: str | None = field(default=None, metadata={"help": "Hub id of a dataset (benchmark=none)."})
@@ -108,6 +116,7 @@ class RunArguments:
     num_seeds: int | None = field(default=None, metadata={"help": "Run with so many seeds, from seed on."})
     vary_class_order: bool = field(default=False, metadata={"help": "The seeds draw the class order too."})
     resume: bool = field(default=False, metadata={"help": "Go on where the run in output_dir stopped."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self):
         if self.learning not in LEARNING:
@@ -321,20 +330,21 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
             "process: use data parallelism (docs/scaling.md)."
         )
     stream, template = build_stream(run, seed=training.data_seed or 0)
-    base = resolve(run.model_name_or_path)
-    processor = AutoProcessor.from_pretrained(base)
-    torch.manual_seed(training.seed)  # the adapter's initial weights
-    clip = in_training_dtype(CLIPModel.from_pretrained(base, dtype=run.dtype), run.dtype)
-    clip = add_adapter(clip, recipe.adapter, num_tasks=len(stream))
-    model = CLIPClassifier(clip, processor.tokenizer, stream.class_names, template)
+    with training.main_process_first(desc="merging the adapter") if run.merge_into else nullcontext():
+        pretrained = load_pretrained(
+            run.model_name_or_path, recipe.adapter, run.dtype, training.seed, len(stream), run.merge_into
+        )
+    model = CLIPClassifier(pretrained.clip, pretrained.processor.tokenizer, stream.class_names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task
     return ContinualTaskScheduler(
         model,
-        processor,
+        pretrained.processor,
         stream,
         training,
-        recipe=recipe.to_dict(),
+        recipe={**recipe.to_dict(), **pretrained.adapter},
+        base_model=pretrained.base_model,
+        known_classes=pretrained.known_classes,
         held_out=build_held_out(run, seed=training.data_seed or 0),
         evaluate_future=run.evaluate_future,
         image_cache_gb=run.image_cache_gb,

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import CLIPModel
 
 from ..hub.checkpoint import read_adapter_weights, task_folder
+from ..hub.pretrained import load_pretrained
 from ..hub.task_file import read_json
-from ..models import AdapterArguments, add_adapter, in_training_dtype
+from ..models import AdapterArguments
 from ..replay_file import load_replay_log
-from ..sample import resolve
 from ..zo import LayerAssignment
 from .run_state import RESULTS_FILE, RunFolder
 
@@ -86,7 +85,5 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
 def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
     """The model with its adapter as the run began."""
     arguments = AdapterArguments(**{each.name: recipe[each.name] for each in fields(AdapterArguments)})
-    base = CLIPModel.from_pretrained(resolve(recipe["model_name_or_path"]), dtype=recipe["dtype"])
-    base = in_training_dtype(base, recipe["dtype"])
-    torch.manual_seed(recipe["seed"])
-    return add_adapter(base, arguments, num_tasks=num_tasks)
+    name, dtype, seed = (recipe[each] for each in ("model_name_or_path", "dtype", "seed"))
+    return load_pretrained(name, arguments, dtype, seed, num_tasks, recipe.get("merge_into")).clip

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from ..files import remove_unfinished
-from ..hub.checkpoint import RESULTS_FILE
+from ..hub.checkpoint import (
+    FIGURE,
+    RESULTS_FILE,
+    checkpoint_parts,
+    read_sealed_task,
+    remove_task_checkpoint,
+)
 from ..hub.public import public_recipe
 from ..hub.push_on_save import SCRATCH
-from ..hub.push_queue import QUEUE_FILE
-from ..hub.task_file import read_json, write_json
-from ..resumable import is_whole, last_checkpoint, remove_checkpoint
+from ..hub.push_queue import QUEUE_FILE, is_task_name, task_number
+from ..hub.task_file import TASK_FILE, read_json, task_folder, write_json
+from ..resumable import last_checkpoint, remove_checkpoint, what_is_missing
 
+
+logger = logging.get_logger(__name__)
 
 # A run may move house, be watched or be kept safe in another way, and still be the same run.
 _NOT_THE_RUN = {"output_dir", "resume", "resume_from_checkpoint", "report_to", "run_name", "disable_tqdm"}
 _NOT_THE_RUN |= {"logging_steps", "dataset_path", "image_cache_gb", "dataloader_num_workers"}
-_NOT_THE_RUN |= {"seeds", "num_seeds", "vary_class_order"}
+_NOT_THE_RUN |= {"seeds", "num_seeds", "vary_class_order", "overwrite_output_dir"}
 _NOT_THE_RUN |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"}
 _NOT_THE_RUN |= {"hub_always_push", "hub_revision"}
 _NOT_THE_RUN |= {"save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"}
@@ -28,9 +39,14 @@ _NOT_THE_RUN |= {"save_strategy", "save_steps", "save_total_limit", "save_only_m
 _LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
 _NEEDED = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
 _NEEDED |= dict.fromkeys(("seconds", "peak_memory_bytes"), (int, float))
+_HOW_TO_GO_ON = "--resume goes on with it, --overwrite_output_dir replaces it, another output_dir leaves it alone"
 
 
-class ResumeError(ValueError):
+class RunFolderError(ValueError):
+    """A run cannot be in the folder that it was told to be in."""
+
+
+class ResumeError(RunFolderError):
     """A run cannot go on from what it was told to go on from."""
 
 
@@ -38,9 +54,11 @@ class RunFolder:
     """A run's folder, and what is true of it at every moment, also when the run was killed.
 
     - `results.json` is the one place that says which tasks are complete. It is replaced in one move, after everything
-      that it speaks of is there; it is there as soon as training begins.
+      that it speaks of is there; it is there as soon as the first step is done. `task-NN/results.json` is its copy
+      after task NN.
     - `task-NN/` is complete or absent; one that `results.json` does not speak of yet is made anew.
     - `trainer/task-NN/checkpoint-S/` are the Trainer's checkpoints within a task, until the task is complete.
+    - Whatever else is there is not the run's, and stays.
 
     Args:
         path: The folder.
@@ -49,15 +67,61 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Check that a run may be in this folder.
+
+        Raises:
+            RunFolderError: If it holds a run, and what is to become of it was not said; or if it was said twice.
+        """
+        if resume and overwrite:
+            raise RunFolderError("resume and overwrite_output_dir were both given: pass one.")
+        holds = self._evidence()
+        if holds is not None and not resume and not overwrite:
+            raise RunFolderError(f"output_dir={str(self.path)!r} holds a run ({holds.name}): {_HOW_TO_GO_ON}.")
+
+    def check_free(self, tasks: int) -> None:
+        """Check that a run of so many tasks overwrites nothing in this folder, which holds no run.
+
+        Raises:
+            RunFolderError: If a file of a name that the run would write is there.
+        """
+        there = next(self._written(tasks, any_task=True), None)
+        if there is not None:
+            raise RunFolderError(
+                f"{there} is there already, and no {RESULTS_FILE} says that a run wrote it: move it away, or choose "
+                "another output_dir."
+            )
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether there is a run: its results, or a copy of them."""
+        return self._evidence() is not None
+
+    def check_removable(self) -> None:
+        """Check that it is known what of this folder is a run's.
+
+        Raises:
+            RunFolderError: If it is not.
+        """
+        self._record()
+
     def start(self, results: dict[str, Any]) -> None:
-        """Clear what an earlier run left behind, and write the first results."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / RESULTS_FILE).unlink(missing_ok=True)  # first: nothing must be taken for the new run's
-        (self.path / QUEUE_FILE).unlink(missing_ok=True)
-        for folder in (*self.path.glob("task-[0-9][0-9]*"), *self.path.glob(".task-*.tmp"), *self.path.glob("replay")):
-            shutil.rmtree(folder)
-        self.remove_checkpoints()
-        self.remove_scratch()
+        """Remove what an earlier run wrote, where there was one, and write the first results in its place.
+
+        The earlier results go last, so that they say what is left to be removed if this is cut off.
+        """
+        if self._evidence() is not None:
+            tasks = len(self._record()["tasks"])
+            for path in sorted(self._written(tasks), key=lambda path: path.name == RESULTS_FILE):
+                if path.parent.parent == self.path / "trainer":
+                    remove_checkpoint(path)
+                elif path.is_dir():
+                    remove_task_checkpoint(path)
+                elif path.name != RESULTS_FILE:
+                    path.unlink()
+                    if path.parent.name == "replay" and not any(path.parent.iterdir()):
+                        path.parent.rmdir()
+            self.remove_scratch(tasks)
         self.write(results)
 
     def write(self, results: dict[str, Any]) -> None:
@@ -65,29 +129,45 @@ class RunFolder:
         write_json(self.path / RESULTS_FILE, results)
 
     def read(
-        self, recipe: dict[str, Any], class_names: Sequence[str], base_model_is_local: bool = False
+        self,
+        recipe: dict[str, Any],
+        class_names: Sequence[str],
+        base_model_is_local: bool = False,
+        after: int | None = None,
     ) -> dict[str, Any] | None:
         """The results so far, or None if there are none.
+
+        Where `results.json` is lost, they are those of the last complete task, and are put in its place.
 
         Args:
             recipe: All arguments of the run that is to go on.
             class_names: Its classes, in order of arrival.
             base_model_is_local: Whether `model_name_or_path` is a folder, which may lie elsewhere than it did.
+            after: Go back to the results after this task.
 
         Raises:
             ResumeError: If the folder is the run of another recipe, which names the differing arguments; or if the
                 file is damaged.
         """
         file = self.path / RESULTS_FILE
-        if not file.is_file():
-            return None
+        if after is not None:
+            file = self.path / task_folder(after) / RESULTS_FILE
+            self._read_sealed(after)
+        elif not file.is_file():
+            copies = self._copies()
+            if not copies:
+                return None
+            file = copies[-1]
         try:
             results = read_json(file)
         except ValueError as error:
-            raise ResumeError(f"resume: {error}") from error
+            raise ResumeError(f"resume: {error} {self._way_back(file)}") from error
         missing = [name for name, kind in _NEEDED.items() if not isinstance(results.get(name), kind)]
-        if missing:
-            raise ResumeError(f"resume: {file} is damaged: expected the results of a run, with {missing[0]}.")
+        if missing or (file.parent != self.path and task_folder(len(results["accuracy_matrix"])) != file.parent.name):
+            raise ResumeError(
+                f"resume: {file} is damaged: expected the results of a run, with {(*missing, 'its tasks')[0]}. "
+                f"{self._way_back(file)}"
+            )
         # A run that was fetched from the Hub has no local paths.
         mine = public_recipe(json.loads(json.dumps(recipe)), base_model_is_local)
         theirs = public_recipe(results["recipe"], base_model_is_local)
@@ -97,10 +177,55 @@ class RunFolder:
             if mine.get(key) != theirs.get(key)
         ]
         if different:
-            raise ResumeError(f"resume: {file} is the run of another recipe ({', '.join(different)}).")
+            raise ResumeError(
+                f"resume: {file} is the run of another recipe ({', '.join(different)}): --overwrite_output_dir in "
+                "place of --resume replaces it, another output_dir leaves it alone."
+            )
         if results["classes"] != list(class_names):
             raise ResumeError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
+        if file != self.path / RESULTS_FILE:
+            if after is None:
+                logger.warning(f"resume: {self.path / RESULTS_FILE} is lost; its copy {file} takes its place.")
+            for task in range(len(results["accuracy_matrix"]) + 1, len(results["tasks"]) + 1):
+                if after is not None:  # they are of the tasks that are taken back
+                    self.remove_checkpoints(task_folder(task))
+            self.write(results)
         return results
+
+    def check_tasks(self, done: int) -> None:
+        """Check the checkpoints of the complete tasks: of the last one the run goes on, the others are only named.
+
+        Raises:
+            ResumeError: If the last one is damaged; it says how to go on.
+        """
+        for task in range(1, done + 1):
+            try:
+                self._read_sealed(task)
+            except ResumeError as error:
+                if task == done:
+                    raise
+                logger.warning(
+                    f"{error} The run goes on without it, for it needs the last complete task alone; nothing but that "
+                    "checkpoint is lost."
+                )
+
+    def _read_sealed(self, task: int) -> None:
+        folder = self.path / task_folder(task)
+        try:
+            read_sealed_task(folder)
+        except ValueError as error:
+            before = [number for number in range(task - 1, 0, -1) if self._is_sealed(number)][:1]
+            way = "--overwrite_output_dir starts anew"
+            if before:
+                way = f"--resume_from_checkpoint {self.path / task_folder(before[0])} goes on after task {before[0]}"
+            raise ResumeError(f"resume: {error} Put it back, or: {way}.") from error
+
+    def _is_sealed(self, task: int) -> bool:
+        try:
+            read_sealed_task(self.path / task_folder(task))
+        except ValueError:
+            return False
+        return True
 
     def trainer_folder(self, task: str) -> Path:
         """Where the Trainer of a task writes."""
@@ -109,6 +234,13 @@ class RunFolder:
     def replay_file(self, task: str) -> Path:
         """The log of a task's zeroth-order steps."""
         return self.path / "replay" / f"{task}.safetensors"
+
+    def task_of(self, chosen: str | Path) -> int | None:
+        """The task whose folder in this run `chosen` is, if it is one."""
+        chosen = Path(chosen).resolve()
+        if chosen.parent != self.path.resolve() or not is_task_name(chosen.name):
+            return None
+        return task_number(chosen.name)
 
     def checkpoint(self, task: str, chosen: str | Path | None = None) -> Path | None:
         """The checkpoint to go on from within the task in progress; None: from the task's beginning.
@@ -123,28 +255,98 @@ class RunFolder:
         folder = self.trainer_folder(task)
         if chosen is None or Path(chosen).resolve() == self.path.resolve():
             return last_checkpoint(folder)
-        if Path(chosen).resolve().parent != folder.resolve() or not is_whole(Path(chosen)):
+        is_of_task = Path(chosen).resolve().parent == folder.resolve()
+        problem = what_is_missing(Path(chosen)) if is_of_task else None
+        if problem or not is_of_task:
             raise ResumeError(
-                f"resume_from_checkpoint={str(chosen)!r}: expected true, the run's folder {self.path}, or a whole "
-                f"checkpoint of the task in progress, {folder}/checkpoint-…"
+                f"resume_from_checkpoint={str(chosen)!r}: expected true, the run's folder {self.path}, a complete "
+                f"task in it, or a whole checkpoint of the task in progress, {folder}/checkpoint-…"
+                + (f"; {problem}" if problem else "")
             )
         return Path(chosen)
 
-    def remove_checkpoints(self, task: str = "*") -> None:
-        """Remove the checkpoints within a task, or within all."""
-        for folder in (self.path / "trainer").glob(f"{task}/checkpoint-*"):
+    def remove_checkpoints(self, task: str) -> None:
+        """Remove the checkpoints within a task."""
+        for folder in self._checkpoints(task):
             remove_checkpoint(folder)
 
-    def remove_scratch(self) -> None:
+    def remove_scratch(self, tasks: int) -> None:
         """Remove what a run that was killed was writing, or pushing from within a task; before anything is pushed."""
-        for folder in (self.path, self.path / "replay"):
-            remove_unfinished(folder)
-        for folder in (self.path / "trainer").glob(f"*/{SCRATCH}*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        names = [task_folder(task) for task in range(1, tasks + 1)]
+        remove_unfinished(self.path, {RESULTS_FILE, FIGURE, QUEUE_FILE})
+        remove_unfinished(self.path / "replay", {self.replay_file(name).name for name in names})
+        for name in names:
+            shutil.rmtree(self.path / f".{name}.tmp", ignore_errors=True)
+            for folder in self.trainer_folder(name).glob(f"{SCRATCH}checkpoint-*"):
+                shutil.rmtree(folder, ignore_errors=True)
 
-    def remove_empty_folders(self) -> None:
+    def remove_empty_folders(self, tasks: int) -> None:
         """A Trainer makes its folder whether or not it saves anything there."""
-        parent = self.path / "trainer"
-        for folder in [*parent.glob("*"), parent]:
+        names = ("evaluation", *(task_folder(task) for task in range(1, tasks + 1)))
+        for folder in (*map(self.trainer_folder, names), self.path / "trainer"):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+    def _written(self, tasks: int, any_task: bool = False) -> Iterator[Path]:
+        """What a run of so many tasks has written: files, tasks' folders and checkpoints within tasks.
+
+        Args:
+            tasks: How many tasks the run has.
+            any_task: Also a task's folder that is no checkpoint, but has a file of the name of a part of one.
+        """
+        for name in (RESULTS_FILE, FIGURE, QUEUE_FILE):
+            if (self.path / name).is_file():
+                yield self.path / name
+        for task in range(tasks, 0, -1):
+            folder = self.path / task_folder(task)
+            if (folder / TASK_FILE).is_file() or (any_task and (checkpoint_parts(folder) or folder.is_file())):
+                yield folder
+            if (replay := self.replay_file(folder.name)).is_file():
+                yield replay
+            yield from self._checkpoints(folder.name)
+
+    def _checkpoints(self, task: str) -> list[Path]:
+        folders = self.trainer_folder(task).glob("checkpoint-*")
+        return sorted(folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name))
+
+    def _evidence(self) -> Path | None:
+        """What says that there is a run: its results, or a copy of them."""
+        file = self.path / RESULTS_FILE
+        return file if file.exists() else next(reversed(self._copies()), None)
+
+    def _copies(self) -> list[Path]:
+        """The results that complete tasks hold, from the first task on."""
+        copies: list[Path] = []
+        while (folder := self.path / task_folder(len(copies) + 1)).is_dir():
+            if not (folder / TASK_FILE).is_file() or not (folder / RESULTS_FILE).is_file():
+                break
+            copies.append(folder / RESULTS_FILE)
+        return copies
+
+    def _record(self) -> dict[str, Any]:
+        """The results of the run that is here, or a copy of them: they say what it wrote.
+
+        Raises:
+            RunFolderError: If there are none that can be read.
+        """
+        problem = None
+        for file in (self.path / RESULTS_FILE, *reversed(self._copies())):
+            try:
+                results = read_json(file)
+                if isinstance(results.get("tasks"), list) and isinstance(results.get("recipe"), dict):
+                    return results
+                problem = problem or f"{file} is not the results of a run."
+            except ValueError as error:
+                problem = problem or str(error)
+        raise RunFolderError(
+            f"overwrite_output_dir: {problem} So nothing says what a run wrote there: move it away, or choose another "
+            "output_dir."
+        )
+
+    def _way_back(self, file: Path) -> str:
+        copies = [copy for copy in self._copies() if copy != file]
+        if file.parent != self.path:  # a copy itself: those before it are left
+            copies = [copy for copy in copies if copy < file]
+        if copies:
+            return f"Move it away, and --resume goes on from its copy, {copies[-1]}."
+        return "Put it back, or choose another output_dir."

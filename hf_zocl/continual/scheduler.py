@@ -6,25 +6,27 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import set_peft_model_state_dict
+from peft import PeftModel, set_peft_model_state_dict
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
+from ..folder_lock import FolderLock
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
 from ..hub.push_queue import complete_tasks
 from ..hub.task_file import task_folder
-from ..models import CLIPClassifier, adapter_name
+from ..models import CLIPClassifier, adapter_name, base_digest, check_trained_parameters, trained_adapter
 from ..replay_file import save_replay_log
 from ..report import plot_accuracy_matrix
 from ..resumable import WRITE_ERRORS, SaveError
@@ -32,8 +34,10 @@ from ..trainer import ZOCLTrainer
 from ..training_args import ZOCLTrainingArguments
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
+from .fingerprint import stream_digest
 from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
+from .processes import by_main_process
 from .run_state import RESULTS_FILE, ResumeError, RunFolder
 from .tasks import Task, TaskStream
 
@@ -59,6 +63,9 @@ class ContinualTaskScheduler:
         evaluate_future: Also measure the tasks to come after every task, which forward transfer and MTIL's figures
             need; default: in the `cross-dataset` scenario alone.
         image_cache_gb, skip_corrupt: See `prepare_images`.
+        base_model: What the checkpoints name as the base model; default: the recipe's model, or the model's own name.
+        known_classes: Classes that the model has learned before: in the `class` scenario they are predicted among as
+            well, and the checkpoints know them.
 
     Raises:
         ValueError: If the layer assignment does not fit the model.
@@ -77,6 +84,8 @@ class ContinualTaskScheduler:
         evaluate_future: bool | None = None,
         image_cache_gb: float = DEFAULT_CACHE_GB,
         skip_corrupt: bool = False,
+        base_model: str | None = None,
+        known_classes: Sequence[str] = (),
     ):
         if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
             raise ValueError(
@@ -94,51 +103,93 @@ class ContinualTaskScheduler:
         self.held_out = dict(held_out or {})
         self.evaluate_future = stream.scenario == "cross-dataset" if evaluate_future is None else evaluate_future
         self.image_cache_gb, self.skip_corrupt = image_cache_gb, skip_corrupt
+        self.base_model = base_model or self.recipe.get("model_name_or_path") or model.config.name_or_path
+        self.known_classes = tuple(known_classes)
         self._codec = PixelCodec(processor.image_processor)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
+        self._fingerprints: dict[str, str] = {}  # known to the main process, which writes
         split = args.layer_assignment.split(model)
         self._towers = split.describe()
         # Last, for it may create a repository.
         pushes = args.push_to_hub and args.process_index == 0
         self._pusher = HubPusher.from_arguments(args) if pushes else None
 
-    def run(self, resume: bool | str | Path = False, train: bool = True) -> dict[str, Any]:
-        """Run the stream.
+    def run(
+        self, resume: bool | str | Path = False, train: bool = True, overwrite_output_dir: bool = False
+    ) -> dict[str, Any]:
+        """Run the stream; meanwhile no other run may use `output_dir`.
 
         Args:
             resume: Go on where the run in `output_dir` stopped: after its last complete task, and within the next one
-                at the last step that was saved; or at the step of the checkpoint whose folder this is. The result is
-                that of a run that never stopped. Without a run in `output_dir`, start from the beginning.
+                at the last step that was saved; or at the step of the checkpoint whose folder this is, or after the
+                task whose folder this is. The result is that of a run that never stopped. Without a run in
+                `output_dir`, start from the beginning.
             train: False measures the model as it is: zero-shot, the lower bound, as a run of its own.
+            overwrite_output_dir: Replace the run in `output_dir`. What it wrote is removed once the first step of
+                this run is done; everything else in the folder stays.
 
         Returns:
             The content of `results.json`; accuracies are fractions.
 
         Raises:
+            FolderInUseError: If another run uses `output_dir`.
+            ValueError: If the model has no adapter or several active ones, or trains what no checkpoint would hold.
+            RunFolderError: If `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is given; or
+                if it holds files of names that this run would write, and no run.
             ResumeError: If `output_dir` holds the run of another recipe, or no such checkpoint.
             SaveError: If something cannot be saved, for example on a full disk.
             ValueError: If an image cannot be decoded.
         """
-        chosen = None if isinstance(resume, bool) else resume
-        _reset_peak_memory()
-        if resume and train:
+        if train:
+            check_trained_parameters(self.model.clip)
+        with ExitStack() as stack:
+            results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
+            return self._run(results, resume, train)
+
+    def _take_folder(self, stack: ExitStack, resume: bool | str | Path, overwrite: bool) -> dict[str, Any] | None:
+        """Lock `output_dir` until the stack is closed, and read what it holds: the results of the run to go on with.
+
+        The main process alone does this.
+        """
+        stack.enter_context(FolderLock(self.output_dir))
+        stack.callback(self.folder.remove_empty_folders, len(self.stream))
+        self.folder.check(bool(resume), overwrite)
+        if resume:
             self._fetch_run()
-        results = self._read_results(chosen) if resume and train else None
-        self._prepare_images()
-        checkpoint = None
+        self._fingerprints = {"images": stream_digest(self.stream)}
+        if isinstance(self.model.clip, PeftModel):
+            self._fingerprints["base_model"] = base_digest(self.model.clip)
+        results = self._read_results(None if isinstance(resume, bool) else resume) if resume else None
         if results is None:
+            if overwrite and self.folder.holds_run:
+                self.folder.check_removable()
+            else:
+                self.folder.check_free(len(self.stream))
+        return results
+
+    def _run(self, results: dict[str, Any] | None, resume: bool | str | Path, train: bool) -> dict[str, Any]:
+        """Run the stream from its beginning, or go on from `results`."""
+        _reset_peak_memory()
+        if results is not None and not train and results["accuracy_matrix"]:
+            return results
+        self._prepare_images()
+        checkpoint, begin = None, None
+        if results is None or not train:
             results = self._start()
+            begin = partial(self._begin, results)
         else:
-            checkpoint = self._go_on(results, chosen)
+            checkpoint = self._go_on(results, None if isinstance(resume, bool) else resume)
             self._push(*complete_tasks(self.output_dir))  # what is there already stays as it is
         if not train:
+            begin()
             return self._finish_untrained(results)
         started = time.perf_counter() - results["seconds"]
         for task in self._images[len(results["accuracy_matrix"]) :]:
             logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
             if hasattr(self.model, "begin_task"):
                 self.model.begin_task(task.index)  # before the trainer asks which parameters are trainable
-            trained, checkpoint = self._train(task, checkpoint), None
+            trained = self._train(task, checkpoint, begin)
+            checkpoint = begin = None
             started -= trained.earlier_seconds
             results["training"].append(trained.means)
             if hasattr(self.model, "end_task"):
@@ -150,8 +201,6 @@ class ContinualTaskScheduler:
             self._push(task.index)
         if self._pusher is not None:
             self._pusher.finish()
-        if self.args.should_save:
-            self.folder.remove_empty_folders()
         return results
 
     def _push(self, *tasks: int) -> None:
@@ -161,12 +210,11 @@ class ContinualTaskScheduler:
 
     def _fetch_run(self) -> None:
         """Where `output_dir` holds no run yet, go on from the one in the repository."""
-        with self.args.main_process_first(desc="fetching the run"):
-            if self._pusher is not None and not (self.output_dir / RESULTS_FILE).is_file():
-                try:
-                    fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
-                except (OSError, ValueError) as error:  # to begin anew would replace what is there
-                    raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
+        if self._pusher is not None and not self.folder.holds_run:
+            try:
+                fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
+            except (OSError, ValueError) as error:  # to begin anew would replace what is there
+                raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
 
     def _prepare_images(self) -> None:
         """Decode and resize ahead; the first process fills the cache for the others."""
@@ -181,17 +229,19 @@ class ContinualTaskScheduler:
         self._held_out_images = {name: images for name, (images, _) in held_out.items()}
 
     def _start(self) -> dict[str, Any]:
-        """Measure zero-shot, then clear what an earlier run left behind."""
+        """Measure zero-shot: the results with which a run begins."""
         started = time.perf_counter()
-        evaluator = self.evaluator()
-        zero_shot = evaluator.zero_shot(self._images)
-        held_out = {name: evaluator.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
-        results = {
+        zero_shot = self.evaluator().zero_shot(self._images)
+        others = self.evaluator(is_own=False)
+        held_out = {name: others.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
+        return {
             "benchmark": self.stream.name,
             "scenario": self.stream.scenario,
             "recipe": self.recipe,
             "tasks": [task.title or task.name for task in self.stream],
             "classes": list(self.stream.class_names),
+            **({"known_classes": list(self.known_classes)} if self.known_classes else {}),
+            "fingerprints": self._fingerprints,
             "zero_shot": zero_shot,
             "accuracy_matrix": [],
             "seen_accuracy": [],
@@ -205,10 +255,12 @@ class ContinualTaskScheduler:
             "seed": self.args.seed,
             "versions": _versions(),
         }
+
+    def _begin(self, results: dict[str, Any]) -> None:
+        """Let the folder be this run's, in place of an earlier one."""
         if self.args.should_save:
             with self._saving(RESULTS_FILE):
                 self.folder.start(results)
-        return results
 
     def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
         """The adapter as after the last complete task; and the checkpoint within the next one, if there is one."""
@@ -216,11 +268,14 @@ class ContinualTaskScheduler:
         if done:
             self._load_adapter(done)
         if self.args.should_save:
-            self.folder.remove_scratch()
+            self.folder.remove_scratch(len(self.stream))
             for task in self.stream[:done]:  # of a run that was killed before it could
                 self.folder.remove_checkpoints(task.name)
         if done == len(self.stream):
+            logger.info(f"The run in {self.output_dir} is complete (--overwrite_output_dir runs it anew).")
             return None
+        if chosen is not None and self.folder.task_of(chosen) is not None:
+            chosen = None
         checkpoint = self.folder.checkpoint(self.stream[done].name, chosen)
         logger.info(f"Going on after task {done}" + (f", from {checkpoint}" if checkpoint else ""))
         return checkpoint
@@ -234,23 +289,27 @@ class ContinualTaskScheduler:
             with self._saving(RESULTS_FILE):
                 plot_accuracy_matrix(results, self.output_dir / FIGURE)
                 self.folder.write(results)
-            self.folder.remove_empty_folders()
         return results
 
-    def _train(self, task: Task, checkpoint: Path | None) -> _Trained:
-        """Train on one task, from its beginning or from a checkpoint within it."""
+    def _train(self, task: Task, checkpoint: Path | None, begin: Callable[[], None] | None) -> _Trained:
+        """Train on one task, from its beginning or from a checkpoint within it; `begin` is called after a step."""
         template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
         # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
         self.model.set_classes(task.class_names, template if isinstance(template, str) else template[0])
         # Every task draws directions of its own.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
         trainer = self._trainer(task.name, task, zo_seed=zo_seed)
+        if begin is not None:
+            trainer.add_callback(first_step := _AfterFirstStep(begin))
         trainer.train(resume_from_checkpoint=checkpoint)
+        if begin is not None:
+            first_step.call()  # where there was none
         return _Trained(_means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
 
-    def evaluator(self) -> StreamEvaluator:
-        """What measures the model as it is now, on this stream or another."""
-        return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec)
+    def evaluator(self, is_own: bool = True) -> StreamEvaluator:
+        """What measures the model as it is now, on this stream or, without the classes known besides, on another."""
+        known = self.known_classes if is_own and self.stream.scenario == "class" else ()
+        return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec, known)
 
     def _evaluate(self, task: Task, results: dict[str, Any]) -> None:
         """Add what is measured after `task` to the results."""
@@ -269,8 +328,9 @@ class ContinualTaskScheduler:
             if self.stream.scenario == "cross-dataset":
                 results["mtil"] = mtil_summary(rows)
         held_out = results["held_out"]
+        others = self.evaluator(is_own=False)
         for name, images in self._held_out_images.items():
-            held_out[name]["after"].append(evaluator.after(images, 1)["seen"])
+            held_out[name]["after"].append(others.after(images, 1)["seen"])
         if held_out:
             before = [record["zero_shot"] for record in held_out.values()]
             results["zero_shot_retention"] = zero_shot_retention(before, [r["after"][-1] for r in held_out.values()])
@@ -323,7 +383,6 @@ class ContinualTaskScheduler:
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
         """The content of `task.json`."""
-        base_model = self.recipe.get("model_name_or_path") or self.model.config.name_or_path
         seen = self.stream.class_order[: len(self.stream.seen_class_names(task.index))]
         measures = ("accuracy_matrix", "seen_accuracy", "last", "avg", "forgetting", "backward_transfer")
         prompts = [earlier.prompt_template for earlier in self.stream[: task.index]]
@@ -333,10 +392,12 @@ class ContinualTaskScheduler:
             "benchmark": self.stream.name,
             "scenario": self.stream.scenario,
             "dataset": self.stream.dataset_id,
-            "base_model": base_model,
+            "base_model": self.base_model,
             "base_model_is_local": Path(self.model.config.name_or_path).exists(),
-            "adapter": self.recipe.get("adapter") or adapter_name(self.model.clip.peft_config["default"]),
+            "base_model_sha256": results.get("fingerprints", {}).get("base_model"),
+            "adapter": adapter_name(self.model.clip.peft_config[trained_adapter(self.model.clip)]),
             "classes": list(self.stream.seen_class_names(task.index)),
+            **({"known_classes": known} if (known := self._known_beside(task)) else {}),
             "task_classes": list(task.class_names),
             "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],
             "task_titles": [earlier.title for earlier in self.stream[: task.index]],
@@ -352,13 +413,28 @@ class ContinualTaskScheduler:
             },
         }
 
+    def _known_beside(self, task: Task) -> list[str]:
+        """The known classes that are not among those seen after `task`."""
+        seen = self.stream.seen_class_names(task.index)
+        return [name for name in self.known_classes if name not in seen]
+
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""
-        results = self.folder.read(self.recipe, self.stream.class_names, Path(self.model.config.name_or_path).exists())
+        is_local = Path(self.model.config.name_or_path).exists()
+        after = None if chosen is None else self.folder.task_of(chosen)
+        results = self.folder.read(self.recipe, self.stream.class_names, is_local, after)
         if results is None and chosen is not None:
             raise ResumeError(f"resume_from_checkpoint={str(chosen)!r}: there is no run in {self.output_dir}.")
         if results is None:
             logger.warning(f"resume: there is no run in {self.output_dir}, so it starts from the beginning.")
+            return None
+        for name, value in self._fingerprints.items():
+            if results.get("fingerprints", {}).get(name, value) != value:
+                raise ResumeError(
+                    f"resume: the {name.replace('_', ' ')} {'have' if name == 'images' else 'has'} changed since the "
+                    f"run in {self.output_dir} began: it goes on with what it began with, or not at all."
+                )
+        self.folder.check_tasks(len(results["accuracy_matrix"]))
         return results
 
     def _load_adapter(self, task: int) -> None:
@@ -366,7 +442,22 @@ class ContinualTaskScheduler:
             weights = read_adapter_weights(self.output_dir / task_folder(task))
         except ValueError as error:
             raise ResumeError(f"resume: {error}") from error
-        set_peft_model_state_dict(self.model.clip, weights)
+        set_peft_model_state_dict(self.model.clip, weights, adapter_name=trained_adapter(self.model.clip))
+
+
+class _AfterFirstStep(TrainerCallback):
+    """Calls a function once, when the first step is done: what can fail before training has not failed then."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function: Callable[[], None] | None = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.call()
+
+    def call(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
 
 
 @dataclasses.dataclass(frozen=True)

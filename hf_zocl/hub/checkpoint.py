@@ -6,12 +6,12 @@ import copy
 import shutil
 from collections import ChainMap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 
 from ..files import replace_folder
-from ..models import ADAPTERS, CLIPClassifier, adapter_name, in_training_dtype
+from ..models import ADAPTERS, CLIPClassifier, adapter_name, base_digest, in_training_dtype, trained_adapter
 from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..sample import resolve
-from .model_card import render_eval_results, render_task_card
+from .client import download
+from .model_card import EVAL_RESULTS_FOLDER, render_eval_results, render_task_card
 from .seal import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -37,6 +38,8 @@ from .task_file import FORMAT_VERSION, TASK_FILE, is_snapshot, read_json, read_t
 
 
 FIGURE = "accuracy_matrix.png"
+# What a checkpoint is made of besides the files that loading reads.
+_OTHER_FILES = (TASK_FILE, RESULTS_FILE, FIGURE, "README.md")
 # Fields of a PEFT configuration that would have a module imported, or another folder read, by name.
 _REACHES_OUT = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
 _DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
@@ -64,7 +67,7 @@ def save_task_checkpoint(
     folder = Path(output_dir) / task_folder(task["task"])
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.clip.save_pretrained(unfinished)
+    _save_adapter(model.clip, unfinished)
     processor.save_pretrained(unfinished)
     write_json(unfinished / TASK_FILE, {"format_version": FORMAT_VERSION, **task})
     if results is not None:
@@ -72,8 +75,57 @@ def save_task_checkpoint(
     plot_accuracy_matrix({**task, **task["metrics"]}, unfinished / FIGURE)
     write_task_card(unfinished, task)
     seal_task_checkpoint(unfinished)
-    replace_folder(unfinished, folder)
+    place_task_checkpoint(unfinished, folder)
     return folder
+
+
+def _save_adapter(clip: PeftModel, folder: Path) -> None:
+    """Save the active adapter; PEFT would give one that is not called `default` a folder of its own."""
+    name = trained_adapter(clip)
+    clip.save_pretrained(folder, selected_adapters=[name])
+    own = folder / name
+    if name != "default" and own.is_dir():
+        for file in own.iterdir():
+            file.replace(folder / file.name)
+        own.rmdir()
+
+
+def is_of_checkpoint(path: str) -> bool:
+    """Whether a file of this path in a checkpoint's folder, or in a repository, is a part of a checkpoint."""
+    folder, _, name = path.rpartition("/")
+    if folder:
+        return folder == EVAL_RESULTS_FOLDER and name.endswith(".yaml")
+    return name in _OTHER_FILES or any(fnmatch(name, pattern) for pattern in LOADED_FILES)
+
+
+def checkpoint_parts(folder: Path) -> list[Path]:
+    """The files in a checkpoint's folder that are parts of it, `task.json` last: with it there is a checkpoint."""
+    files = [*folder.glob("*"), *(folder / EVAL_RESULTS_FOLDER).glob("*")]
+    parts = [
+        f for f in files if is_of_checkpoint(f.relative_to(folder).as_posix()) and (f.is_file() or f.is_symlink())
+    ]
+    return sorted(parts, key=lambda file: (file.name == TASK_FILE, file))
+
+
+def place_task_checkpoint(unfinished: Path, folder: Path) -> None:
+    """Let a complete checkpoint take the place of an earlier one; files that are no part of one stay."""
+    remove_task_checkpoint(folder)
+    if not folder.exists():
+        return replace_folder(unfinished, folder)
+    for file in checkpoint_parts(unfinished):
+        target = folder / file.relative_to(unfinished)
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(file, target)
+    shutil.rmtree(unfinished)
+
+
+def remove_task_checkpoint(folder: Path) -> None:
+    """Remove the files of a checkpoint, and its folder if nothing else is in it."""
+    for file in checkpoint_parts(folder):
+        file.unlink()
+    for path in (folder / EVAL_RESULTS_FOLDER, folder):
+        with suppress(OSError):  # something else is in it, or it is not there
+            path.rmdir()
 
 
 def write_task_card(
@@ -107,13 +159,11 @@ def find_task_checkpoint(
     if folder.is_dir():
         number = best_task(read_task(_newest(folder))) if task == "best" else task
         return folder / task_folder(number) if number is not None else folder
-    _check_repository(str(path))
+    check_repository_name(str(path))
     if task == "best":
-        newest = snapshot_download(str(path), allow_patterns=[TASK_FILE], **hub_kwargs)
-        task = best_task(read_task(Path(newest)))
+        task = best_task(read_task(download(str(path), [TASK_FILE], **hub_kwargs)))
     revision = task_folder(task) if task is not None else revision
-    patterns = [TASK_FILE, *LOADED_FILES]
-    return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
+    return download(str(path), [TASK_FILE, *LOADED_FILES], revision, **hub_kwargs)
 
 
 def best_task(info: dict[str, Any]) -> int:
@@ -150,7 +200,8 @@ def load_task_checkpoint(
         hub_kwargs: `token`, `cache_dir` and the like, for `huggingface_hub.snapshot_download`.
 
     Returns:
-        The classifier with the classes of all tasks seen so far, in evaluation mode, and the processor.
+        The classifier with the classes of all tasks seen so far, and those that the run knew already, in evaluation
+        mode; and the processor.
 
     Raises:
         ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
@@ -158,28 +209,27 @@ def load_task_checkpoint(
         huggingface_hub.errors.HfHubHTTPError: If the Hub has no such repository or revision.
     """
     folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
-    info = read_task(folder)
-    check_seal(folder, info)
-    config = _read_adapter_config(folder, info)
+    with _hinting_at_download(folder):
+        info = read_task(folder)
+        check_seal(folder, info)
+    config = read_adapter_config(folder, info)
     options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
     if base_model is None:
-        base_model = _base_model(folder, info, config)
+        base_model = base_model_of(folder, info, config)
     # In the run's own dtype, so that it predicts as it did there.
     dtype = info["recipe"].get("dtype", "auto")
-    clip = _load_base_model(folder, base_model, config, dtype, options)
-    processor = _load_processor(folder)
-    model = CLIPClassifier(
-        PeftModel.from_pretrained(clip, folder, config=config),
-        processor.tokenizer,
-        info["classes"],
-        info["prompt_template"],
-    )
+    clip = load_base_model(folder, base_model, config, dtype, options)
+    processor = load_processor(folder)
+    adapted = PeftModel.from_pretrained(clip, folder, config=config)
+    check_base_model(adapted, info, base_model)
+    classes = (*info["classes"], *info.get("known_classes", ()))
+    model = CLIPClassifier(adapted, processor.tokenizer, classes, info["prompt_template"])
     model.image_processor = processor.image_processor
     return model.eval(), processor
 
 
-def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter's weights in a run's folder `task-NN`, on the CPU.
+def read_sealed_task(folder: Path) -> dict[str, Any]:
+    """The `task.json` of a run's folder `task-NN`.
 
     Raises:
         ValueError: If the folder is not, as it was saved, the checkpoint of that task.
@@ -188,9 +238,33 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     check_seal(folder, info)
     if task_folder(info["task"]) != folder.name:
         raise ValueError(f"{folder / TASK_FILE} is foreign: it is of task {info['task']}.")
+    return info
+
+
+def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights in a run's folder `task-NN`, on the CPU.
+
+    Raises:
+        ValueError: If the folder is not, as it was saved, the checkpoint of that task.
+    """
+    read_sealed_task(folder)
     file = folder / ADAPTER_WEIGHTS
     with _refusing(f"{file} is damaged: it cannot be read as safetensors"):
         return load_file(file)
+
+
+def check_base_model(model: PeftModel, info: dict[str, Any], base_model: str | Path) -> None:
+    """Check that the base model has the weights on which a checkpoint's adapter was trained.
+
+    Raises:
+        ValueError: If it has others.
+    """
+    expected = info.get("base_model_sha256")
+    if expected is not None and base_digest(model) != expected:
+        raise ValueError(
+            f"the base model {str(base_model)!r} has changed: its weights are not those on which the adapter was "
+            f"trained ({TASK_FILE}, base_model_sha256). Give the right one as base_model."
+        )
 
 
 def _newest(folder: Path) -> Path:
@@ -200,14 +274,24 @@ def _newest(folder: Path) -> Path:
     return max(folders, key=lambda each: (len(each.name), each.name))
 
 
-def _check_repository(name: str) -> None:
+def check_repository_name(name: str) -> None:
+    """Check that a name that is no folder may be a repository's.
+
+    Raises:
+        ValueError: If it may not.
+    """
     try:
         validate_repo_id(name)
     except HFValidationError as error:
         raise ValueError(f"{name} is neither a folder nor the name of a repository on the Hub.") from error
 
 
-def _read_adapter_config(folder: Path, info: dict[str, Any]) -> PeftConfig:
+def read_adapter_config(folder: Path, info: dict[str, Any] | None) -> PeftConfig:
+    """The configuration of the adapter in a folder, which is that of `task.json`, if there is one.
+
+    Raises:
+        ValueError: If it is damaged or foreign, or would have something else read.
+    """
     file = folder / ADAPTER_CONFIG
     content = read_json(file)
     for name in _REACHES_OUT:
@@ -216,18 +300,22 @@ def _read_adapter_config(folder: Path, info: dict[str, Any]) -> PeftConfig:
     with _refusing(f"{file} is damaged: it is no configuration of an adapter"):
         config = PeftConfig.from_peft_type(**content)
         name = adapter_name(config)
-    if info["adapter"] in ADAPTERS and name != info["adapter"]:
+    if info is not None and info["adapter"] in ADAPTERS and name != info["adapter"]:
         raise ValueError(f"{file} is foreign: its adapter is {name!r}, expected {info['adapter']!r} ({TASK_FILE}).")
     return config
 
 
-def _base_model(folder: Path, info: dict[str, Any], config: PeftConfig) -> str | Path:
-    """The base model's folder or name: beside the adapter, embedded in this package, or as PEFT recorded it."""
+def base_model_of(folder: Path, info: dict[str, Any] | None, config: PeftConfig) -> str | Path:
+    """The base model's folder or name: beside the adapter, embedded in this package, or as PEFT recorded it.
+
+    Raises:
+        ValueError: If the configuration names none.
+    """
     if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
         return folder
-    embedded = resolve(info["base_model"])
-    if embedded != info["base_model"]:
-        return embedded
+    for known in (None if info is None else info["base_model"], config.base_model_name_or_path):
+        if isinstance(known, str) and resolve(known) != known:
+            return resolve(known)
     name, file = config.base_model_name_or_path, folder / ADAPTER_CONFIG
     if not isinstance(name, str):
         raise ValueError(f"{file}: it names no base model ({name!r}): give base_model.")
@@ -243,16 +331,21 @@ def _base_model(folder: Path, info: dict[str, Any], config: PeftConfig) -> str |
     return name
 
 
-def _load_base_model(
+def load_base_model(
     folder: Path, base_model: str | Path, config: PeftConfig, dtype: str, options: dict[str, Any]
 ) -> CLIPModel:
-    """The base model, once it is known that the adapter fits it."""
+    """The base model, once it is known that the adapter fits it.
+
+    Raises:
+        ValueError: If it cannot be read, or the adapter is another model's.
+    """
     options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
     with _refusing(f"the base model {str(base_model)!r} cannot be read"):
         clip_config = CLIPConfig.from_pretrained(base_model, **options)
     _check_adapter(folder, clip_config, config)
-    if Path(base_model) == folder:  # given the folder, transformers would put the adapter into the model as well
-        shards = [load_file(file) for file in sorted(folder.glob(BASE_WEIGHTS))]
+    # Given a folder with an adapter, transformers would put it into the model as well.
+    if (Path(base_model) / ADAPTER_CONFIG).is_file():
+        shards = [load_file(file) for file in sorted(Path(base_model).glob(BASE_WEIGHTS))]
         source = {"pretrained_model_name_or_path": None, "state_dict": dict(ChainMap(*shards))}
     else:
         source = {"pretrained_model_name_or_path": base_model, **options}
@@ -284,9 +377,25 @@ def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) ->
     )
 
 
-def _load_processor(folder: Path) -> ProcessorMixin:
+def load_processor(folder: Path) -> ProcessorMixin:
+    """The processor in a checkpoint's folder.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     with _refusing(f"{folder}: its processor cannot be read"):
         return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+@contextmanager
+def _hinting_at_download(folder: Path) -> Iterator[None]:
+    """A file that was damaged on its way from the Hub stays in the cache until it is asked for anew."""
+    try:
+        yield
+    except ValueError as error:
+        if is_snapshot(folder):
+            raise ValueError(f"{error} It was downloaded: force_download=True fetches it anew.") from error
+        raise
 
 
 @contextmanager

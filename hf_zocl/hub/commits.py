@@ -7,24 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.utils import logging
 
+from .checkpoint import is_of_checkpoint
 from .push_queue import is_task_name, task_number
+from .seal import ADAPTER_WEIGHTS
+from .task_file import TASK_FILE
 
 
 logger = logging.get_logger(__name__)
 
-# What may stand in a repository beside a task's checkpoint: Git's own file, and the checkpoints within tasks.
-KEPT = (".gitattributes", "checkpoints/")
+# The Trainer's checkpoint within a task, until the task is complete.
+LAST_CHECKPOINT = "last-checkpoint/"
 
 
 def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes], message: str) -> str:
-    """Make `files` the tree of one commit on `main` and let `tag` name it; does nothing if they are that already.
+    """Make one commit on `main` whose checkpoint is `files` and let `tag` name it; nothing if it is that already.
 
-    A tag that names other files moves, and the tags of later tasks go: they belong to a run that this one replaces,
-    whose commits stay in the history.
+    Whatever else is on `main` stays. A tag that names other files moves, and the tags of later tasks go: they belong
+    to a run that this one replaces, whose commits stay in the history.
 
     Args:
         api: The client.
@@ -49,8 +53,31 @@ def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes
     for name in stale:
         logger.warning(f"{repo_id}: tag {name} was that of other files, at {tags[name]}; it is replaced.")
         api.delete_tag(repo_id, tag=name)
-    api.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+    try:
+        api.create_tag(repo_id, tag=tag, revision=commit)
+    except HfHubHTTPError as error:
+        # There is one by now: its answer was lost, or another has made it in between.
+        if error.response.status_code != 409 or _tags(api, repo_id).get(tag) != commit:
+            raise
     return "pushed"
+
+
+def foreign_names(api: HfApi, repo_id: str) -> list[str]:
+    """What a repository that holds no run has of the names of a checkpoint's files and tasks' tags.
+
+    Loading would take these files for the checkpoint's, and pushing would replace them. A card is no obstacle: the
+    Hub's own form makes one.
+    """
+    names = [entry.path for entry in api.list_repo_tree(repo_id) if isinstance(entry, RepoFile)]
+    if TASK_FILE in names:
+        return []
+    # Within the first task the adapter alone is pushed.
+    files = [name for name in names if is_of_checkpoint(name) and name not in ("README.md", ADAPTER_WEIGHTS)]
+    return files + [f"the tag {tag}" for tag in _tags(api, repo_id) if is_task_name(tag)]
+
+
+def _tags(api: HfApi, repo_id: str) -> dict[str, str]:
+    return {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
 
 
 def changes(
@@ -65,7 +92,7 @@ def changes(
 
 
 def _of_a_task(path: str) -> bool:
-    return not path.startswith(KEPT)
+    return is_of_checkpoint(path) or path.startswith(LAST_CHECKPOINT)
 
 
 def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:

@@ -10,8 +10,9 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from transformers.utils import logging
 
-from ..files import replace_folder, written_whole
-from .checkpoint import FIGURE, RESULTS_FILE
+from ..files import written_whole
+from .checkpoint import FIGURE, RESULTS_FILE, is_of_checkpoint, place_task_checkpoint
+from .client import answered, persistently
 from .public import redact
 from .push_queue import is_task_name, task_number
 from .seal import check_seal
@@ -19,8 +20,6 @@ from .task_file import read_task
 
 
 logger = logging.get_logger(__name__)
-
-FETCHED = ["*.json", "*.safetensors", "*.png", "*.md", "*.yaml", "*.txt", "*.jinja"]
 
 
 def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **hub_kwargs: Any) -> int:
@@ -46,8 +45,9 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
     api = HfApi(token=token, library_name="hf_zocl")
     try:
         if "/" not in repo_id:
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
-        tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags if is_task_name(ref.name)}
+            repo_id = f"{persistently(lambda: answered(api.whoami))['name']}/{repo_id}"
+        refs = persistently(lambda: answered(lambda: api.list_repo_refs(repo_id)))
+        tags = {ref.name: ref.target_commit for ref in refs.tags if is_task_name(ref.name)}
     except RepositoryNotFoundError:
         return 0
     except Exception as error:
@@ -72,13 +72,13 @@ def _fetch_task(
     unfinished = output_dir / f".{name}.tmp"
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        paths = api.list_repo_files(repo_id, revision=commit)
+        paths = persistently(lambda: answered(lambda: api.list_repo_files(repo_id, revision=commit)))
         for path in paths:
             windows = PureWindowsPath(path)  # which knows every way out that other systems know
             if windows.anchor or ".." in windows.parts:
                 raise PermissionError(f"the file name {path!r} leads out of the folder")
-        options = {"allow_patterns": FETCHED, "ignore_patterns": ["checkpoints/*"], "token": token, **hub_kwargs}
-        snapshot_download(repo_id, revision=commit, local_dir=unfinished, **options)
+        options = {"allow_patterns": [path for path in paths if is_of_checkpoint(path)], "token": token, **hub_kwargs}
+        persistently(lambda: snapshot_download(repo_id, revision=commit, local_dir=unfinished, **options))
     except Exception as error:  # the client's errors have no common class
         raise OSError(f"{repo_id}, {name}: it cannot be fetched from the Hub: {redact(error, token)}") from None
     shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the client's notes
@@ -87,4 +87,4 @@ def _fetch_task(
     found = info["task"]
     if found != task_number(name) or not all((unfinished / file).is_file() for file in (FIGURE, RESULTS_FILE)):
         raise ValueError(f"{repo_id}: the tag {name} does not hold that task's checkpoint (it is of task {found}).")
-    replace_folder(unfinished, output_dir / name)
+    place_task_checkpoint(unfinished, output_dir / name)

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import shutil
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub import constants as hub_constants
@@ -28,7 +26,8 @@ from huggingface_hub.utils import (
 from transformers.utils import logging
 
 from ..training_args import ZOCLTrainingArguments
-from .commits import changes, push_files
+from .client import REFUSALS, WAITS, answered, persistently, status_of
+from .commits import changes, foreign_names, push_files
 from .public import public_files, redact
 from .push_queue import QUEUE_FILE, PushQueue, task_number
 from .task_file import read_task, task_folder
@@ -36,12 +35,12 @@ from .task_file import read_task, task_folder
 
 logger = logging.get_logger(__name__)
 
-WAITS = (1, 2, 4, 8, 16)
-LONGEST_WAIT = 300
 CHECK_PATIENCE = 60
 PATIENCE = 1800
-# Asking again changes nothing until somebody does something about it.
-REFUSALS = {400, 401, 402, 403, 413}
+
+
+class ForeignRepositoryError(ValueError):
+    """A repository holds something else, with which a run's checkpoints would be read."""
 
 
 @dataclass
@@ -130,7 +129,7 @@ class HubPusher:
         A Hub that is down or switched off (`HF_HUB_OFFLINE`) is no reason not to train: what is pushed then waits.
 
         Raises:
-            ValueError: If there is no token, or the Hub refuses it.
+            ValueError: If there is no token, or the Hub refuses it; or if the repository holds another model.
         """
         if hub_constants.is_offline_mode():
             logger.warning(f"HF_HUB_OFFLINE is set: checkpoints wait in {self.output_dir / QUEUE_FILE}.")
@@ -139,21 +138,15 @@ class HubPusher:
             raise ValueError(
                 "push_to_hub=True: there is no token: pass hub_token, set HF_TOKEN or run `hf auth login`."
             )
-        errors: list[Exception] = []
-        probe = threading.Thread(target=self._probe, args=(errors,), daemon=True)
-        probe.start()
-        probe.join(CHECK_PATIENCE)  # the client waits for an answer without end
-        if errors and _status(errors[0]) in REFUSALS:
-            raise ValueError(f"push_to_hub=True, hub_model_id={self.queue.repo_id!r}: {self._describe(errors[0])}")
-        if errors or probe.is_alive():
-            reason = self._describe(errors[0]) if errors else "no answer"
-            logger.warning(f"The Hub cannot be reached ({reason}). Training goes on; checkpoints wait to be pushed.")
-
-    def _probe(self, errors: list[Exception]) -> None:
         try:
-            self._repository()
+            answered(self._repository, CHECK_PATIENCE)
+        except ForeignRepositoryError:
+            raise
         except Exception as error:
-            errors.append(error)
+            reason = self._describe(error)
+            if status_of(error) in REFUSALS:
+                raise ValueError(f"push_to_hub=True, hub_model_id={self.queue.repo_id!r}: {reason}") from None
+            logger.warning(f"The Hub cannot be reached ({reason}). Training goes on; checkpoints wait to be pushed.")
 
     def push(self, *tasks: int) -> None:
         """Put tasks into the queue, and push in the background; returns at once."""
@@ -261,18 +254,17 @@ class HubPusher:
 
     def _attempt(self, action: Callable[[], str]) -> str:
         """Do `action`, and again after each of the waits, unless the Hub refuses it."""
-        for wait in [*self.waits, None]:
-            try:
-                return action()
-            except Exception as error:
-                if isinstance(error, RepositoryNotFoundError):
-                    self.repo_id = None  # it was deleted: the next attempt creates it
-                after = _retry_after(error)
-                is_final = _status(error) in REFUSALS or isinstance(error, OfflineModeIsEnabled)
-                if wait is None or is_final or after > LONGEST_WAIT:
-                    raise
-                logger.warning(f"Pushing failed ({self._describe(error)}); again in {max(wait, after):g} s.")
-                time.sleep(max(wait, after))
+
+        def note(error: Exception, wait: float) -> None:
+            if isinstance(error, RepositoryNotFoundError):
+                self.repo_id = None  # it was deleted: the next attempt creates it
+            logger.warning(f"Pushing failed ({self._describe(error)}); again in {wait:g} s.")
+
+        return persistently(action, self.waits, note, final=self._is_final)
+
+    @staticmethod
+    def _is_final(error: Exception) -> bool:
+        return status_of(error) in REFUSALS or isinstance(error, (OfflineModeIsEnabled, ForeignRepositoryError))
 
     def _push_task(self, name: str) -> str:
         folder = self.output_dir / name
@@ -283,15 +275,25 @@ class HubPusher:
         return HfApi(token=self.token, library_name="hf_zocl")
 
     def _repository(self) -> str:
-        """The repository's full name; it is created if it is not there."""
+        """The repository's full name; it is created if it is not there.
+
+        Raises:
+            ForeignRepositoryError: If it holds something else that would be read with a checkpoint.
+        """
         if self.repo_id is None:
-            created = self._api().create_repo(self.queue.repo_id, private=self.queue.private, exist_ok=True)
-            self.repo_id = created.repo_id
+            api = self._api()
+            repo_id = api.create_repo(self.queue.repo_id, private=self.queue.private, exist_ok=True).repo_id
+            if foreign := foreign_names(api, repo_id):
+                raise ForeignRepositoryError(
+                    f"hub_model_id={self.queue.repo_id!r}: the repository {repo_id} holds something else "
+                    f"({', '.join(foreign[:3])}), which would be read with the run's checkpoints: choose another one."
+                )
+            self.repo_id = repo_id
         return self.repo_id
 
     def _describe(self, error: BaseException) -> str:
         """One line that says what happened and, where the user can do something about it, what."""
-        status = _status(error)
+        status = status_of(error)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         text = " ".join(lines[:3]) or "no message"
         if isinstance(error, RuntimeError) and error.__cause__ is not None:
@@ -317,23 +319,3 @@ def _no_progress_bars() -> Iterator[None]:
 def _message(folder: Path) -> str:
     info = read_task(folder)
     return f"Task {info['task']} of {info['num_tasks']}"
-
-
-def _response(error: BaseException | None) -> Any:
-    """The answer of the Hub behind an error, which the client may have wrapped."""
-    while error is not None:
-        if getattr(error, "response", None) is not None:
-            return error.response
-        error = error.__cause__
-    return None
-
-
-def _status(error: BaseException) -> int | None:
-    response = _response(error)
-    return None if response is None else response.status_code
-
-
-def _retry_after(error: BaseException) -> float:
-    response = _response(error)
-    value = "" if response is None else response.headers.get("Retry-After", "")
-    return float(value) if value.isdecimal() else 0.0

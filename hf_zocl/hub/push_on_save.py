@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from peft import get_peft_model_state_dict
 from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..models import adapter_weights
 from .push import HubPusher, Save
 from .task_file import task_folder
 
@@ -38,7 +38,7 @@ class PushOnSave(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        weights = {name: tensor.cpu().contiguous() for name, tensor in get_peft_model_state_dict(model.clip).items()}
+        weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model.clip).items()}
         files: dict[str, Path | bytes] = {"adapter_model.safetensors": save(weights, metadata={"format": "pt"})}
         scratch, replaces = None, ()
         if self.strategy != "every_save":

@@ -70,14 +70,16 @@ class PushQueue:
 def complete_tasks(output_dir: Path) -> list[int]:
     """The tasks whose checkpoints `output_dir` holds, in order; of a run's folder, those that its results speak of.
 
+    A task that the results speak of counts also where its folder is gone.
+
     Raises:
         ValueError: If the results cannot be read.
     """
     tasks = sorted(task_number(folder.name) for folder in output_dir.glob("task-*") if is_task_name(folder.name))
-    if not (output_dir / RESULTS_FILE).is_file():
+    if not tasks or not (output_dir / RESULTS_FILE).is_file():
         return tasks
     done = len(read_json(output_dir / RESULTS_FILE).get("accuracy_matrix", ()))
-    return [task for task in tasks if task <= done]  # a run that was killed makes the next one again
+    return list(range(1, done + 1))  # a run that was killed makes the next one again
 
 
 def is_task_name(name: str) -> bool:

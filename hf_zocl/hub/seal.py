@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils.sha import sha_fileobj
-
+from ..files import fingerprint
 from .task_file import FORMAT_VERSION, TASK_FILE, check_place, is_sealed, read_json, task_digest, write_json
 
 
@@ -46,7 +44,7 @@ def seal(info: dict[str, Any], files: Mapping[str, Path | bytes]) -> dict[str, A
             out.
     """
     loaded = {name: files[name] for name in sorted(files) if _is_loaded(name)}
-    info = {**info, "format_version": FORMAT_VERSION, "files": {n: _fingerprint(file) for n, file in loaded.items()}}
+    info = {**info, "format_version": FORMAT_VERSION, "files": {n: fingerprint(file) for n, file in loaded.items()}}
     info = json.loads(json.dumps(info))  # as it will be read: lists for tuples, text for keys
     return {**info, "sha256": task_digest(info)}
 
@@ -88,7 +86,7 @@ def check_seal(folder: Path, info: dict[str, Any]) -> None:
         size = (folder / name).stat().st_size
         if size != sealed[name]["bytes"]:
             raise ValueError(f"{folder / name} is damaged: it has {size} bytes, expected {sealed[name]['bytes']}.")
-        if _fingerprint(folder / name) != sealed[name]:
+        if fingerprint(folder / name) != sealed[name]:
             raise ValueError(f"{folder / name} is damaged: its content does not fit its checksum in {TASK_FILE}.")
 
 
@@ -105,9 +103,3 @@ def _loaded_files(folder: Path) -> list[str]:
     for name in names:
         check_place(folder / name)
     return names
-
-
-def _fingerprint(file: Path | bytes) -> dict[str, Any]:
-    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
-        digest = sha_fileobj(stream).hex()
-        return {"bytes": stream.tell(), "sha256": digest}

@@ -1,6 +1,17 @@
 """Models that the Trainer learns: a CLIP classifier, and the adapters it carries."""
 
-from .adapters import ADAPTERS, AdapterArguments, adapter_name, add_adapter
+from .adapters import (
+    ADAPTERS,
+    AdapterArguments,
+    adapter_arguments,
+    adapter_name,
+    adapter_weights,
+    add_adapter,
+    base_digest,
+    check_trained_parameters,
+    freeze,
+    trained_adapter,
+)
 from .clip_classifier import CLIPClassifier, CLIPClassifierOutput, in_training_dtype
 from .moe_adapter import MoEAdapterConfig, MoEAdapterModel
 
@@ -12,7 +23,13 @@ __all__ = [
     "CLIPClassifierOutput",
     "MoEAdapterConfig",
     "MoEAdapterModel",
+    "adapter_arguments",
     "adapter_name",
+    "adapter_weights",
     "add_adapter",
+    "base_digest",
+    "check_trained_parameters",
+    "freeze",
     "in_training_dtype",
+    "trained_adapter",
 ]

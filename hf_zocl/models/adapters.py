@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import nn
 from transformers import PreTrainedModel
 
 from ..zo.assignment import locate
@@ -98,10 +102,12 @@ def _lora_config(args: AdapterArguments, num_tasks: int) -> PeftConfig:
     )
 
 
+_MOE_SHAPE = "num_experts top_k bottleneck scale dropout noise router_token freeze_experts balance_loss towers"
+
+
 def _moe_config(args: AdapterArguments, num_tasks: int) -> PeftConfig:
-    same = "num_experts top_k bottleneck scale dropout noise router_token freeze_experts balance_loss towers"
     return MoEAdapterConfig(
-        **{name: getattr(args, f"moe_{name}") for name in same.split()},
+        **{name: getattr(args, f"moe_{name}") for name in _MOE_SHAPE.split()},
         num_routers=num_tasks if args.moe_router_per_task else 1,
         layers_to_transform=[layer - 1 for layer in args.moe_layers] if args.moe_layers else None,
     )
@@ -124,11 +130,16 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, num_tasks: int =
     if args.adapter == "moe" and args.moe_layers:
         _check_depth(model, args)
     adapted = get_peft_model(model, ADAPTERS[args.adapter](args, num_tasks))
-    _freeze(adapted, args.frozen_parameters or ())
+    freeze(adapted, args.frozen_parameters or ())
     return adapted
 
 
-def _freeze(model: PeftModel, patterns: Sequence[str]) -> None:
+def freeze(model: PeftModel, patterns: Sequence[str]) -> None:
+    """Let the trainable parameters whose name matches one of `patterns` stay as they are.
+
+    Raises:
+        ValueError: If a pattern freezes no parameter, or all of them.
+    """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for pattern in patterns:
         names = [name for name in trainable if re.search(pattern, name)]
@@ -153,3 +164,84 @@ def _check_depth(model: PreTrainedModel, args: AdapterArguments) -> None:
 def adapter_name(config: PeftConfig) -> str:
     """What `AdapterArguments.adapter` calls the PEFT method of `config`."""
     return "moe" if isinstance(config, MoEAdapterConfig) else str(config.peft_type.value).lower()
+
+
+def trained_adapter(model: nn.Module) -> str:
+    """The name of the adapter that is trained and saved: the active one.
+
+    Raises:
+        ValueError: If the model has no adapter of PEFT's, or several are active.
+    """
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"the model ({type(model).__name__}) has no adapter, so there is nothing that a task's checkpoint would "
+            "hold: expected one that peft.get_peft_model or hf_zocl.models.add_adapter has wrapped."
+        )
+    names = list(model.active_adapters)
+    if len(names) != 1:
+        raise ValueError(
+            f"the model's active adapters are {', '.join(names) or 'none'}: expected one, which is trained and saved "
+            "(model.set_adapter)."
+        )
+    return names[0]
+
+
+def check_trained_parameters(model: PeftModel) -> None:
+    """Check that what is trained is what a checkpoint of the active adapter holds.
+
+    Raises:
+        ValueError: If a parameter is trained and would not be saved, or if none is trained.
+    """
+    name = trained_adapter(model)
+    saved = {tensor.data_ptr() for tensor in adapter_weights(model).values()}
+    trained = {each: parameter for each, parameter in model.named_parameters() if parameter.requires_grad}
+    lost = [each for each, parameter in trained.items() if parameter.data_ptr() not in saved]
+    if lost:
+        raise ValueError(
+            f"{lost[0]} (and {len(lost) - 1} more) would be trained and not be saved: it is no part of the active "
+            f"adapter, {name!r}. Freeze it (requires_grad_(False))."
+        )
+    if not trained:
+        raise ValueError(f"no parameter of the active adapter, {name!r}, requires a gradient: nothing can be trained.")
+
+
+def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The tensors of the active adapter, as its checkpoint names them."""
+    return get_peft_model_state_dict(model, adapter_name=trained_adapter(model))
+
+
+def base_digest(model: PeftModel) -> str:
+    """SHA-256 of the weights under the active adapter: all parameters but those that its checkpoint holds.
+
+    Half precision counts as the float32 that it stands for.
+    """
+    saved = {tensor.data_ptr() for tensor in adapter_weights(model).values()}
+    prefix = getattr(model.base_model, "prefix", None)
+    digest = hashlib.sha256()
+    named = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
+        for name, parameter in model.get_base_model().named_parameters()
+        if parameter.data_ptr() not in saved and ".modules_to_save." not in name and (not prefix or prefix not in name)
+    }
+    for name, parameter in sorted(named.items()):
+        tensor = parameter.detach().cpu()
+        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def adapter_arguments(config: PeftConfig) -> dict[str, Any]:
+    """What `AdapterArguments` calls the shape of an adapter: the arguments that would make it, as far as there are."""
+    found: dict[str, Any] = {"adapter": adapter_name(config)}
+    if found["adapter"] == "lora":
+        modules = config.target_modules
+        found["target_modules"] = sorted(modules) if isinstance(modules, (set, list, tuple)) else [modules]
+        found |= {f"lora_{name}": value for name, value in (("rank", config.r), ("alpha", config.lora_alpha))}
+        found["lora_dropout"] = config.lora_dropout
+    elif found["adapter"] == "moe":
+        found |= {f"moe_{name}": getattr(config, name) for name in _MOE_SHAPE.split()}
+        found["moe_router_per_task"] = config.num_routers > 1
+        layers = config.layers_to_transform
+        found["moe_layers"] = [layer + 1 for layer in layers] if layers else None
+    return found

@@ -1,6 +1,6 @@
 """Figures, tables and reports of runs, drawn from their `results.json` alone."""
 
-from .compare import Comparison, compare_groups, compare_runs, mean_and_deviation, paired_differences
+from .compare import COMPARISON_FILES, Comparison, compare_groups, compare_runs, mean_and_deviation, paired_differences
 from .figures import draw_accuracy_matrix, plot_accuracy_matrix
 from .html import write_report
 from .runs import RESULTS_FILE, RunGroup, load_groups, load_seeds
@@ -8,6 +8,7 @@ from .table import format_evaluation, format_results
 
 
 __all__ = [
+    "COMPARISON_FILES",
     "RESULTS_FILE",
     "Comparison",
     "RunGroup",

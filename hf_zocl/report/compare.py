@@ -76,6 +76,9 @@ class Comparison:
         return list(texts)
 
 
+COMPARISON_FILES = ("comparison.md", "comparison.tex")
+
+
 def compare_runs(folders: Sequence[str | Path], baseline: str | None = None) -> Comparison:
     """Compare runs by their `results.json`, see `load_groups` and `compare_groups`."""
     return compare_groups(load_groups(folders), baseline)

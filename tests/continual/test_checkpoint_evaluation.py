@@ -58,11 +58,11 @@ def test_a_task_of_a_run_and_a_revision_on_the_hub_name_a_checkpoint(run, monkey
     assert evaluate_checkpoint(output_dir, task=2)["accuracy_row"] == results["accuracy_matrix"][1]
     asked = []
 
-    def snapshot_download(repository, revision, **more):
+    def download(repository, patterns, revision, **more):
         asked.append((repository, revision))
-        return str(output_dir / revision)
+        return output_dir / revision
 
-    monkeypatch.setattr("hf_zocl.hub.checkpoint.snapshot_download", snapshot_download)
+    monkeypatch.setattr("hf_zocl.hub.checkpoint.download", download)
     measured = evaluate_checkpoint("someone/stream", revision="task-01")
     assert asked == [("someone/stream", "task-01")]
     assert (measured["checkpoint"], measured["accuracy_row"]) == ("someone/stream", results["accuracy_matrix"][0])

@@ -3,6 +3,7 @@
 import io
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
+from hf_zocl.continual.fingerprint import stream_digest
 from hf_zocl.continual.images import ImageCollator, LazyImages, PixelCodec, prepare_images
 from hf_zocl.continual.tasks import TaskStream
 from hf_zocl.sample import sample_path
@@ -146,3 +148,62 @@ def test_a_held_out_stream_without_training_images_is_prepared(processor):
     for cache_gb, skip_corrupt in ((1.0, False), (0.0, True), (1.0, True)):
         prepared, _ = prepare_images(empty, codec, cache_gb, skip_corrupt)
         assert [(len(task.train), len(task.test)) for task in prepared] == [(0, 16), (0, 8)]
+
+
+def on_disk() -> TaskStream:
+    options = {"increment": 5, "max_train_images_per_class": 4, "max_test_images_per_class": 2}
+    return TaskStream.from_dataset(str(sample_path("cifar10-sample")), **options)
+
+
+def zero_half(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("damage", [zero_half, cut_short, lambda file: file.with_name(f"{file.name}.xxh3").unlink()])
+def test_a_damaged_cache_is_made_anew(processor, damage, caplog):
+    logging.getLogger("hf_zocl").propagate = True
+    codec = PixelCodec(processor.image_processor)
+    before = prepare_images(on_disk(), codec)[0]
+    expected = [task.train["image"][:] for task in before]
+    files = {
+        Path(each["filename"]) for task in before for part in (task.train, task.test) for each in part.cache_files
+    }
+    assert len(files) == 4
+    del before
+    for file in files:
+        damage(file)
+    after = prepare_images(on_disk(), codec)[0]
+    assert [task.train["image"][:] for task in after] == expected
+    assert caplog.text.count("the cache of decoded images is damaged, or has no checksum; it is made anew") == 4
+    caplog.clear()
+    assert [task.train["image"][:] for task in prepare_images(on_disk(), codec)[0]] == expected
+    assert "made anew" not in caplog.text
+
+
+def test_the_digest_of_a_stream_sees_images_and_labels_and_not_where_they_lie(tmp_path):
+    one = stream_digest(stream())
+    assert stream_digest(stream()) == one
+    other = dataset()
+    images = [
+        *other["train"].cast_column("image", Image(decode=False))["image"][:-1],
+        {"bytes": png(99), "path": None},
+    ]
+    other["train"] = Dataset.from_dict({"image": images, "label": other["train"]["label"][:]}, other["train"].features)
+    assert stream_digest(TaskStream.from_dataset(other, increment=2, class_order=[2, 0, 1], name="pets")) != one
+    assert stream_digest(TaskStream.from_dataset(dataset(), increment=2, class_order=[2, 1, 0], name="pets")) != one
+    for place in ("here", "there"):
+        for split, names in (("train", "cd"), ("test", "cd")):
+            for row, name in enumerate(names):
+                folder = tmp_path / place / split / name
+                folder.mkdir(parents=True)
+                (folder / "0.png").write_bytes(png(row))
+    moved = [stream_digest(TaskStream.from_dataset(str(tmp_path / p), increment=2)) for p in ("here", "there")]
+    assert moved[0] == moved[1]
+    file = tmp_path / "there" / "test" / "d" / "0.png"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert stream_digest(TaskStream.from_dataset(str(tmp_path / "there"), increment=2)) != moved[0]

@@ -219,11 +219,11 @@ def test_resuming_another_recipe_names_the_difference(run):
         scheduler.run(resume=True)
 
 
-def test_a_new_run_clears_the_tasks_of_an_older_one(tmp_path):
+def test_a_new_run_leaves_a_task_that_no_run_there_has_written(tmp_path):
     (tmp_path / "task-09").mkdir(parents=True)
     scheduler = build_scheduler(small_recipe(tmp_path, "--max_steps", "1"))
     scheduler.run()
-    assert sorted(p.name for p in tmp_path.glob("task-*")) == ["task-01", "task-02"]
+    assert sorted(p.name for p in tmp_path.glob("task-*")) == ["task-01", "task-02", "task-09"]
 
 
 def test_every_task_draws_directions_of_its_own(tmp_path, monkeypatch):

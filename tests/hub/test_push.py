@@ -1,13 +1,17 @@
 """Task checkpoints on the Hub: what is pushed, what a fault does to it, and that it loads anywhere."""
 
 import json
+import logging
 import re
 import runpy
 import shutil
 import sys
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from email.utils import format_datetime
 from pathlib import Path
 
+import httpx2 as httpx
 import pytest
 import torch
 from huggingface_hub import constants
@@ -16,7 +20,8 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_zocl import ZOCLTrainingArguments, load_task_checkpoint
 from hf_zocl.continual.recipe import Recipe, RunArguments
-from hf_zocl.hub.checkpoint import save_task_checkpoint
+from hf_zocl.hub.checkpoint import find_task_checkpoint, save_task_checkpoint
+from hf_zocl.hub.client import asked_wait
 from hf_zocl.hub.fetch import fetch_run
 from hf_zocl.hub.public import public_files, public_recipe, redact
 from hf_zocl.hub.push import HubPusher
@@ -138,7 +143,8 @@ def test_each_task_is_a_commit_and_a_tag(client, hub, run):
 
 
 def test_a_revision_holds_the_tasks_checkpoint_and_nothing_else(client, hub, run):
-    (run / "task-01" / "of_task_one_alone.json").write_text("{}")
+    (run / "task-01" / "chat_template_of_task_one.jinja").write_text("{}")
+    seal_task_checkpoint(run / "task-01")
     push_all(run)
     for name in TASKS:
         there = set(hub.repository(REPO).files(name)) - {".gitattributes"}
@@ -536,12 +542,144 @@ def test_a_file_name_that_leads_out_of_the_folder_is_refused(client, hub, run, t
     assert not list(tmp_path.rglob("evil.json"))
 
 
-def test_a_run_that_cannot_be_fetched_is_an_error(client, hub, run, tmp_path):
+def test_a_run_that_cannot_be_fetched_is_an_error(client, hub, run, tmp_path, monkeypatch):
     push_all(run)
-    hub.order("status", "GET .*/refs", status=503)
+    monkeypatch.setattr("hf_zocl.hub.client.WAITS", (0.01,))
+    hub.order("status", "GET .*/refs", status=503, times=2)
     with pytest.raises(OSError, match="tester/run: the run cannot be fetched"):
         fetch_run(REPO, tmp_path / "fetched")
     hub.order("status", "(HEAD|GET) .*task.json", status=403, times=20)
     with pytest.raises(OSError, match="task-01"):
         fetch_run(REPO, tmp_path / "fetched")
     assert not (tmp_path / "fetched" / "task-01").exists()
+
+
+FOREIGN = {"notes.md": b"mine", "data/train.csv": b"1,2", "pytorch_model.bin": b"weights", "task_list.json": b"[]"}
+
+
+def commit(hub: HubServer, files: dict[str, bytes], title: str = "mine") -> str:
+    repository = hub.repository(REPO)
+    return repository.commit("main", title, {name: (hub.keep(content), False) for name, content in files.items()})
+
+
+def test_what_is_on_main_besides_stays(client, hub, run):
+    client.create_repo("run")
+    commit(hub, {**FOREIGN, "README.md": b"my card"})
+    assert push_all(run) == []
+    for revision in ("main", *TASKS):
+        for name, content in FOREIGN.items():
+            assert hub.repository(REPO).path(revision, name).read_bytes() == content
+        assert load_task_checkpoint(REPO, revision=None if revision == "main" else revision)
+    assert b"my card" not in hub.repository(REPO).path("main", "README.md").read_bytes()
+    assert push_all(run) == []  # and again
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "adapter_config.json"])
+def test_a_repository_of_another_model_is_refused_before_any_work(client, hub, run, name):
+    client.create_repo("run")
+    head = commit(hub, {name: b"{}"})
+    pusher = pusher_of(run)
+    with pytest.raises(ValueError, match=rf"hub_model_id='run': .* holds something else \({name}\)"):
+        pusher.check()
+    pusher.push(1)  # of a Hub that was down when it was asked
+    assert pusher.finish() == ["task-01"]
+    assert "holds something else" in PushQueue.read(run).error
+    assert hub.repository(REPO).branches["main"] == head
+
+
+def test_a_tag_of_a_tasks_name_that_is_anothers_stays(client, hub, run):
+    client.create_repo("run")
+    client.create_tag(REPO, tag="task-02")
+    with pytest.raises(ValueError, match="holds something else .the tag task-02."):
+        pusher_of(run).check()
+    assert set(hub.repository(REPO).tags) == {"task-02"}
+
+
+def test_a_tag_that_another_makes_in_between_is_not_taken_for_ours(client, hub, run, monkeypatch):
+    pusher = pusher_of(run)
+    pusher.check()
+    api, made = type(pusher._api()), []
+    create = api.create_tag
+
+    def raced(self, repo_id, *, tag, revision, **kwargs):
+        if not made:
+            made.append(create(self, repo_id, tag=tag, revision=hub.repository(REPO).history()[-1]["id"]))
+        return create(self, repo_id, tag=tag, revision=revision, **kwargs)
+
+    monkeypatch.setattr(api, "create_tag", raced)
+    for number in (1, 2, 3):
+        pusher.push(number)
+    assert pusher.finish() == []
+    assert is_complete(hub)
+
+
+def test_a_task_whose_folder_is_gone_is_named_by_the_script(client, hub, run, monkeypatch, capsys):
+    shutil.rmtree(run / "task-02")
+    code, lines = run_script(run, monkeypatch, capsys)
+    assert code == 1
+    assert lines[0].split() == ["task-01", "pushed"]
+    assert "task-02 is not a task checkpoint" in lines[1]
+    assert lines[-1] == "1 of 3 are on tester/run."
+
+
+def answer(status: int, **headers: str) -> Exception:
+    error = OSError("an answer")
+    error.response = httpx.Response(status, headers=headers)
+    return error
+
+
+def test_how_long_the_hub_asks_to_wait_for():
+    in_a_minute = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=60), usegmt=True)
+    assert asked_wait(answer(429, **{"Retry-After": "7"})) == 7
+    assert 55 < asked_wait(answer(429, **{"Retry-After": in_a_minute})) <= 60
+    assert asked_wait(answer(429, **{"RateLimit": '"api";r=0;t=55'})) == 55
+    assert asked_wait(answer(429, **{"RateLimit": '"api";r=3;t=55'})) == 0
+    assert asked_wait(answer(429, **{"Retry-After": "soon"})) == 0
+    assert asked_wait(OSError("no answer")) == 0
+
+
+def test_a_date_beyond_reach_lets_the_task_wait_in_the_queue(client, hub, run):
+    pusher = pusher_of(run)
+    pusher.check()
+    later = format_datetime(datetime.now(timezone.utc) + timedelta(hours=2), usegmt=True)
+    fault = hub.order("status", "POST .*/commit/", times=10**6, status=429, headers={"Retry-After": later})
+    pusher.push(1)
+    assert pusher.finish() == ["task-01"]
+    assert fault.times >= 10**6 - 2  # once, and perhaps once more at the end
+
+
+@pytest.mark.parametrize("fault", ["500", "reset"])
+def test_a_fault_that_passes_ends_no_load_and_no_fetch(client, hub, run, tmp_path, monkeypatch, fault):
+    push_all(run)
+    monkeypatch.setattr("hf_zocl.hub.client.WAITS", (0.01, 0.01))
+    kind, options = ("status", {"status": 500}) if fault == "500" else ("drop", {})
+    orders = [hub.order(kind, pattern, **options) for pattern in ("GET .*/revision/", "GET .*/tree/")]
+    assert load_task_checkpoint(REPO, task=1)
+    orders += [hub.order(kind, pattern, **options) for pattern in ("GET .*/refs", "GET .*/(tree|revision)")]
+    assert fetch_run(REPO, tmp_path / "fetched") == 3
+    assert [order.times for order in orders] == [0] * 4
+
+
+def test_a_hub_that_does_not_answer_holds_nothing_for_ever(client, hub, run, tmp_path, monkeypatch, caplog):
+    logging.getLogger("hf_zocl").propagate = True
+    push_all(run)
+    assert load_task_checkpoint(REPO, task=1)
+    monkeypatch.setattr("hf_zocl.hub.client.ANSWER_PATIENCE", 0.2)
+    fault = hub.order("slow", "GET ", times=10**6, seconds=2)
+    assert load_task_checkpoint(REPO, task=1)  # downloaded before
+    assert "taking what was downloaded before" in caplog.text
+    with pytest.raises(OSError, match="has not answered for 0.2 s"):
+        load_task_checkpoint(REPO, task=2)
+    with pytest.raises(OSError, match="cannot be fetched .*has not answered for 0.2 s"):
+        fetch_run(REPO, tmp_path / "fetched")
+    fault.times = 0
+
+
+def test_a_damaged_download_says_how_to_fetch_it_anew(client, hub, run, tmp_path):
+    push_all(run)
+    folder = find_task_checkpoint(REPO, task=1)
+    blob = (folder / "adapter_model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match=r"damaged.* force_download=True fetches it anew"):
+        load_task_checkpoint(REPO, task=1)
+    assert load_task_checkpoint(REPO, task=1, force_download=True)

@@ -1,0 +1,76 @@
+"""What a run's data are, in one number: so that a run does not go on with others unseen."""
+
+from __future__ import annotations
+
+import os
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+
+from .tasks import TaskStream
+
+
+# Images are read whole up to so many bytes in all; of more, every second, third … alone.
+READ_BYTES = 1_000_000_000
+BATCH = 256
+
+
+def stream_digest(stream: TaskStream) -> str:
+    """A hash of a stream's labels and images, as they are stored: their sizes, and of up to 1 GB their bytes.
+
+    It does not depend on where the dataset lies, nor on whether its images are files or stand in a table.
+    """
+    digest = xxhash.xxh3_128()
+    for task in stream:
+        for data in (task.train, task.test):
+            _add(digest, data)
+    return digest.hexdigest()
+
+
+def _add(digest: xxhash.xxh3_128, data: datasets.Dataset) -> None:
+    digest.update(np.asarray(data["label"][:], dtype=np.int64).tobytes())
+    sizes = _sizes(data)
+    digest.update(sizes.tobytes())
+    step = -(-int(sizes.sum()) // READ_BYTES) or 1
+    images = data.select_columns("image").cast_column("image", datasets.Image(decode=False))
+    read = range(0, len(images), step)
+    for start in range(0, len(read), BATCH):
+        for image in images[list(read[start : start + BATCH])]["image"]:
+            digest.update(_content(image))
+
+
+def _sizes(data: datasets.Dataset) -> np.ndarray:
+    """The bytes of every image as it is stored, int64; what stands in a table is not read for that."""
+    column = data.data.column("image")
+    lengths = pc.binary_length(pc.struct_field(column, "bytes"))
+    sizes = pc.fill_null(pc.cast(lengths, pa.int64()), -1).to_numpy()
+    paths = pc.struct_field(column, "path")
+    rows = np.arange(len(data)) if data._indices is None else data._indices.column(0).to_numpy()
+    sizes = sizes[rows]
+    for place in np.flatnonzero(sizes < 0):
+        path = paths[int(rows[place])].as_py()
+        sizes[place] = os.path.getsize(path) if path is not None and os.path.exists(path) else 0
+    return sizes
+
+
+def _content(image: dict | None) -> bytes:
+    if image is None:
+        return b""
+    if image["bytes"] is not None:
+        return image["bytes"]
+    if image["path"] is None or not os.path.exists(image["path"]):
+        return b""
+    with open(image["path"], "rb") as file:
+        return file.read()
+
+
+def file_digest(path: str | os.PathLike[str]) -> str:
+    """A hash of a file's bytes, by which damage is seen."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

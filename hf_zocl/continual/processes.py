@@ -1,0 +1,34 @@
+"""What one process decides for all processes of a launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from transformers import TrainingArguments
+
+
+def by_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:
+    """What `function` returns in the main process, in every process; every process calls this.
+
+    Args:
+        args: The training arguments, which know the processes.
+        function: Called in the main process alone.
+
+    Raises:
+        OSError, ValueError: What `function` raises, in every process: a ValueError with the same text in the others.
+    """
+    if args.world_size == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    error = None
+    if args.process_index == 0:
+        try:
+            outcome[0] = function()
+        except (OSError, ValueError) as raised:
+            error, outcome[1] = raised, str(raised)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise error or ValueError(outcome[1])
+    return outcome[0]

@@ -1,0 +1,140 @@
+"""A lock on a folder, which the operating system releases when its holder ends or dies."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from transformers.utils import logging
+
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+    import msvcrt
+
+
+logger = logging.get_logger(__name__)
+
+LOCK_FILE = ".lock"
+_LOCKED_BYTE = 1 << 20  # Windows lets nobody read a locked byte, and the first ones say who holds the lock
+
+
+class FolderInUseError(ValueError):
+    """A folder is locked by another process."""
+
+
+class FolderLock:
+    """One process at a time may hold the lock of a folder; `with FolderLock(folder):`.
+
+    The lock is the operating system's, on the file `.lock`, so a holder that is killed holds it no longer. Processes
+    that the holder forks do not hold it. Where a file system knows no locks there is a warning, and no lock.
+
+    Args:
+        folder: The folder; it is made if it is not there, and removed again if it is empty in the end.
+
+    Raises:
+        FolderInUseError: On entering, if somebody holds the lock.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self._file: IO[str] | None = None
+        self._made: list[Path] = []
+
+    def __enter__(self) -> FolderLock:
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = self._acquire()
+        except BaseException:
+            self._remove_made()
+            raise
+        _held.add(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _held.discard(self)
+        file, self._file = self._file, None
+        if file is not None:
+            if fcntl is not None:  # while it is locked, so that nobody locks a file without a name
+                self._path.unlink(missing_ok=True)
+            file.close()
+            if fcntl is None:
+                with suppress(OSError):  # another may hold it by now
+                    self._path.unlink(missing_ok=True)
+        self._remove_made()
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / LOCK_FILE
+
+    def _acquire(self) -> IO[str] | None:
+        while True:
+            file = os.fdopen(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")
+            try:
+                _lock(file)
+            except BlockingIOError:
+                holder = file.readline().strip() if fcntl is not None else ""
+                file.close()
+                raise FolderInUseError(
+                    f"{self.folder} is in use by another run{f' ({holder})' if holder else ''}: wait for its end, or "
+                    "choose another output_dir."
+                ) from None
+            except OSError as error:
+                file.close()
+                self._path.unlink(missing_ok=True)
+                logger.warning(f"{self.folder} cannot be locked ({error.strerror}): start no other run there.")
+                return None
+            if self._is_current(file):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+                return file
+            file.close()  # its holder has just removed it
+
+    def _is_current(self, file: IO[str]) -> bool:
+        try:
+            return fcntl is None or os.path.samestat(os.fstat(file.fileno()), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _remove_made(self) -> None:
+        for path in self._made:
+            with suppress(OSError):
+                path.rmdir()
+        self._made = []
+
+
+_held: set[FolderLock] = set()
+
+
+def _lock(file: IO[str]) -> None:
+    """Lock an open file, or raise BlockingIOError at once."""
+    if fcntl is not None:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    try:
+        os.lseek(file.fileno(), _LOCKED_BYTE, os.SEEK_SET)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except PermissionError as error:
+        raise BlockingIOError(*error.args) from error
+    finally:
+        os.lseek(file.fileno(), 0, os.SEEK_SET)
+
+
+def _let_go() -> None:
+    """A forked process, for example of a data loader, must not hold on to what its parent has locked."""
+    for lock in _held:
+        if lock._file is not None:
+            lock._file.close()
+            lock._file = None
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
