@@ -171,6 +171,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
         class_names=[names.get(label, f"class {label}") for label in range(len(stream.arrival_labels))],
         class_order=stream[0].class_ids,
         partial_order=True,
+        allow_shared_images=True,  # both are training images, as published
     )
 
 
@@ -205,6 +206,7 @@ def retention_stream(dataset: str, classes: str | None, images: int) -> TaskStre
         class_order_seed=None,
         max_train_images_per_class=1,
         max_test_images_per_class=images,
+        allow_shared_images=True,  # it is never trained on
     )
 
 

@@ -325,7 +325,9 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
     processor = AutoProcessor.from_pretrained(base)
     torch.manual_seed(training.seed)  # the adapter's initial weights
     clip = add_adapter(CLIPModel.from_pretrained(base, dtype=run.dtype), recipe.adapter, num_tasks=len(stream))
-    model = CLIPClassifier(clip, processor.tokenizer, stream.class_names, template)
+    # Of whole datasets two may have a class of the same name, which is no class of one task.
+    names = stream[0].class_names if stream.scenario == "cross-dataset" else stream.class_names
+    model = CLIPClassifier(clip, processor.tokenizer, names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task
     return ContinualTaskScheduler(

@@ -46,6 +46,8 @@ _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate
 class ContinualTaskScheduler:
     """Runs a stream of tasks: each is trained on its own classes and evaluated on all classes seen.
 
+    A task of a single class is trained among all classes seen, for a loss over one class is zero.
+
     Args:
         model: The classifier; its CLIP is wrapped by PEFT, and what requires a gradient is trained.
         processor: The CLIP model's processor.
@@ -96,6 +98,9 @@ class ContinualTaskScheduler:
         self.image_cache_gb, self.skip_corrupt = image_cache_gb, skip_corrupt
         self._codec = PixelCodec(processor.image_processor)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
+        for each in (stream, *self.held_out.values()):
+            for evaluation in each.evaluations(len(each)):
+                model.check_classes(evaluation.class_names, evaluation.prompt_template)
         split = args.layer_assignment.split(model, args.zo_eps, args.zo_eps_vision, args.zo_eps_language)
         self._towers = split.describe()
         # Last, for it may create a repository.
@@ -119,6 +124,9 @@ class ContinualTaskScheduler:
             SaveError: If something cannot be saved, for example on a full disk.
             ValueError: If an image cannot be decoded.
         """
+        if train:
+            for task in self.stream:
+                self.stream.training_classes(task.index)  # a task that could learn nothing fails here
         chosen = None if isinstance(resume, bool) else resume
         _reset_peak_memory()
         if resume and train:
@@ -241,7 +249,10 @@ class ContinualTaskScheduler:
         """Train on one task, from its beginning or from a checkpoint within it."""
         template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
         # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
-        self.model.set_classes(task.class_names, template if isinstance(template, str) else template[0])
+        names, _ = self.stream.training_classes(task.index)
+        if len(names) > len(task.class_names):
+            logger.info(f"{task.name} has one class: it is trained among the {len(names)} classes seen.")
+        self.model.set_classes(names, template if isinstance(template, str) else template[0])
         # Every task draws directions of its own.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
         trainer = self._trainer(task.name, task, zo_seed=zo_seed)
@@ -277,7 +288,9 @@ class ContinualTaskScheduler:
 
     def _trainer(self, name: str, task: Task | None = None, zo_seed: int | None = None) -> ZOCLTrainer:
         """A trainer of one task's images, or, without a task, one to evaluate with."""
-        labels = (self.stream.arrival_labels, 0) if task is None else (task.arrival_labels, task.first_label)
+        labels = (self.stream.arrival_labels, 0)
+        if task is not None:
+            labels = (task.arrival_labels, self.stream.training_classes(task.index)[1])
         args = dataclasses.replace(
             self.args,
             output_dir=str(self.folder.trainer_folder(name)),

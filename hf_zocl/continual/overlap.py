@@ -1,0 +1,117 @@
+"""Images that are both trained and tested on: one file, or one content, in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .splits import Split
+
+
+PROBE = 4096  # bytes at either end that are compared before two images are read whole
+
+
+def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
+    """The images that two splits share, as positions in both.
+
+    Images are compared as the files that they are: by their path, else by size, then both ends, then whole, so that of
+    a large dataset hardly anything is read. None is decoded.
+    """
+    ours, theirs = _Files.of(train), _Files.of(test)
+    common = np.intersect1d(ours.sizes, theirs.sizes)
+    by_probe: dict[bytes, list[int]] = {}
+    for position in np.flatnonzero(np.isin(theirs.sizes, common[common >= 0])):
+        by_probe.setdefault(theirs.probe(position), []).append(int(position))
+    found = []
+    for position in np.flatnonzero(np.isin(ours.sizes, common[common >= 0])):
+        for other in by_probe.get(ours.probe(position), ()):
+            if ours.is_same(position, theirs, other):
+                found.append((int(position), other))
+                break
+    return found
+
+
+def describe_shared(found: list[tuple[int, int]], train: Split, test: Split) -> str:
+    """Which images two splits share, as text."""
+    ours, theirs = (
+        f"row {split.row_ids[position]} of split {split.name!r}{_path(split, position)}"
+        for split, position in zip((train, test), found[0], strict=True)
+    )
+    count = len({position for _, position in found})
+    return f"{ours} and {theirs} are one image; {count} of {len(test.row_ids)} test images are trained on as well"
+
+
+def _path(split: Split, position: int) -> str:
+    path = _Files.of(split).paths[position].as_py()
+    return f" ({path})" if path else ""
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The images of a split as files: on the disk, or within the dataset.
+
+    Args:
+        sizes: Bytes, -1 where they cannot be known. Shape: (images,).
+        paths: Of every image.
+        contents: The bytes of those within the dataset; views, nothing is read yet.
+    """
+
+    sizes: np.ndarray
+    paths: pa.ChunkedArray
+    contents: _Rows
+
+    @classmethod
+    def of(cls, split: Split) -> _Files:
+        data = split.data
+        column = data.data.table["image"]
+        rows = None if data._indices is None else data._indices.column(0)
+        contents, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+        sizes = pc.binary_length(contents)
+        if rows is not None:
+            sizes, paths = sizes.take(rows), paths.take(rows)
+        sizes = sizes.fill_null(-1).to_numpy().astype(np.int64)
+        for position in np.flatnonzero(sizes < 0):
+            path = paths[position].as_py()
+            sizes[position] = os.path.getsize(path) if path and os.path.isfile(path) else -1
+        return cls(sizes, paths, _Rows(contents, None if rows is None else rows.to_numpy()))
+
+    def probe(self, position: int) -> bytes:
+        """The ends of an image, as a checksum."""
+        size, content = int(self.sizes[position]), self.contents[position]
+        if content is not None:
+            head, tail = content[:PROBE], content[-PROBE:]
+        else:
+            with open(self.paths[position].as_py(), "rb") as file:
+                head = file.read(PROBE)
+                file.seek(max(0, size - PROBE))
+                tail = file.read()
+        return hashlib.blake2b(bytes(head) + bytes(tail), digest_size=16).digest() + size.to_bytes(8, "little")
+
+    def is_same(self, position: int, others: _Files, other: int) -> bool:
+        return self.read(position) == others.read(other)
+
+    def read(self, position: int) -> bytes:
+        content = self.contents[position]
+        if content is not None:
+            return bytes(content)
+        with open(self.paths[position].as_py(), "rb") as file:
+            return file.read()
+
+
+class _Rows:
+    """The rows of a chunked column of bytes, each a view that costs nothing until it is read."""
+
+    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray | None):
+        self.chunks, self.rows = column.chunks, rows
+        self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
+
+    def __getitem__(self, position: int) -> memoryview | None:
+        row = position if self.rows is None else int(self.rows[position])
+        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
+        buffer = self.chunks[chunk][int(row - self.starts[chunk])].as_buffer()
+        return None if buffer is None else memoryview(buffer)
