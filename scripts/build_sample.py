@@ -15,6 +15,8 @@ import torch
 from pretrain_sample import load_images, save_float16, staged_folder, zero_shot_accuracy
 from transformers import CLIPModel, CLIPProcessor
 
+from hf_zocl.commands import Parser, command
+
 
 SAMPLE_DIR = Path(__file__).resolve().parents[1] / "hf_zocl" / "sample"
 MAX_ACCURACY_CHANGE = 0.001
@@ -116,7 +118,7 @@ def build_model(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", type=Path, required=True, help="folder with mini-clip/ and cifar10/")
     parser.add_argument("--model", type=Path, help="model folder to embed instead of SOURCE/mini-clip")
     parser.add_argument("--output_dir", type=Path, default=SAMPLE_DIR, help="default: the package's own sample folder")
@@ -126,6 +128,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@command
 def main() -> None:
     args = parse_args()
     build_dataset(args)

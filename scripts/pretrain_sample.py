@@ -27,6 +27,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
+from hf_zocl.commands import Parser, command
+
 
 MAX_PARAMETERS = 6_000_000
 PROCESSOR_FILES = ("processor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -388,7 +390,7 @@ def write_card(folder: Path, model: CLIPModel, title: str, table: str, **facts: 
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="tiny-imagenet-32: a dataset folder with class_order.json")
     add("--mini_clip", type=Path, required=True, help="the model that gives tokenizer, processor and the comparison")
@@ -420,6 +422,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@command
 def main() -> None:
     args = parse_args()
     random.seed(args.seed)

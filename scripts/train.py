@@ -2,25 +2,22 @@
 
 import logging
 import os
-import sys
 from pathlib import Path
 
 import torch.distributed as dist
 from accelerate import PartialState
 
+from hf_zocl.commands import command
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
-from hf_zocl.continual.run_state import ResumeError
 from hf_zocl.report import compare_groups, format_results, load_seeds
 
 
+@command
 def main() -> None:
     logging.basicConfig(format="%(message)s")
-    try:
-        if restarts() > 0:
-            join_again()
-        recipe = parse_recipe()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    if restarts() > 0:
+        join_again()
+    recipe = parse_recipe()
     recipes = recipe.per_seed()
     for one in recipes:
         run(one)
@@ -33,15 +30,10 @@ def main() -> None:
 
 
 def run(recipe: Recipe) -> None:
-    try:
-        scheduler = build_scheduler(recipe)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    scheduler = build_scheduler(recipe)
     logging.getLogger("hf_zocl").setLevel(logging.INFO if recipe.training.should_save else logging.ERROR)
-    try:
+    with recipe.placing():
         results = scheduler.run(resume=recipe.resume or restarts() > 0, train=recipe.run.learning != "none")
-    except (OSError, ResumeError) as error:
-        sys.exit(f"error: {error}")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")
