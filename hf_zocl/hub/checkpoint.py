@@ -17,19 +17,21 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
+from transformers import CLIPConfig, CLIPModel, ProcessorMixin
 
 from ..files import replace_folder
 from ..models import ADAPTERS, CLIPClassifier, adapter_name
+from ..models.clip_classifier import check_templates, prompt_tokens, same_prompts
 from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..sample import resolve
+from .known import check_adapter_config, check_model_config, read_processor
 from .model_card import render_eval_results, render_task_card
 from .seal import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_CONFIG,
     BASE_WEIGHTS,
-    LOADED_FILES,
+    SEALED_FILES,
     check_seal,
     seal_task_checkpoint,
 )
@@ -37,8 +39,6 @@ from .task_file import FORMAT_VERSION, TASK_FILE, is_snapshot, read_json, read_t
 
 
 FIGURE = "accuracy_matrix.png"
-# Fields of a PEFT configuration that would have a module imported, or another folder read, by name.
-_REACHES_OUT = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
 _DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -112,7 +112,7 @@ def find_task_checkpoint(
         newest = snapshot_download(str(path), allow_patterns=[TASK_FILE], **hub_kwargs)
         task = best_task(read_task(Path(newest)))
     revision = task_folder(task) if task is not None else revision
-    patterns = [TASK_FILE, *LOADED_FILES]
+    patterns = [TASK_FILE, *SEALED_FILES]
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns, **hub_kwargs))
 
 
@@ -150,7 +150,8 @@ def load_task_checkpoint(
         hub_kwargs: `token`, `cache_dir` and the like, for `huggingface_hub.snapshot_download`.
 
     Returns:
-        The classifier with the classes of all tasks seen so far, in evaluation mode, and the processor.
+        The classifier with the classes of all tasks seen so far, in evaluation mode, and the processor. Where tasks
+        are whole datasets, a class that several of them have is there once.
 
     Raises:
         ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
@@ -167,15 +168,26 @@ def load_task_checkpoint(
     # In the run's own dtype, so that it predicts as it did there.
     dtype = info["recipe"].get("dtype", "auto")
     clip = _load_base_model(folder, base_model, config, dtype, options)
-    processor = _load_processor(folder)
+    processor = read_processor(folder, clip.config.text_config.vocab_size)
     model = CLIPClassifier(
         PeftModel.from_pretrained(clip, folder, config=config),
         processor.tokenizer,
-        info["classes"],
+        _classes(info, clip, processor),
         info["prompt_template"],
     )
     model.image_processor = processor.image_processor
     return model.eval(), processor
+
+
+def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -> list[str]:
+    """The classes to predict among; of whole datasets, each class once, though several have it."""
+    names, templates = info["classes"], check_templates(info["prompt_template"])
+    if info.get("scenario") != "cross-dataset":
+        return names
+    length = clip.config.text_config.max_position_embeddings
+    tokens = prompt_tokens(processor.tokenizer, names, templates, length)
+    repeated = {number for _, number, _ in same_prompts(tokens, len(names), templates)}
+    return [name for number, name in enumerate(names) if number not in repeated]
 
 
 def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -210,9 +222,7 @@ def _check_repository(name: str) -> None:
 def _read_adapter_config(folder: Path, info: dict[str, Any]) -> PeftConfig:
     file = folder / ADAPTER_CONFIG
     content = read_json(file)
-    for name in _REACHES_OUT:
-        if content.get(name):
-            raise ValueError(f"{file}: {name}={content[name]!r} is not allowed in a checkpoint.")
+    check_adapter_config(content, str(file))
     with _refusing(f"{file} is damaged: it is no configuration of an adapter"):
         config = PeftConfig.from_peft_type(**content)
         name = adapter_name(config)
@@ -249,6 +259,9 @@ def _load_base_model(
     """The base model, once it is known that the adapter fits it."""
     options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
     with _refusing(f"the base model {str(base_model)!r} cannot be read"):
+        content, _ = CLIPConfig.get_config_dict(base_model, **options)
+    check_model_config(content, f"the base model {str(base_model)!r}")
+    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
         clip_config = CLIPConfig.from_pretrained(base_model, **options)
     _check_adapter(folder, clip_config, config)
     if Path(base_model) == folder:  # given the folder, transformers would put the adapter into the model as well
@@ -263,7 +276,15 @@ def _load_base_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"the base model {str(base_model)!r} has no {missing[0]} (and {len(missing) - 1} more).")
+    _check_finite(dict(clip.named_parameters()), f"the base model {str(base_model)!r}")
     return clip
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
+    """No weight is infinite or NaN: a model of such weights would still name a class."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{what} is damaged: {name} holds values that are infinite or NaN.")
 
 
 def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> None:
@@ -276,17 +297,13 @@ def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) ->
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if found == expected:
+        _check_finite(load_file(file), str(file))
         return
     name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     raise ValueError(
         f"{file} is foreign: {name} has the shape {found.get(name, 'none')}, "
         f"where its base model and {ADAPTER_CONFIG} have {expected.get(name, 'none')}."
     )
-
-
-def _load_processor(folder: Path) -> ProcessorMixin:
-    with _refusing(f"{folder}: its processor cannot be read"):
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 @contextmanager
