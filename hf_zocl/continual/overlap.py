@@ -17,7 +17,7 @@ PROBE = 4096  # bytes at either end that are compared before two images are read
 
 
 def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
-    """The images that two splits share, as positions in both.
+    """The images of `test` that `train` holds too, as positions in `train` and `test`.
 
     Images are compared as the files that they are: by their path, else by size, then both ends, then whole, so that of
     a large dataset hardly anything is read. None is decoded.
@@ -25,14 +25,14 @@ def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
     ours, theirs = _Files.of(train), _Files.of(test)
     common = np.intersect1d(ours.sizes, theirs.sizes)
     by_probe: dict[bytes, list[int]] = {}
-    for position in np.flatnonzero(np.isin(theirs.sizes, common[common >= 0])):
-        by_probe.setdefault(theirs.probe(position), []).append(int(position))
-    found = []
     for position in np.flatnonzero(np.isin(ours.sizes, common[common >= 0])):
-        for other in by_probe.get(ours.probe(position), ()):
-            if ours.is_same(position, theirs, other):
-                found.append((int(position), other))
-                break
+        by_probe.setdefault(ours.probe(position), []).append(int(position))
+    found = []
+    for position in np.flatnonzero(np.isin(theirs.sizes, common[common >= 0])):
+        candidates = by_probe.get(theirs.probe(position), ())
+        same = next((other for other in candidates if ours.is_same(other, theirs, position)), None)
+        if same is not None:
+            found.append((same, int(position)))
     return found
 
 
@@ -42,8 +42,7 @@ def describe_shared(found: list[tuple[int, int]], train: Split, test: Split) -> 
         f"row {split.row_ids[position]} of split {split.name!r}{_path(split, position)}"
         for split, position in zip((train, test), found[0], strict=True)
     )
-    count = len({position for _, position in found})
-    return f"{ours} and {theirs} are one image; {count} of {len(test.row_ids)} test images are trained on as well"
+    return f"{ours} and {theirs} are one image; {len(found)} of {len(test.row_ids)} test images are trained on as well"
 
 
 def _path(split: Split, position: int) -> str:

@@ -90,6 +90,8 @@ class ContinualTaskScheduler:
                 "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that "
                 "follows: leave them off; bf16 or fp16 is in force while the scheduler evaluates, too."
             )
+        if args.prediction_loss_only:
+            raise ValueError("prediction_loss_only=True leaves no predictions to measure: expected False.")
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
@@ -127,6 +129,7 @@ class ContinualTaskScheduler:
         if train:
             for task in self.stream:
                 self.stream.training_classes(task.index)  # a task that could learn nothing fails here
+                self._check_batches(task)
         chosen = None if isinstance(resume, bool) else resume
         _reset_peak_memory()
         if resume and train:
@@ -161,6 +164,14 @@ class ContinualTaskScheduler:
         if self.args.should_save:
             self.folder.remove_empty_folders()
         return results
+
+    def _check_batches(self, task: Task) -> None:
+        batch = self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and len(task.train) < batch:
+            raise ValueError(
+                f"dataloader_drop_last=True: {task.name} has {len(task.train)} training images, less than a batch of "
+                f"{batch} (per_device_train_batch_size), so no step would be made; expected False, or less a batch."
+            )
 
     def _push(self, *tasks: int) -> None:
         if self._pusher is not None:

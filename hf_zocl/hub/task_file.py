@@ -122,7 +122,8 @@ def _contradiction(info: dict[str, Any]) -> str | None:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Text that a file can hold: without half characters (lone surrogates)."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_flag(value: Any) -> bool:
