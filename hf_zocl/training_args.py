@@ -115,7 +115,7 @@ class ZOCLTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        check_fields(self, but=("zo_layers",))  # which holds numbers too, once it is read
+        check_fields(self, but=("zo_layers", "debug"))  # numbers, once it is read; None from HfArgumentParser
         check_ranges(self)
         self.zo_layers = parse_layers(self.zo_layers)
         LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here

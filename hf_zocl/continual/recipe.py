@@ -214,7 +214,7 @@ class Recipe:
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """Read `--recipe FILE.yaml` and any further `--argument value`, which override the file.
 
-    A recipe may `include` another one, named from its own folder, and override it.
+    A recipe may `include` another one, named from its own folder or from the current one, and override it.
 
     Args:
         argv: The command line without the program's name; default: `sys.argv`.

@@ -77,6 +77,8 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
     if included is None:
         return entries
     base = path.parent / included.value
+    if not base.is_file() and Path(included.value).is_file():
+        base = Path(included.value)
     if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
         raise ValueError(f"{included.place}: include={included.value!r} leads back to itself.")
     try:
@@ -93,13 +95,7 @@ def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:
     text = str(error)
     named = [name for name in dict.fromkeys(_WORD.findall(text)) if name in entries]
     places = [f"{name}: {entries[name].place}" for name in named if entries[name].place not in text]
-    if not places:
-        return error
-    return (
-        type(error)(f"{text} ({'; '.join(places)})")
-        if type(error) is ValueError
-        else ValueError(f"{text} ({'; '.join(places)})")
-    )
+    return ValueError(f"{text} ({'; '.join(places)})") if places else error
 
 
 def _mapping(path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
@@ -125,16 +121,16 @@ def _mapping(path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     return root.value
 
 
-def _value(node: yaml.Node, hint: Any, where: str) -> Any:
-    """What an annotation makes of a value's text."""
+def _value(node: yaml.Node, hint: Any, where: str, is_item: bool = False) -> Any:
+    """What an annotation makes of a value's text; in a list `null` is a text like any other."""
     types = alternatives(hint)
     if isinstance(node, yaml.ScalarNode):
-        found = _scalar(node, types, where)
+        found = _scalar(node, types, where, is_item)
         if found is not _NO_VALUE:
             return found
     lists = [get_args(each)[0] if get_args(each) else Any for each in types if (get_origin(each) or each) is list]
     if lists and isinstance(node, yaml.SequenceNode):
-        return [_value(item, lists[0], f"{where}[{place}]") for place, item in enumerate(node.value)]
+        return [_value(item, lists[0], f"{where}[{place}]", is_item=True) for place, item in enumerate(node.value)]
     if lists and isinstance(node, yaml.ScalarNode):
         return [_value(node, lists[0], where)]
     if Any in types or (isinstance(node, yaml.MappingNode) and any((get_origin(t) or t) is dict for t in types)):
@@ -148,7 +144,7 @@ def _value(node: yaml.Node, hint: Any, where: str) -> Any:
 _NO_VALUE = object()
 
 
-def _scalar(node: yaml.ScalarNode, types: tuple[Any, ...], where: str) -> Any:
+def _scalar(node: yaml.ScalarNode, types: tuple[Any, ...], where: str, is_item: bool) -> Any:
     text, is_quoted = node.value, node.style is not None
     if type(None) in types and not is_quoted and text in NULL:
         return None
@@ -164,7 +160,7 @@ def _scalar(node: yaml.ScalarNode, types: tuple[Any, ...], where: str) -> Any:
             if text in values:
                 return text
             raise ValueError(f"{where}: expected one of {', '.join(map(str, values))}, got {shown(text)}.")
-    if str in types and (is_quoted or text not in NULL):
+    if str in types and (is_quoted or text not in NULL or (is_item and text)):
         return text
     return _NO_VALUE
 
