@@ -213,9 +213,7 @@ def _read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
         raise ValueError(f"{file}: its processor cannot be read: expected CLIP's tokenizer, with a vocab and merges.")
     wrong = next((key for key, value in vocab.items() if type(value) is not int or not 0 <= value < vocabulary), None)
     if wrong is not None:
-        raise ValueError(
-            f"{file} is foreign: {shown(wrong)} is token {vocab[wrong]!r:.20}, the model has {vocabulary}."
-        )
+        raise ValueError(f"{file} is foreign: {shown(wrong)} is token {shown(vocab[wrong])} of {vocabulary}.")
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
     if not all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs):
         raise ValueError(f"{file} is damaged: model.merges are no pairs.")
