@@ -13,6 +13,8 @@ import pyarrow.compute as pc
 from .splits import Split
 
 
+UNKNOWN = -1  # the size of a file that is not on this machine
+CHUNK = 100_000
 PROBE = 4096  # bytes at either end that are compared before two images are read whole
 
 
@@ -23,12 +25,11 @@ def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
     a large dataset hardly anything is read. None is decoded.
     """
     ours, theirs = _Files.of(train), _Files.of(test)
-    common = np.intersect1d(ours.sizes, theirs.sizes)
     by_probe: dict[bytes, list[int]] = {}
-    for position in np.flatnonzero(np.isin(ours.sizes, common[common >= 0])):
+    for position in ours.candidates(theirs):
         by_probe.setdefault(ours.probe(position), []).append(int(position))
     found = []
-    for position in np.flatnonzero(np.isin(theirs.sizes, common[common >= 0])):
+    for position in theirs.candidates(ours):
         candidates = by_probe.get(theirs.probe(position), ())
         same = next((other for other in candidates if ours.is_same(other, theirs, position)), None)
         if same is not None:
@@ -50,12 +51,19 @@ def _path(split: Split, position: int) -> str:
     return f" ({path})" if path else ""
 
 
+def _size(path: str | None) -> int:
+    try:
+        return os.stat(path).st_size if path else UNKNOWN
+    except (OSError, ValueError):
+        return UNKNOWN
+
+
 @dataclass(frozen=True)
 class _Files:
     """The images of a split as files: on the disk, or within the dataset.
 
     Args:
-        sizes: Bytes, -1 where they cannot be known. Shape: (images,).
+        sizes: Bytes, or `UNKNOWN`. Shape: (images,).
         paths: Of every image.
         contents: The bytes of those within the dataset; views, nothing is read yet.
     """
@@ -73,15 +81,26 @@ class _Files:
         sizes = pc.binary_length(contents)
         if rows is not None:
             sizes, paths = sizes.take(rows), paths.take(rows)
-        sizes = sizes.fill_null(-1).to_numpy().astype(np.int64)
-        for position in np.flatnonzero(sizes < 0):
-            path = paths[position].as_py()
-            sizes[position] = os.path.getsize(path) if path and os.path.isfile(path) else -1
+        sizes = sizes.fill_null(UNKNOWN).to_numpy().astype(np.int64)
+        for start in range(0, len(sizes), CHUNK):
+            chunk = sizes[start : start + CHUNK]
+            if (chunk == UNKNOWN).any():
+                names = paths.slice(start, CHUNK).to_pylist()
+                for position in np.flatnonzero(chunk == UNKNOWN):
+                    chunk[position] = _size(names[position])
         return cls(sizes, paths, _Rows(contents, None if rows is None else rows.to_numpy()))
+
+    def candidates(self, others: _Files) -> np.ndarray:
+        """The positions of images that may be among the others: of a size that one of them has, or else of a path."""
+        has_size = (self.sizes != UNKNOWN) & np.isin(self.sizes, others.sizes)
+        has_path = pc.is_in(self.paths, value_set=others.paths, skip_nulls=True).to_numpy().astype(bool)
+        return np.flatnonzero(has_size | ((self.sizes == UNKNOWN) & has_path))
 
     def probe(self, position: int) -> bytes:
         """The ends of an image, as a checksum."""
         size, content = int(self.sizes[position]), self.contents[position]
+        if size == UNKNOWN:
+            return self.paths[position].as_py().encode()
         if content is not None:
             head, tail = content[:PROBE], content[-PROBE:]
         else:
@@ -92,6 +111,8 @@ class _Files:
         return hashlib.blake2b(bytes(head) + bytes(tail), digest_size=16).digest() + size.to_bytes(8, "little")
 
     def is_same(self, position: int, others: _Files, other: int) -> bool:
+        if self.sizes[position] == UNKNOWN:
+            return True  # their paths are the same, which is all that there is
         return self.read(position) == others.read(other)
 
     def read(self, position: int) -> bytes:

@@ -18,6 +18,7 @@ from peft import set_peft_model_state_dict
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
+from ..checks import check_type
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
@@ -63,7 +64,8 @@ class ContinualTaskScheduler:
         image_cache_gb, skip_corrupt: See `prepare_images`.
 
     Raises:
-        ValueError: If the layer assignment does not fit the model.
+        TypeError: If `stream` or `args` is of another class.
+        ValueError: If the layer assignment does not fit the model, or it cannot tell two classes apart.
     """
 
     def __init__(
@@ -80,6 +82,8 @@ class ContinualTaskScheduler:
         image_cache_gb: float = DEFAULT_CACHE_GB,
         skip_corrupt: bool = False,
     ):
+        check_type("stream", stream, TaskStream, "a TaskStream")
+        check_type("args", args, ZOCLTrainingArguments, "ZOCLTrainingArguments")
         if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
             raise ValueError(
                 "The scheduler evaluates after every task: leave eval_strategy, eval_on_start and "

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, ProcessorMixin
 
+from ..checks import WrongTypeError, check_count
 from ..files import replace_folder
 from ..models import ADAPTERS, CLIPClassifier, adapter_name
 from ..models.clip_classifier import check_templates, prompt_tokens, same_prompts
@@ -102,7 +103,9 @@ def find_task_checkpoint(
     if task is not None and revision is not None:
         raise ValueError(f"task={task} and revision={revision!r} were both given: they name the same thing, pass one.")
     if isinstance(task, str) and task != "best":
-        raise ValueError(f"task={task!r}: expected a number from 1, or 'best'.")
+        raise WrongTypeError(f"task={task!r}: expected a number from 1, or 'best'.")
+    if task is not None and not isinstance(task, str):
+        check_count("task", task)
     folder = Path(path)
     if folder.is_dir():
         number = best_task(read_task(_newest(folder))) if task == "best" else task
