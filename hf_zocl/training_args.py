@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from .checks import WrongTypeError, check_fields, shown
+from .trainer_ranges import check_ranges
 from .zo import LayerAssignment
 from .zo.assignment import BRANCHES, LAYER_SCHEMES
 from .zo.estimator import ESTIMATORS
@@ -74,6 +76,7 @@ class ZOCLTrainingArguments(TrainingArguments):
             `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
 
     Raises:
+        TypeError: If a value has a type that it cannot have.
         ValueError: On an unknown choice or a number out of its range, which it names; if a launcher asks for FSDP,
             DeepSpeed or another sharding of the model, which zeroth-order layers cannot have; or if several processes
             were started that do not know of one another.
@@ -108,6 +111,8 @@ class ZOCLTrainingArguments(TrainingArguments):
     hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
 
     def __post_init__(self):
+        check_fields(self, but=("zo_layers", "debug"))  # numbers, once it is read; None from HfArgumentParser
+        check_ranges(self)
         self.zo_layers = parse_layers(self.zo_layers)
         LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
@@ -251,6 +256,8 @@ def _number(name: str, value: Any, kind: type, words: tuple[str, ...]) -> Any:
 def parse_layers(layers: str | int | list) -> str | list[int] | list[str]:
     """Read `zo_layers` as a recipe or a command line gives it: `["hop-even"]`, `"2,4"`, `["2", "4"]`, `[2, 4]`."""
     items = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if not items or not all(isinstance(item, (str, int)) and not isinstance(item, bool) for item in items):
+        raise WrongTypeError(f"zo_layers={shown(layers)}: expected a scheme, layer numbers or regular expressions.")
     if len(items) == 1 and isinstance(items[0], str) and all(part.strip().isdigit() for part in items[0].split(",")):
         items = items[0].split(",")
     if items and all(str(item).strip().isdigit() for item in items):

@@ -11,7 +11,6 @@ those of scripts/train.py. The figures are of training images.
 
 import argparse
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,16 +20,16 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual import TaskStream
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.zo import ForwardState, LayerAssignment
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tasks", type=int, help="only the first so many tasks")
@@ -42,12 +41,9 @@ def main() -> None:
     for seed in tqdm(options.seeds, desc="seeds"):
         with tempfile.TemporaryDirectory(prefix="hf-zocl-alignment-") as folder:
             arguments = ["--recipe", options.recipe, *further, "--seed", str(seed), "--output_dir", folder]
-            try:
-                scheduler = build_scheduler(parse_recipe([*arguments, "--disable_tqdm", "true"]))
-                stream = scheduler.stream
-                scheduler.stream = TaskStream(list(stream)[: options.tasks], stream.name, scenario=stream.scenario)
-            except ValueError as error:
-                sys.exit(f"error: {error}")
+            scheduler = build_scheduler(parse_recipe([*arguments, "--disable_tqdm", "true"]))
+            stream = scheduler.stream
+            scheduler.stream = TaskStream(list(stream)[: options.tasks], stream.name, scenario=stream.scenario)
             probe = Probe(scheduler.model, options.every, options.batches)
             scheduler.callbacks.append(probe)
             scheduler.run()

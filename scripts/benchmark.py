@@ -23,11 +23,13 @@ from benchmark_engine import SHAPES, Setting, run_engine_benchmark
 from benchmark_scaling import run_scaling_benchmark
 
 from hf_zocl import MoEAdapterConfig
+from hf_zocl.commands import Parser, command
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--moe", action="store_true", help="only the MoE adapter of one ViT-B/16 block")
     parser.add_argument("--scaling", action="store_true", help="only what several processes send, and their time")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="with --scaling: how many of them")

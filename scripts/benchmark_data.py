@@ -8,12 +8,12 @@ Any further argument is a recipe's. Printed is a Markdown table: the median time
 import argparse
 import dataclasses
 import statistics
-import sys
 import time
 
 from transformers import TrainerCallback
 
 from hf_zocl import ZOCLTrainer
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual.images import ImageCollator, PixelCodec, prepare_images
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 
@@ -37,16 +37,14 @@ class StepTimes(TrainerCallback):
         self._mark = now
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--steps", type=int, default=60)
     options, further = parser.parse_known_args()
-    try:
-        recipe = parse_recipe(["--recipe", options.recipe, "--max_steps", str(options.steps), *further])
-        scheduler = build_scheduler(recipe)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    recipe = parse_recipe(["--recipe", options.recipe, "--max_steps", str(options.steps), *further])
+    scheduler = build_scheduler(recipe)
     codec = PixelCodec(scheduler.processor.image_processor)
     started = time.perf_counter()
     cached, _ = prepare_images(scheduler.stream, codec, cache_gb=1e6)

@@ -28,27 +28,31 @@ if __name__ == "evaluate":
 
 def main() -> None:
     # Imported here, so that the lines above come before any `import evaluate`.
+    from hf_zocl.commands import command
+
+    command(measure)()
+
+
+def measure() -> None:
+    from hf_zocl.commands import Parser
     from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
     from hf_zocl.hub.checkpoint import write_json
     from hf_zocl.report import format_evaluation
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint's folder, a run's folder (with --task), or a Hub repository")
     parser.add_argument("--task", type=task_number, help="the task, counted from 1, or best")
     parser.add_argument("--revision", help="a revision on the Hub, instead of --task")
     parser.add_argument("--disable_tqdm", action="store_true")
     parser.add_argument("--output", type=Path, help="a JSON file for what was measured")
     options, further = parser.parse_known_args()
-    try:
-        measured = evaluate_checkpoint(
-            options.checkpoint,
-            options.task,
-            options.revision,
-            disable_tqdm=options.disable_tqdm,
-            **recipe_arguments(further),
-        )
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    measured = evaluate_checkpoint(
+        options.checkpoint,
+        options.task,
+        options.revision,
+        disable_tqdm=options.disable_tqdm,
+        **recipe_arguments(further),
+    )
     print(format_evaluation(measured))
     if options.output is not None:
         write_json(options.output, json.loads(json.dumps(measured)))
@@ -64,16 +68,16 @@ def recipe_arguments(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If one is no argument of a recipe.
     """
-    from transformers import HfArgumentParser, TrainingArguments
+    from transformers import TrainingArguments
 
     from hf_zocl.continual.checkpoint_evaluation import NUMERICS
-    from hf_zocl.continual.recipe import RunArguments
+    from hf_zocl.continual.recipe import RecipeParser, RunArguments
 
     known = {*(each.name for each in fields(RunArguments)), *NUMERICS}
     for argument in argv:
         if argument.startswith("--") and argument[2:].split("=")[0] not in known:
             raise ValueError(f"{argument} is no argument of a recipe's stream; there are {', '.join(sorted(known))}.")
-    parser = HfArgumentParser((RunArguments, TrainingArguments))
+    parser = RecipeParser((RunArguments, TrainingArguments))
     parser.set_defaults(**dict.fromkeys(known))
     given = vars(parser.parse_args(argv))
     return {name: given[name] for name in known if given[name] is not None}

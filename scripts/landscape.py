@@ -11,7 +11,6 @@ et al., NeurIPS 2018: every row of a weight matrix has the norm of the row that 
 import argparse
 import json
 import statistics
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from hf_zocl import load_task_checkpoint
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual.images import ImageCollator
 from hf_zocl.continual.recipe import RunArguments, build_stream
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.report.figures import save_figure
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--dataset_path", help="a local copy of the dataset; default: the run's own")
     parser.add_argument("--images", type=int, default=128, help="training images of the last task")
@@ -40,10 +41,7 @@ def main() -> None:
     parser.add_argument("--radius", type=float, default=1.0, help="the farthest point, in norms of the parameters")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; the figure is written beside it")
     options = parser.parse_args()
-    try:
-        looks = [look(run, options) for run in tqdm(options.runs, desc="runs")]
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    looks = [look(run, options) for run in tqdm(options.runs, desc="runs")]
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_json(options.output, {"runs": looks})
     save_figure(draw(looks), options.output.with_suffix(".png"))

@@ -1,28 +1,26 @@
 """Push what a run could not push, or a run that was never pushed: `python scripts/push.py runs/quickstart`."""
 
-import argparse
 import logging
 import sys
 from pathlib import Path
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.hub.checkpoint import RESULTS_FILE, task_folder
 from hf_zocl.hub.push import HubPusher
 from hf_zocl.hub.push_queue import PushQueue, complete_tasks
 from hf_zocl.hub.task_file import read_json
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("output_dir", type=Path, help="A run's folder.")
     parser.add_argument("--hub_model_id", help="name or user/name; default: the run's own.")
     parser.add_argument("--hub_token", help="Default: HF_TOKEN, or the one of `hf auth login`.")
     parser.add_argument("--hub_private_repo", action="store_true", default=None, help="A new repository is private.")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
-    try:
-        outcomes, left, where = push_run(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    outcomes, left, where = push_run(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
     for name, outcome in outcomes.items():
         print(f"{name:<10} {outcome}")
     for name in left:

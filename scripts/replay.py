@@ -9,19 +9,18 @@ import argparse
 import sys
 from pathlib import Path
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual.replay import rebuild_task
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--task", type=int, default=1, help="the task, counted from 1")
     parser.add_argument("--device", default="cpu", help="the device that the run was on")
     options = parser.parse_args()
-    try:
-        rebuilt = rebuild_task(options.run, options.task, options.device)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    rebuilt = rebuild_task(options.run, options.task, options.device)
     share = rebuilt.log_bytes / rebuilt.checkpoint_bytes
     print(
         f"{rebuilt.steps} steps in {rebuilt.log_bytes:,} bytes ({rebuilt.log_bytes / max(rebuilt.steps, 1):.0f} a "

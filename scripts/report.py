@@ -8,14 +8,15 @@ folder; several are compared in a table (comparison.md and comparison.tex), with
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.report import write_report
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs")
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="more folders of runs")
     parser.add_argument("--baseline", help="the name of the run that the others are compared with")
@@ -25,10 +26,7 @@ def main() -> None:
     if not folders:
         parser.error("name at least one run")
     output_dir = options.output_dir or (Path(folders[0]) if len(folders) == 1 else Path("runs/report"))
-    try:
-        path = write_report(folders, output_dir, options.baseline)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    path = write_report(folders, output_dir, options.baseline)
     table = output_dir / "comparison.md"
     if table.is_file():
         print(table.read_text(encoding="utf-8"))

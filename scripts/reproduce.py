@@ -35,6 +35,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig
 from tune import FirstTask, add_judge_arguments, mark_best, markdown_table, retention_stream
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import read_json, write_json
 from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
@@ -71,6 +72,7 @@ class Cell:
     rates: tuple[str, ...] = ()
 
 
+@command
 def main() -> None:
     options, further = parse_arguments()
     if options.table == "memory":
@@ -84,21 +86,18 @@ def main() -> None:
     recipe = options.recipe or str(RECIPES / BENCHMARKS[options.benchmark].format(adapter=options.adapter))
     folder = options.output_dir / f"{Path(recipe).stem if options.recipe else options.benchmark}-{options.adapter}"
     common = ["--adapter", options.adapter, "--disable_tqdm", "true", *further]
-    try:
-        model = parse_recipe(["--recipe", recipe, *common, "--output_dir", str(folder)]).run.model_name_or_path
-        cells = choose_cells(options.table, CLIPConfig.from_pretrained(resolve(model)), options.cells)
-        judge = functools.cache(lambda: first_task(recipe, options))
-        cells = {
-            name: with_rate(cell, folder_of(folder, name), common, judge, options.keep) for name, cell in cells.items()
-        }
-        # By seed first: a table of fewer seeds is there early.
-        runs = [(cell, seed) for seed in options.seeds for cell in cells]
-        for cell, seed in tqdm(runs, desc="cells"):
-            run_cell(["--recipe", recipe, *common, *cells[cell].arguments], folder_of(folder, cell), seed)
-        groups = read_cells(folder, cells, options.seeds)
-        comparison = with_paper(compare_groups(groups, baseline=next(iter(cells))), groups, options.benchmark)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    model = parse_recipe(["--recipe", recipe, *common, "--output_dir", str(folder)]).run.model_name_or_path
+    cells = choose_cells(options.table, CLIPConfig.from_pretrained(resolve(model)), options.cells)
+    judge = functools.cache(lambda: first_task(recipe, options))
+    cells = {
+        name: with_rate(cell, folder_of(folder, name), common, judge, options.keep) for name, cell in cells.items()
+    }
+    # By seed first: a table of fewer seeds is there early.
+    runs = [(cell, seed) for seed in options.seeds for cell in cells]
+    for cell, seed in tqdm(runs, desc="cells"):
+        run_cell(["--recipe", recipe, *common, *cells[cell].arguments], folder_of(folder, cell), seed)
+    groups = read_cells(folder, cells, options.seeds)
+    comparison = with_paper(compare_groups(groups, baseline=next(iter(cells))), groups, options.benchmark)
     if options.table == "seeds":
         comparison = seeds_table(groups)
     comparison.write(folder, name=options.table)
@@ -113,9 +112,7 @@ def main() -> None:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("table", choices=TABLES)
     parser.add_argument("--benchmark", choices=BENCHMARKS, default="cifar10")
     parser.add_argument("--recipe", help="a recipe instead of the benchmark's")

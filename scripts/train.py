@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,28 +9,24 @@ import psutil
 import torch.distributed as dist
 from accelerate import PartialState
 
+from hf_zocl.commands import command
 from hf_zocl.continual.processes import by_main_process
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.run_state import RunFolder, RunFolderError
-from hf_zocl.folder_lock import FolderInUseError, FolderLock
+from hf_zocl.folder_lock import FolderLock
 from hf_zocl.hub.push import HubPusher
 from hf_zocl.report import COMPARISON_FILES, RESULTS_FILE, compare_groups, format_results, load_seeds
 
 
+@command
 def main() -> None:
     logging.basicConfig(format="%(message)s")
-    try:
-        if restarts() > 0:
-            join_again()
-        recipe = parse_recipe()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    if restarts() > 0:
+        join_again()
+    recipe = parse_recipe()
     recipes = recipe.per_seed()
     with ExitStack() as stack:
-        try:
-            by_main_process(recipe.training, lambda: prepare(recipe, recipes, stack))
-        except (OSError, ValueError) as error:
-            sys.exit(f"error: {error}")
+        by_main_process(recipe.training, lambda: prepare(recipe, recipes, stack))
         for one in recipes:
             run(one)
         if len(recipes) > 1 and recipe.training.should_save:
@@ -68,15 +63,10 @@ def prepare(recipe: Recipe, recipes: list[Recipe], stack: ExitStack) -> None:
 
 
 def run(recipe: Recipe) -> None:
-    try:
-        scheduler = build_scheduler(recipe)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    scheduler = build_scheduler(recipe)
     logging.getLogger("hf_zocl").setLevel(logging.INFO if recipe.training.should_save else logging.ERROR)
-    try:
+    with recipe.placing():
         results = scheduler.run(resume_of(recipe), recipe.run.learning != "none", overwrites(recipe))
-    except (OSError, FolderInUseError, RunFolderError) as error:
-        sys.exit(f"error: {error}")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")

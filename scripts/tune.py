@@ -18,7 +18,6 @@ import dataclasses
 import itertools
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,25 +28,24 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual import ContinualTaskScheduler, TaskStream
 from hf_zocl.continual.recipe import Recipe, build_scheduler, build_stream, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
 
 
+@command
 def main() -> None:
     options, further = parse_arguments()
-    try:
-        judge = FirstTask(
-            options.recipe,
-            tuple(options.seeds),
-            options.held_out,
-            retention_stream(options.retention, options.retention_classes, options.retention_images),
-            options.repetitions,
-        )
-        rows = [judge.zero_shot(further), *judge.measure_all(options.grid, further)]
-        mark_best(rows, options.keep)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    judge = FirstTask(
+        options.recipe,
+        tuple(options.seeds),
+        options.held_out,
+        retention_stream(options.retention, options.retention_classes, options.retention_images),
+        options.repetitions,
+    )
+    rows = [judge.zero_shot(further), *judge.measure_all(options.grid, further)]
+    mark_best(rows, options.keep)
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(options.output, rows)
@@ -55,9 +53,7 @@ def main() -> None:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--grid", action="append", required=True, metavar="ARGUMENT=VALUE,VALUE,…")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -171,6 +167,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
         class_names=[names.get(label, f"class {label}") for label in range(len(stream.arrival_labels))],
         class_order=stream[0].class_ids,
         partial_order=True,
+        allow_shared_images=True,  # both are training images, as published
     )
 
 
@@ -205,6 +202,7 @@ def retention_stream(dataset: str, classes: str | None, images: int) -> TaskStre
         class_order_seed=None,
         max_train_images_per_class=1,
         max_test_images_per_class=images,
+        allow_shared_images=True,  # it is never trained on
     )
 
 

@@ -11,7 +11,6 @@ that both towers are seen on the same path. Needs SciPy.
 """
 
 import argparse
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.report.figures import save_figure
@@ -35,10 +35,9 @@ BRANCHES = {"vision": ("#0072B2", "o", "-"), "language": ("#D55E00", "s", "--")}
 KINDS = {"total": "in total", "per_dimension": "per dimension"}
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--every", type=int, default=10, help="steps between two measurements")
@@ -50,11 +49,8 @@ def main() -> None:
     for seed in tqdm(options.seeds, desc="seeds"):
         with tempfile.TemporaryDirectory(prefix="hf-zocl-variance-") as folder:
             arguments = ["--recipe", options.recipe, *further, "--zo_branch", "none", "--seed", str(seed)]
-            try:
-                recipe = parse_recipe([*arguments, "--output_dir", folder, "--disable_tqdm", "true"])
-                scheduler = build_scheduler(recipe)
-            except ValueError as error:
-                sys.exit(f"error: {error}")
+            recipe = parse_recipe([*arguments, "--output_dir", folder, "--disable_tqdm", "true"])
+            scheduler = build_scheduler(recipe)
             probe = Probe(options.every, options.queries, options.eps, seed)
             scheduler.callbacks.append(probe)
             scheduler.run()

@@ -100,7 +100,7 @@ class Benchmark:
             options["config_name"] = options["revision"] = None  # the Hub's, not the local copy's
             if not os.path.exists(dataset):
                 raise ValueError(f"dataset_path={dataset!r}: there is no such folder for benchmark {self.name!r}.")
-        return TaskStream.from_dataset(dataset, **{**options, **given})
+        return TaskStream.from_dataset(dataset, **{**options, "allow_shared_images": True, **given})
 
     def _options(self) -> dict[str, Any]:
         own = {"dataset_id", "prompt_template", "source"}

@@ -19,6 +19,7 @@ from transformers import BaseImageProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from ..files import written_whole
+from ..models.pixels import eight_bits
 from .fingerprint import file_digest
 from .tasks import Task, TaskStream
 
@@ -26,6 +27,7 @@ from .tasks import Task, TaskStream
 logger = logging.get_logger(__name__)
 
 DEFAULT_CACHE_GB = 4.0
+PIXELS = 2  # counts the ways in which images were made into pixels: caches of another are not found
 # What Pillow raises, by format and by where the file is broken.
 _CORRUPT = (OSError, SyntaxError, ValueError, TypeError, EOFError, PILImage.DecompressionBombError)
 _AS_THEY_ARE = {"do_resize": False, "do_center_crop": False, "do_convert_rgb": False}
@@ -39,11 +41,21 @@ class PixelCodec:
 
     Args:
         image_processor: A processor that converts, resizes, crops, rescales and normalises, as CLIP's does.
+
+    Raises:
+        ValueError: If its images would differ in size.
     """
 
     def __init__(self, image_processor: BaseImageProcessor):
         self.image_processor = image_processor
-        size = image_processor.crop_size if image_processor.do_center_crop else image_processor.size
+        size = dict(image_processor.crop_size if image_processor.do_center_crop else image_processor.size)
+        is_fixed = image_processor.do_resize or image_processor.do_center_crop
+        if not is_fixed or size.get("height") is None or size.get("width") is None:
+            raise ValueError(
+                f"the image processor makes images of several sizes (do_resize={image_processor.do_resize}, "
+                f"do_center_crop={image_processor.do_center_crop}, size={dict(image_processor.size)}), which make no "
+                "batch; expected do_center_crop=True, or a size of height and width."
+            )
         self.shape = (3, int(size["height"]), int(size["width"]))
         ramp = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
         values = image_processor(
@@ -58,8 +70,14 @@ class PixelCodec:
         return int(np.prod(self.shape))
 
     def pixels(self, image: Any) -> bytes:
-        """The pixels of one PIL image, converted, resized and cropped; bytes of `shape`."""
-        pixels = self.image_processor(images=[image], do_rescale=False, do_normalize=False, return_tensors="np")
+        """The pixels of one PIL image, scaled to 8 bits, converted, resized and cropped; bytes of `shape`.
+
+        Raises:
+            ValueError: If the image's values have no known scale, see `eight_bits`.
+        """
+        pixels = self.image_processor(
+            images=[eight_bits(image)], do_rescale=False, do_normalize=False, return_tensors="np"
+        )
         return np.asarray(pixels["pixel_values"][0], dtype=np.uint8).tobytes()
 
     def values(self, pixels: Iterable[bytes]) -> torch.Tensor:
@@ -94,6 +112,7 @@ class ImageCollator:
         if isinstance(images[0], bytes):
             pixel_values = self.codec.values(images)
         else:
+            images = [eight_bits(image) for image in images]
             pixel_values = self.image_processor(images=images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "labels": torch.as_tensor(labels, dtype=torch.long)}
 
@@ -154,7 +173,7 @@ class _Source:
     def __init__(self, data: datasets.Dataset, rows: np.ndarray | None, where: str, codec: PixelCodec):
         self.feature = data.features["image"]
         self.fingerprint = Hasher.hash(
-            (data._fingerprint, codec.image_processor.to_json_string(), datasets.__version__)
+            (data._fingerprint, codec.image_processor.to_json_string(), datasets.__version__, PIXELS)
         )
         self.data = data.cast_column("image", datasets.Image(decode=False))
         self.rows = np.arange(len(data)) if rows is None else rows

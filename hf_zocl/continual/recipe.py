@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_type_hints
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
+from ..checks import check_fields, shown
 from ..hub.pretrained import load_pretrained
 from ..models import AdapterArguments, CLIPClassifier
+from ..models.clip_classifier import check_templates
 from ..training_args import ZOCLTrainingArguments
 from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from .images import DEFAULT_CACHE_GB
+from .recipe_file import Entry, read_recipe, with_place
 from .scheduler import ContinualTaskScheduler
 from .tasks import SCENARIOS, TaskStream
 
@@ -119,6 +122,9 @@ class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self):
+        check_fields(self, but=("prompt_template",))  # which may be a single one
+        if self.prompt_template is not None:
+            check_templates(self.prompt_template)
         if self.learning not in LEARNING:
             raise ValueError(f"learning={self.learning!r} is unknown: expected one of {', '.join(LEARNING)}.")
         if self.dtype not in DTYPES:
@@ -168,11 +174,21 @@ class RunArguments:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The arguments of one run, or of one run for each of several seeds."""
+    """The arguments of one run, or of one run for each of several seeds.
+
+    Args:
+        run, adapter, training: The arguments.
+        entries: Those of them that stand in the recipe's file, with their places.
+    """
 
     run: RunArguments
     adapter: AdapterArguments
     training: ZOCLTrainingArguments
+    entries: Mapping[str, Entry] = field(default_factory=dict, repr=False)
+
+    def placing(self) -> AbstractContextManager[None]:
+        """A context in which an error that names an argument of the recipe also says where that stands."""
+        return _placing(self.entries)
 
     def to_dict(self) -> dict[str, Any]:
         """All arguments by name, tokens masked."""
@@ -206,52 +222,74 @@ class Recipe:
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """Read `--recipe FILE.yaml` and any further `--argument value`, which override the file.
 
-    A recipe may `include` another one, named from its own folder, and override it.
+    A recipe may `include` another one, named from its own folder or from the current one, and override it.
 
     Args:
         argv: The command line without the program's name; default: `sys.argv`.
 
     Raises:
-        ValueError: If the file is missing or no mapping, names an argument that does not exist, or includes itself.
+        ValueError: If the file is missing or no mapping, names an argument that does not exist or one twice, or
+            includes itself; or if a value is of a wrong type or out of its range. The message names the value, and the
+            file and the line of one from a recipe.
     """
-    parser = HfArgumentParser(
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = RecipeParser(
         (RunArguments, AdapterArguments, ZOCLTrainingArguments),
         description="Learn a stream of tasks. Any argument may stand in the recipe; the command line overrides it.",
     )
     parser.add_argument("--recipe", help="A YAML file of arguments.")
-    given, _ = _RecipeOnly().parse_known_args(argv)
+    only_recipe = RecipeParser((), add_help=False, allow_abbrev=False)
+    only_recipe.add_argument("--recipe")
+    given, _ = only_recipe.parse_known_args(argv)
+    entries: dict[str, Entry] = {}
     if given.recipe is not None:
-        parser.set_defaults(**_read_recipe(Path(given.recipe)))
-    run, adapter, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    return Recipe(run, adapter, training)
+        hints = {
+            each.name: hint
+            for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments)
+            for hints in [get_type_hints(cls)]
+            for each in fields(cls)
+            if each.init and (hint := hints[each.name])
+        }
+        entries = read_recipe(Path(given.recipe), hints)
+        parser.set_defaults(**{name: entry.value for name, entry in entries.items()})
+    words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
+    entries = {name: entry for name, entry in entries.items() if name not in words}
+    with _placing(entries):
+        return Recipe(*_parsed(parser, argv), entries)
 
 
-class _RecipeOnly(HfArgumentParser):
-    def __init__(self):
-        super().__init__((), add_help=False, allow_abbrev=False)
-        self.add_argument("--recipe")
+def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, AdapterArguments, ZOCLTrainingArguments]:
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [option.lstrip("-") for option in parser._option_string_actions]
+        close = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), options, n=1)
+        raise ValueError(f"unknown argument {shown(unknown[0])}." + (f" Did you mean --{close[0]}?" if close else ""))
+    try:
+        run, adapter, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # transformers and accelerate stumble over values in many ways
+        raise ValueError(f"the arguments cannot be taken: {type(error).__name__}: {error}") from error
+    return run, adapter, training
 
 
-def _read_recipe(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The arguments of a recipe, those of the recipe that it includes first."""
-    if not path.is_file():
-        raise ValueError(f"--recipe {path}: there is no such file.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"--recipe {path}: expected a mapping of argument: value, got {type(content).__name__}.")
-    included = content.pop("include", None)
-    if included is not None:
-        base = path.parent / included
-        if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
-            raise ValueError(f"{path}: include={included!r} leads back to itself.")
-        content = {**_read_recipe(base, (*including, path)), **content}
-    known = {f.name for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments) for f in fields(cls) if f.init}
-    for key in content:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{path}: unknown argument {key!r}.{hint}")
-    return content
+@contextmanager
+def _placing(entries: Mapping[str, Entry]) -> Iterator[None]:
+    """An error that names an argument of a recipe also says where that stands."""
+    try:
+        yield
+    except ValueError as error:
+        placed = with_place(error, entries)
+        if placed is error:
+            raise
+        raise placed from error
+
+
+class RecipeParser(HfArgumentParser):
+    """Its errors are errors like any other: one line, without a screen of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def build_stream(args: RunArguments, seed: int = 0) -> tuple[TaskStream, str | tuple[str, ...]]:
@@ -324,6 +362,11 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
         ValueError: If the arguments do not fit one another, or a launcher asks for a sharded model.
     """
     run, training = recipe.run, recipe.training
+    with recipe.placing():
+        return _build_scheduler(run, training, recipe)
+
+
+def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe: Recipe) -> ContinualTaskScheduler:
     if training.sharding is not None:
         raise ValueError(
             f"{training.sharding} shards the model, but a task's checkpoint is written from a whole adapter by one "
@@ -334,7 +377,9 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
         pretrained = load_pretrained(
             run.model_name_or_path, recipe.adapter, run.dtype, training.seed, len(stream), run.merge_into
         )
-    model = CLIPClassifier(pretrained.clip, pretrained.processor.tokenizer, stream.class_names, template)
+    # Of whole datasets two may have a class of the same name, which is no class of one task.
+    names = stream[0].class_names if stream.scenario == "cross-dataset" else stream.class_names
+    model = CLIPClassifier(pretrained.clip, pretrained.processor.tokenizer, names, template)
     if not torch.accelerator.is_available():
         training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task
     return ContinualTaskScheduler(

@@ -19,6 +19,7 @@ from peft import PeftModel, set_peft_model_state_dict
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
+from ..checks import check_type
 from ..folder_lock import FolderLock
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
@@ -50,6 +51,8 @@ _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate
 class ContinualTaskScheduler:
     """Runs a stream of tasks: each is trained on its own classes and evaluated on all classes seen.
 
+    A task of a single class is trained among all classes seen, for a loss over one class is zero.
+
     Args:
         model: The classifier; its CLIP is wrapped by PEFT, and what requires a gradient is trained.
         processor: The CLIP model's processor.
@@ -68,7 +71,8 @@ class ContinualTaskScheduler:
             well, and the checkpoints know them.
 
     Raises:
-        ValueError: If the layer assignment does not fit the model.
+        TypeError: If `stream` or `args` is of another class.
+        ValueError: If the layer assignment does not fit the model, or it cannot tell two classes apart.
     """
 
     def __init__(
@@ -87,6 +91,8 @@ class ContinualTaskScheduler:
         base_model: str | None = None,
         known_classes: Sequence[str] = (),
     ):
+        check_type("stream", stream, TaskStream, "a TaskStream")
+        check_type("args", args, ZOCLTrainingArguments, "ZOCLTrainingArguments")
         if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
             raise ValueError(
                 "The scheduler evaluates after every task: leave eval_strategy, eval_on_start and "
@@ -97,6 +103,8 @@ class ContinualTaskScheduler:
                 "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that "
                 "follows: leave them off; bf16 or fp16 is in force while the scheduler evaluates, too."
             )
+        if args.prediction_loss_only:
+            raise ValueError("prediction_loss_only=True leaves no predictions to measure: expected False.")
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
@@ -108,6 +116,9 @@ class ContinualTaskScheduler:
         self._codec = PixelCodec(processor.image_processor)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
         self._fingerprints: dict[str, str] = {}  # known to the main process, which writes
+        for each in (stream, *self.held_out.values()):
+            for evaluation in each.evaluations(len(each)):
+                model.check_classes(evaluation.class_names, evaluation.prompt_template)
         split = args.layer_assignment.split(model)
         self._towers = split.describe()
         # Last, for it may create a repository.
@@ -142,6 +153,9 @@ class ContinualTaskScheduler:
         """
         if train:
             check_trained_parameters(self.model.clip)
+            for task in self.stream:
+                self.stream.training_classes(task.index)  # a task that could learn nothing fails here
+                self._check_batches(task)
         with ExitStack() as stack:
             results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
             return self._run(results, resume, train)
@@ -202,6 +216,14 @@ class ContinualTaskScheduler:
         if self._pusher is not None:
             self._pusher.finish()
         return results
+
+    def _check_batches(self, task: Task) -> None:
+        batch = self.args.train_batch_size * self.args.world_size
+        if self.args.dataloader_drop_last and len(task.train) < batch:
+            raise ValueError(
+                f"dataloader_drop_last=True: {task.name} has {len(task.train)} training images, less than a batch of "
+                f"{batch} (per_device_train_batch_size), so no step would be made; expected False, or less a batch."
+            )
 
     def _push(self, *tasks: int) -> None:
         if self._pusher is not None:
@@ -295,7 +317,10 @@ class ContinualTaskScheduler:
         """Train on one task, from its beginning or from a checkpoint within it; `begin` is called after a step."""
         template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
         # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
-        self.model.set_classes(task.class_names, template if isinstance(template, str) else template[0])
+        names, _ = self.stream.training_classes(task.index)
+        if len(names) > len(task.class_names):
+            logger.info(f"{task.name} has one class: it is trained among the {len(names)} classes seen.")
+        self.model.set_classes(names, template if isinstance(template, str) else template[0])
         # Every task draws directions of its own.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
         trainer = self._trainer(task.name, task, zo_seed=zo_seed)
@@ -337,7 +362,9 @@ class ContinualTaskScheduler:
 
     def _trainer(self, name: str, task: Task | None = None, zo_seed: int | None = None) -> ZOCLTrainer:
         """A trainer of one task's images, or, without a task, one to evaluate with."""
-        labels = (self.stream.arrival_labels, 0) if task is None else (task.arrival_labels, task.first_label)
+        labels = (self.stream.arrival_labels, 0)
+        if task is not None:
+            labels = (task.arrival_labels, self.stream.training_classes(task.index)[1])
         args = dataclasses.replace(
             self.args,
             output_dir=str(self.folder.trainer_folder(name)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,28 +11,42 @@ from dataclasses import dataclass, replace
 import datasets
 import numpy as np
 
+from ..checks import check_type, check_writable
+from .image_folders import image_folder_files, load_image_folder
+
 
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("test", "validation", "valid", "val")
 LABEL_COLUMNS = ("label", "labels")
+# Copies of ImageNet on the Hub, by the last part of their name: their classes are WordNet's lists of synonyms.
+LISTS_SYNONYMS = re.compile(
+    r"(tiny-?|mini-?)?imagenet(-?\d+)?([-_](1k|21k|22k|a|c|o|r|sketch|v2|wds)\b.*)?", re.IGNORECASE
+)
 CLASS_ORDER_SEED = 1993
 
 
-def clean_class_name(name: str) -> str:
+def clean_class_name(name: str, lists_synonyms: bool = False) -> str:
     """Make a dataset's class name fit for a prompt.
 
-    WordNet ids go, of synonyms with commas between them the first stays, underscores and repeated blanks become one
-    blank, and a name all in capitals is lowered unless it is as short as an acronym (`CD`, `SUV`). Other names keep
-    their case.
+    WordNet ids go, underscores and repeated blanks become one blank, and a name all in capitals is lowered unless it
+    is as short as an acronym (`CD`, `SUV`). Other names keep their case. Of synonyms with commas between them the
+    first stays, where it is known that they are synonyms: the name has a WordNet id, or `lists_synonyms` says so.
 
     >>> clean_class_name("n01440764 tench, Tinca tinca")
     'tench'
     >>> clean_class_name("golden__retriever")
     'golden retriever'
+    >>> clean_class_name("1,000 yen")
+    '1,000 yen'
+
+    Args:
+        name: The dataset's own.
+        lists_synonyms: The dataset's names are lists of synonyms, as ImageNet's are.
     """
-    name = re.sub(r"\bn\d{8}(?!\d)", " ", name)
-    first = next((part for part in name.split(",") if part.strip(" _")), "")
-    words = " ".join(first.replace("_", " ").split())
+    name, ids = re.subn(r"\bn\d{8}(?!\d)", " ", name)
+    if ids or lists_synonyms:
+        name = next((part for part in name.split(",") if part.strip(" _")), "")
+    words = " ".join(name.replace("_", " ").split())
     return words.lower() if words.isupper() and len(words) > 3 else words
 
 
@@ -44,6 +59,7 @@ class Split:
     labels: np.ndarray | None = None
     domains: np.ndarray | None = None
     row_ids: np.ndarray | None = None
+    note: str = ""  # why it may lack images
 
     def with_columns(self, image_column: str, label_column: str, domain_column: str | None = None) -> Split:
         domains = None if domain_column is None else self._domains(domain_column)
@@ -71,7 +87,7 @@ class Split:
 
     def rows(self, rows: np.ndarray) -> Split:
         domains = None if self.domains is None else self.domains[rows]
-        return Split(self.name, self.data.select(rows), self.labels[rows], domains, self.row_ids[rows])
+        return Split(self.name, self.data.select(rows), self.labels[rows], domains, self.row_ids[rows], self.note)
 
     def in_domain(self, domain) -> Split:
         kept = self.rows(np.flatnonzero(self.domains == domain))
@@ -86,6 +102,9 @@ def load_splits(dataset, config_name: str | None, revision: str | None) -> Mappi
     splits = dataset
     if isinstance(dataset, str | os.PathLike):
         try:
+            images = image_folder_files(dataset) if config_name is None and os.path.isdir(dataset) else None
+            if images is not None:
+                return load_image_folder(images)
             splits = datasets.load_dataset(os.fspath(dataset), config_name, revision=revision)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(f"dataset={dataset!r}, a Hub id or a local folder, cannot be loaded: {error}") from error
@@ -153,7 +172,10 @@ def _type_name(feature) -> str:
 
 
 def encode_strings(train: Split, test: Split) -> tuple[Split, Split]:
-    """Replace string labels by ids, in alphabetical order over both splits; other labels stay."""
+    """Replace string labels by ids, in the order of `in_order` over both splits; other labels stay.
+
+    Label names that were put in alphabetical order though they are numbers, as of folders 1 to 12, are put in theirs.
+    """
     for split, other in ((train, test), (test, train)):
         feature, expected = split.data.features["label"], other.data.features["label"]
         if _is_string(feature) != _is_string(expected):
@@ -161,20 +183,46 @@ def encode_strings(train: Split, test: Split) -> tuple[Split, Split]:
                 f"the labels of split {split.name!r} are {_type_name(feature)}, "
                 f"those of split {other.name!r} {_type_name(expected)}; expected the same type."
             )
-    if not _is_string(train.data.features["label"]):
+    feature = train.data.features["label"]
+    if _is_string(feature):
+        strings = in_order({*train.labels, *test.labels})
+        ids = {string: label for label, string in enumerate(strings)}
+        return tuple(
+            _relabelled(split, strings, np.array([ids[string] for string in split.labels], dtype=np.int64))
+            for split in (train, test)
+        )
+    own = feature.names if isinstance(feature, datasets.ClassLabel) else []
+    names = in_order(own) if own == sorted(own) else own
+    if names == own or test.data.features["label"] != feature:
         return train, test
+    moved = np.array([names.index(name) for name in own])
+    # A label outside of the names stays what it is, to be found later.
+    moves = [
+        np.where((s.labels < 0) | (s.labels >= len(own)), s.labels, moved[s.labels.clip(0, len(own) - 1)])
+        for s in (train, test)
+    ]
+    return _relabelled(train, names, moves[0]), _relabelled(test, names, moves[1])
+
+
+def _relabelled(split: Split, names: list[str], labels: np.ndarray) -> Split:
     # `Dataset.class_encode_column` would write every image to a new cache file.
-    strings = sorted({*train.labels, *test.labels})
-    ids = {string: label for label, string in enumerate(strings)}
-    feature, encoded = datasets.ClassLabel(names=strings), []
-    for split in (train, test):
-        labels = np.array([ids[string] for string in split.labels], dtype=np.int64)
-        data = split.data.remove_columns("label").add_column("label", labels, feature=feature)
-        encoded.append(replace(split, data=data, labels=labels))
-    return encoded[0], encoded[1]
+    data = split.data.remove_columns("label").add_column("label", labels, feature=datasets.ClassLabel(names=names))
+    return replace(split, data=data, labels=labels)
 
 
-def names_from_column(split: Split, column: str, labels: np.ndarray) -> list[str]:
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names by their value if all are whole numbers, else in alphabetical order.
+
+    >>> in_order(["10", "9", "1"])
+    ['1', '9', '10']
+    """
+    names = list(names)
+    if all(re.fullmatch(r"[+-]?[0-9]{1,18}", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+def names_from_column(split: Split, column: str, labels: np.ndarray, lists_synonyms: bool = False) -> list[str]:
     """The prompt names by label id, from the first image of every class."""
     column = _column(
         split, column, [c for c, f in split.data.features.items() if _is_string(f)], "name_column", "of strings"
@@ -182,11 +230,12 @@ def names_from_column(split: Split, column: str, labels: np.ndarray) -> list[str
     ids, rows = np.unique(labels, return_index=True)
     if not np.array_equal(ids, np.arange(len(ids))):
         raise ValueError(f"name_column={column!r}: split {split.name!r} has no image of some class; give class_names.")
-    return [clean_class_name(name) for name in split.data.with_format(None).select(rows)[column]]
+    return [clean_class_name(name, lists_synonyms) for name in split.data.with_format(None).select(rows)[column]]
 
 
 def split_off(split: Split, fraction: float) -> tuple[Split, Split]:
     """Cut a split in two, class by class: the rest, and `fraction` of every class (at least one image)."""
+    check_type("test_fraction", fraction, numbers.Real, "a share between 0 and 1")
     if not 0 < fraction < 1:
         raise ValueError(f"test_fraction={fraction}: expected a share between 0 and 1.")
     is_test = np.zeros(len(split.labels), dtype=bool)
@@ -195,10 +244,13 @@ def split_off(split: Split, fraction: float) -> tuple[Split, Split]:
     for label, rows in zip(ids, np.split(by_label, starts[1:]), strict=True):
         count = max(1, round(fraction * len(rows)))
         is_test[_draw(rows, count, (CLASS_ORDER_SEED, int(label)))] = True
-    return split.rows(np.flatnonzero(~is_test)), split.rows(np.flatnonzero(is_test))
+    rest = replace(split, note=f" test_fraction={fraction} takes at least one image of every class to test on.")
+    return rest.rows(np.flatnonzero(~is_test)), split.rows(np.flatnonzero(is_test))
 
 
-def read_class_names(train: Split, test: Split, given: Sequence[str] | None) -> dict[int, str]:
+def read_class_names(
+    train: Split, test: Split, given: Sequence[str] | None, lists_synonyms: bool = False
+) -> dict[int, str]:
     """The prompt names by label id; every label of both splits has one."""
     feature, test_feature = train.data.features["label"], test.data.features["label"]
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
@@ -214,9 +266,12 @@ def read_class_names(train: Split, test: Split, given: Sequence[str] | None) -> 
             raise ValueError(f"class_names has {len(given)} names; expected {expected}, one for each class.")
         names, source = dict(enumerate(given)), "class_names"
     elif own is not None:
-        names, source = {label: clean_class_name(name) for label, name in enumerate(own)}, "the dataset's label names"
+        names = {label: clean_class_name(name, lists_synonyms) for label, name in enumerate(own)}
+        source = "the dataset's label names"
     else:
-        names, source = {int(label): str(label) for label in np.unique(train.labels)}, f"split {train.name!r}"
+        # A class of one image has none left in a split that gave a share away; that is said later.
+        labels = np.concatenate([train.labels, test.labels]) if train.note else train.labels
+        names, source = {int(label): str(label) for label in np.unique(labels)}, f"split {train.name!r}"
     for split in (train, test):
         outside = np.flatnonzero(~np.isin(split.labels, list(names)) | (split.labels < 0))
         if outside.size:
@@ -237,18 +292,24 @@ def check_names(names: dict[int, str], feature, are_given: bool) -> None:
         labels_by_name.setdefault(name, []).append(label)
     for name, labels in labels_by_name.items():
         shown = ", ".join(f"{label} ({own[label]!r})" if own else str(label) for label in labels)
+        check_writable(f"{source}: class {shown}", name)
         if not name.strip():
             raise ValueError(f"{source}: nothing is left for a prompt of the name of class {shown}; give class_names.")
         if len(labels) > 1:
             raise ValueError(f"{source}: classes {shown} are all called {name!r} in a prompt; give class_names.")
 
 
+def check_cap(argument: str, cap: int | None) -> None:
+    if cap is not None:
+        check_type(argument, cap, numbers.Integral, "at least 1 image per class, or None for all")
+        if cap < 1:
+            raise ValueError(f"{argument}={cap}: expected at least 1 image per class, or None for all.")
+
+
 def rows_by_class(
-    split: Split, order: tuple[int, ...], names: dict[int, str], cap: int | None, argument: str, seed: int
+    split: Split, order: tuple[int, ...], names: dict[int, str], cap: int | None, seed: int
 ) -> dict[int, np.ndarray]:
     """The rows of every class of the stream, at most `cap` of each."""
-    if cap is not None and cap < 1:
-        raise ValueError(f"{argument}={cap}: expected at least 1 image per class, or None for all.")
     by_label = np.argsort(split.labels, kind="stable")
     ids = np.array(order)
     ends = [np.searchsorted(split.labels, ids, side=side, sorter=by_label) for side in ("left", "right")]
@@ -256,7 +317,7 @@ def rows_by_class(
     empty = [f"{names[label]!r} (id {label})" for label in order if not len(rows[label])]
     if empty:
         raise ValueError(
-            f"split {split.name!r} has no image of {len(empty)} classes: {listed(empty, str)}. "
+            f"split {split.name!r} has no image of {len(empty)} classes: {listed(empty, str)}.{split.note} "
             "Every class of the stream needs one; class_order with partial_order=True can leave classes out."
         )
     if cap is None:

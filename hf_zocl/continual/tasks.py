@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,16 +12,21 @@ from dataclasses import dataclass, field, replace
 import datasets
 import numpy as np
 
+from ..checks import check_count, check_texts, check_type
 from ..hub.checkpoint import task_folder
+from .overlap import describe_shared, shared_images
 from .splits import (
     CLASS_ORDER_SEED,
+    LISTS_SYNONYMS,
     TEST_SPLITS,
     TRAIN_SPLITS,
     Split,
+    check_cap,
     check_names,
     encode_strings,
     find_image_column,
     find_label_column,
+    in_order,
     listed,
     load_splits,
     names_from_column,
@@ -171,6 +177,27 @@ class TaskStream(Sequence[Task]):
             return (Evaluation(tasks, self.seen_class_names(index), prompt_template=tasks[0].prompt_template),)
         return tuple(self._alone(task) for task in tasks)
 
+    def training_classes(self, index: int) -> tuple[tuple[str, ...], int]:
+        """The classes that task `index` is trained among, and the arrival label of the first of them.
+
+        They are the task's own. A loss over a single class is zero, whatever the model: such a task is trained among
+        all classes seen.
+
+        Raises:
+            ValueError: If there is one class and no other to train it among.
+        """
+        task = self._seen(index)[-1]
+        if len(task.class_ids) > 1:
+            return task.class_names, task.first_label
+        if self.scenario == "class" and index > 1:
+            return self.seen_class_names(index), 0
+        why = "it is the first" if self.scenario == "class" else f"scenario={self.scenario!r} has no other for it"
+        raise ValueError(
+            f"task {index} of {self.name!r} has the single class {task.class_names[0]!r}, and {why}: a loss over one "
+            "class is zero, and nothing would be learned. Give it two classes or more "
+            f"({'initial_increment' if index == 1 and self.scenario == 'class' else 'increment'})."
+        )
+
     def future_evaluations(self, index: int) -> tuple[Evaluation, ...]:
         """The test images of each task after `index`, predicted among the classes it will have when it arrives."""
         return tuple(self._alone(task) for task in self._tasks[index:])
@@ -246,6 +273,7 @@ class TaskStream(Sequence[Task]):
         max_train_images_per_class: int | None = None,
         max_test_images_per_class: int | None = None,
         seed: int = 0,
+        allow_shared_images: bool = False,
     ) -> TaskStream:
         """Cut a dataset into tasks. Only the label column is read: no image is decoded, and none is copied.
 
@@ -257,7 +285,7 @@ class TaskStream(Sequence[Task]):
             initial_increment: Classes of the first task; None or 0: `increment`.
             scenario: `class`, `task` or `domain`, see `TaskStream`.
             domain_column: A column of strings, class labels or integers whose values are the tasks of the `domain`
-                scenario, in alphabetical order.
+                scenario, in alphabetical order, or by their value if all are whole numbers.
             name: The stream's name; default: the Hub id, or the folder's name.
             dataset_id: Hub id of the dataset; default: `dataset`, where that is one.
             config_name, revision: Configuration and Hub revision, for `datasets.load_dataset`.
@@ -265,7 +293,8 @@ class TaskStream(Sequence[Task]):
             test_split: Default: the first there is of `test`, `validation`, `valid`, `val`.
             image_column: Default: the column of type `Image`.
             label_column: Default: the column of type `ClassLabel`, else one named `label` or `labels`. Strings are
-                encoded in alphabetical order; integers are the ids, and their own names.
+                encoded in alphabetical order, or by their value if all are whole numbers, and so are label names
+                that come in alphabetical order; integers are the ids, and their own names.
             name_column: A column of strings that names every image's class, where the labels themselves do not.
             test_fraction: Share of each class's training images that become the test images instead of a test split,
                 for datasets with one split only; drawn at random from seed 1993, the same for every run.
@@ -280,12 +309,23 @@ class TaskStream(Sequence[Task]):
                 those that the model was pretrained on.
             max_train_images_per_class, max_test_images_per_class: Keep so many of a class, drawn at random.
             seed: Of that draw, which is each class's own: it does not change with the order or the increments.
+            allow_shared_images: Warn of images that are both trained and tested on, rather than refuse them: for
+                published splits, whose figures are everybody's.
 
         Raises:
+            TypeError: If an argument has a type that it cannot have.
             ValueError: If the dataset cannot be loaded; if a split or a column is missing, ambiguous or of the wrong
                 type; if a label is missing or has no name, or two classes have the same one; if a class of the stream
-                has no training or no test image; or if an argument does not fit the dataset.
+                has no training or no test image; if an image is both trained and tested on; or if an argument does not
+                fit the dataset.
         """
+        _check_arguments(class_names, class_order, class_order_seed, seed)
+        caps = {
+            "max_train_images_per_class": max_train_images_per_class,
+            "max_test_images_per_class": max_test_images_per_class,
+        }
+        for argument, cap in caps.items():
+            check_cap(argument, cap)
         is_hub_id = isinstance(dataset, str) and not os.path.exists(dataset)
         dataset_id = dataset_id or (dataset if is_hub_id else None)
         is_path = isinstance(dataset, str | os.PathLike)
@@ -307,11 +347,12 @@ class TaskStream(Sequence[Task]):
         train, test = encode_strings(train, test)
         if excluded_train_rows is not None:
             train = train.rows(np.setdiff1d(np.arange(len(train.labels)), excluded_train_rows(train.labels)))
+        lists_synonyms = bool(dataset_id and LISTS_SYNONYMS.fullmatch(dataset_id.rpartition("/")[2]))
         if class_names is None and name_column is not None:
-            class_names = names_from_column(named, name_column, train.labels)
+            class_names = names_from_column(named, name_column, train.labels, lists_synonyms)
         if test_fraction is not None:
             train, test = split_off(train, test_fraction)
-        names = read_class_names(train, test, class_names)
+        names = read_class_names(train, test, class_names, lists_synonyms)
         order = _class_order(sorted(names), class_order, class_order_seed)
         if len(order) < len(names) and not partial_order:
             left_out = [names[label] for label in names if label not in set(order)]
@@ -320,18 +361,44 @@ class TaskStream(Sequence[Task]):
                 "class once, or partial_order=True to learn the others alone."
             )
         check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
-        caps = {
-            "max_train_images_per_class": max_train_images_per_class,
-            "max_test_images_per_class": max_test_images_per_class,
-        }
         if scenario == "domain":
-            domains = sorted({*train.domains.tolist(), *test.domains.tolist()})
+            domains = {*train.domains.tolist(), *test.domains.tolist()}
+            domains = in_order(domains) if all(isinstance(domain, str) for domain in domains) else sorted(domains)
             parts = {str(domain): (train.in_domain(domain), test.in_domain(domain)) for domain in domains}
             cuts = [(0, len(order))]
         else:
             parts = {None: (train, test)}
             cuts = itertools.pairwise(np.cumsum([0, *_task_sizes(len(order), initial_increment, increment)]).tolist())
-        return cls(_cut(parts, list(cuts), order, names, caps, seed), name, dataset_id, scenario)
+        stream = cls(_cut(parts, list(cuts), order, names, tuple(caps.values()), seed), name, dataset_id, scenario)
+        _check_apart(stream, train, test, allow_shared_images)
+        return stream
+
+
+def _check_arguments(class_names, class_order, class_order_seed, seed) -> None:
+    """The types of what `from_dataset` is given, and the ranges that do not depend on the dataset."""
+    if class_names is not None:
+        check_texts("class_names", class_names)
+    if class_order is not None:
+        for position, label in enumerate(class_order):
+            check_type(f"class_order[{position}]", label, numbers.Integral, "a label id")
+    if class_order_seed is not None:
+        check_count("class_order_seed", class_order_seed, 0, 2**32 - 1)
+    check_count("seed", seed, 0)
+
+
+def _check_apart(stream: TaskStream, train: Split, test: Split, is_allowed: bool) -> None:
+    """No image of the stream is both trained and tested on."""
+    used = [
+        split.rows(np.flatnonzero(np.isin(split.row_ids, np.concatenate([getattr(task, rows) for task in stream]))))
+        for split, rows in ((train, "train_rows"), (test, "test_rows"))
+    ]
+    found = shared_images(*used)
+    if not found:
+        return
+    what = f"{stream.name}: {describe_shared(found, *used)}"
+    if not is_allowed:
+        raise ValueError(f"{what}, so their accuracy says nothing. Take them out of one of the splits.")
+    logger.warning("%s. They stay, as the dataset was published so.", what)
 
 
 def _cut(
@@ -339,15 +406,15 @@ def _cut(
     cuts: Sequence[tuple[int, int]],
     order: tuple[int, ...],
     names: Mapping[int, str],
-    caps: Mapping[str, int | None],
+    caps: tuple[int | None, int | None],
     seed: int,
 ) -> Iterator[Task]:
     """A task for every part (a domain, or the whole dataset) and every cut of the class order."""
     index = 0
     for title, (train, test) in parts.items():
-        (argument, cap), (test_argument, test_cap) = caps.items()
-        train_rows = rows_by_class(train, order, names, cap, argument, seed)
-        test_rows = rows_by_class(test, order, names, test_cap, test_argument, seed)
+        train_rows, test_rows = (
+            rows_by_class(split, order, names, cap, seed) for split, cap in zip((train, test), caps, strict=True)
+        )
         for first, stop in cuts:
             index, ids = index + 1, order[first:stop]
             train_images, test_images = train.select(train_rows, ids), test.select(test_rows, ids)
@@ -427,10 +494,10 @@ def _task_sizes(classes: int, initial_increment: int | None, increment: int | st
     if increment == "all":
         return [classes]
     for argument, value in (("increment", increment), ("initial_increment", initial_increment or increment)):
-        if not isinstance(value, int | np.integer) or not 1 <= value <= classes:
-            raise ValueError(
-                f"{argument}={value!r}: expected a whole number from 1 to the stream's {classes} classes."
-            )
+        expected = f"a whole number from 1 to the stream's {classes} classes"
+        check_type(argument, value, numbers.Integral, expected)
+        if not 1 <= value <= classes:
+            raise ValueError(f"{argument}={value!r}: expected {expected}.")
     sizes = [initial_increment or increment]
     while (left := classes - sum(sizes)) > 0:
         sizes.append(min(increment, left))

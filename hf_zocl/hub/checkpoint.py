@@ -17,20 +17,23 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
+from transformers import CLIPConfig, CLIPModel, ProcessorMixin
 
+from ..checks import WrongTypeError, check_count
 from ..files import replace_folder
 from ..models import ADAPTERS, CLIPClassifier, adapter_name, base_digest, in_training_dtype, trained_adapter
+from ..models.clip_classifier import check_templates, prompt_tokens, same_prompts
 from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..sample import resolve
 from .client import download
+from .known import check_adapter_config, check_model_config, read_processor
 from .model_card import EVAL_RESULTS_FOLDER, render_eval_results, render_task_card
 from .seal import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_CONFIG,
     BASE_WEIGHTS,
-    LOADED_FILES,
+    SEALED_FILES,
     check_seal,
     seal_task_checkpoint,
 )
@@ -38,10 +41,8 @@ from .task_file import FORMAT_VERSION, TASK_FILE, is_snapshot, read_json, read_t
 
 
 FIGURE = "accuracy_matrix.png"
-# What a checkpoint is made of besides the files that loading reads.
-_OTHER_FILES = (TASK_FILE, RESULTS_FILE, FIGURE, "README.md")
-# Fields of a PEFT configuration that would have a module imported, or another folder read, by name.
-_REACHES_OUT = ("megatron_config", "adapters", "prompt_tuning_init_state_dict_path")
+# What a checkpoint is made of besides the files that are sealed.
+_OTHER_FILES = (TASK_FILE, FIGURE, "README.md")
 _DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -95,7 +96,7 @@ def is_of_checkpoint(path: str) -> bool:
     folder, _, name = path.rpartition("/")
     if folder:
         return folder == EVAL_RESULTS_FOLDER and name.endswith(".yaml")
-    return name in _OTHER_FILES or any(fnmatch(name, pattern) for pattern in LOADED_FILES)
+    return name in _OTHER_FILES or any(fnmatch(name, pattern) for pattern in SEALED_FILES)
 
 
 def checkpoint_parts(folder: Path) -> list[Path]:
@@ -154,7 +155,9 @@ def find_task_checkpoint(
     if task is not None and revision is not None:
         raise ValueError(f"task={task} and revision={revision!r} were both given: they name the same thing, pass one.")
     if isinstance(task, str) and task != "best":
-        raise ValueError(f"task={task!r}: expected a number from 1, or 'best'.")
+        raise WrongTypeError(f"task={task!r}: expected a number from 1, or 'best'.")
+    if task is not None and not isinstance(task, str):
+        check_count("task", task)
     folder = Path(path)
     if folder.is_dir():
         number = best_task(read_task(_newest(folder))) if task == "best" else task
@@ -163,7 +166,7 @@ def find_task_checkpoint(
     if task == "best":
         task = best_task(read_task(download(str(path), [TASK_FILE], **hub_kwargs)))
     revision = task_folder(task) if task is not None else revision
-    return download(str(path), [TASK_FILE, *LOADED_FILES], revision, **hub_kwargs)
+    return download(str(path), [TASK_FILE, *SEALED_FILES], revision, **hub_kwargs)
 
 
 def best_task(info: dict[str, Any]) -> int:
@@ -201,7 +204,7 @@ def load_task_checkpoint(
 
     Returns:
         The classifier with the classes of all tasks seen so far, and those that the run knew already, in evaluation
-        mode; and the processor.
+        mode; and the processor. Where tasks are whole datasets, a class that several of them have is there once.
 
     Raises:
         ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
@@ -219,13 +222,24 @@ def load_task_checkpoint(
     # In the run's own dtype, so that it predicts as it did there.
     dtype = info["recipe"].get("dtype", "auto")
     clip = load_base_model(folder, base_model, config, dtype, options)
-    processor = load_processor(folder)
+    processor = read_processor(folder, clip.config.text_config.vocab_size)
     adapted = PeftModel.from_pretrained(clip, folder, config=config)
     check_base_model(adapted, info, base_model)
-    classes = (*info["classes"], *info.get("known_classes", ()))
+    classes = (*_classes(info, clip, processor), *info.get("known_classes", ()))
     model = CLIPClassifier(adapted, processor.tokenizer, classes, info["prompt_template"])
     model.image_processor = processor.image_processor
     return model.eval(), processor
+
+
+def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -> list[str]:
+    """The classes to predict among; of whole datasets, each class once, though several have it."""
+    names, templates = info["classes"], check_templates(info["prompt_template"])
+    if info.get("scenario") != "cross-dataset":
+        return names
+    length = clip.config.text_config.max_position_embeddings
+    tokens = prompt_tokens(processor.tokenizer, names, templates, length)
+    repeated = {number for _, number, _ in same_prompts(tokens, len(names), templates)}
+    return [name for number, name in enumerate(names) if number not in repeated]
 
 
 def read_sealed_task(folder: Path) -> dict[str, Any]:
@@ -294,9 +308,7 @@ def read_adapter_config(folder: Path, info: dict[str, Any] | None) -> PeftConfig
     """
     file = folder / ADAPTER_CONFIG
     content = read_json(file)
-    for name in _REACHES_OUT:
-        if content.get(name):
-            raise ValueError(f"{file}: {name}={content[name]!r} is not allowed in a checkpoint.")
+    check_adapter_config(content, str(file))
     with _refusing(f"{file} is damaged: it is no configuration of an adapter"):
         config = PeftConfig.from_peft_type(**content)
         name = adapter_name(config)
@@ -341,6 +353,9 @@ def load_base_model(
     """
     options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
     with _refusing(f"the base model {str(base_model)!r} cannot be read"):
+        content, _ = CLIPConfig.get_config_dict(base_model, **options)
+    check_model_config(content, f"the base model {str(base_model)!r}")
+    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
         clip_config = CLIPConfig.from_pretrained(base_model, **options)
     _check_adapter(folder, clip_config, config)
     # Given a folder with an adapter, transformers would put it into the model as well.
@@ -356,7 +371,15 @@ def load_base_model(
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(f"the base model {str(base_model)!r} has no {missing[0]} (and {len(missing) - 1} more).")
+    _check_finite(dict(clip.named_parameters()), f"the base model {str(base_model)!r}")
     return in_training_dtype(clip, dtype)
+
+
+def _check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
+    """No weight is infinite or NaN: a model of such weights would still name a class."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{what} is damaged: {name} holds values that are infinite or NaN.")
 
 
 def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> None:
@@ -369,22 +392,13 @@ def _check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) ->
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if found == expected:
+        _check_finite(load_file(file), str(file))
         return
     name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     raise ValueError(
         f"{file} is foreign: {name} has the shape {found.get(name, 'none')}, "
         f"where its base model and {ADAPTER_CONFIG} have {expected.get(name, 'none')}."
     )
-
-
-def load_processor(folder: Path) -> ProcessorMixin:
-    """The processor in a checkpoint's folder.
-
-    Raises:
-        ValueError: If it cannot be read.
-    """
-    with _refusing(f"{folder}: its processor cannot be read"):
-        return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache, partial
 from importlib import resources
@@ -15,6 +16,7 @@ from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined
 
+from ..report.escape import markdown, markdown_code, one_line
 from .local_paths import last_component, without_local_paths
 from .task_file import task_folder
 
@@ -199,7 +201,13 @@ def render_task_card(task: dict[str, Any], repo_id: str | None = None, revision:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
     )
     environment.filters.update(
-        md=_markdown, percent=_percent, python=partial(pformat, width=100, compact=True), size=_size
+        md=markdown,
+        code=markdown_code,
+        line=one_line,
+        quoted=_quoted,
+        percent=_percent,
+        python=partial(pformat, width=100, compact=True),
+        size=_size,
     )
     context = {**task, **task["metrics"], "card": card, "card_data": card.to_yaml()}
     return ModelCard(environment.from_string(_template()).render(context))
@@ -242,6 +250,7 @@ def _layer_picture(towers: dict[str, dict[str, str]]) -> str:
     """One line per tower, one column per layer, below a line of layer numbers."""
     width = max(map(len, [*towers, "layer"]))
     depth = max(int(layer) for layers in towers.values() for layer in layers)
+    towers = {one_line(tower).replace("`", "'"): layers for tower, layers in towers.items()}
     rows = {"layer": [str(layer) for layer in range(1, depth + 1)]}
     for tower, layers in towers.items():
         rows[tower] = [MARKS[layers[layer]] if layer in layers else "" for layer in rows["layer"]]
@@ -256,9 +265,9 @@ def _is_shown(argument: str, adapter: str) -> bool:
     return bool(SHOWN_ARGUMENTS.fullmatch(argument)) and (owner not in ADAPTERS or owner == adapter)
 
 
-def _markdown(value: Any) -> str:
-    """Text for a table cell: one line, and nothing in it read as Markdown or HTML."""
-    return re.sub(r"([\\`*_<|\[\]])", r"\\\1", " ".join(str(value).split()))
+def _quoted(text: str) -> str:
+    """Text within the quotes of a line of Python."""
+    return json.dumps(one_line(text), ensure_ascii=False)[1:-1]
 
 
 def _percent(fraction: float | None) -> str:

@@ -21,11 +21,11 @@ from .checkpoint import (
     check_base_model,
     check_repository_name,
     load_base_model,
-    load_processor,
     read_adapter_config,
 )
 from .client import download
-from .seal import ADAPTER_CONFIG, BASE_CONFIG, LOADED_FILES, check_seal
+from .known import read_processor
+from .seal import ADAPTER_CONFIG, BASE_CONFIG, SEALED_FILES, check_seal
 from .task_file import TASK_FILE, read_task
 
 
@@ -105,7 +105,7 @@ def _go_on(name: str, folder: Path, args: AdapterArguments, dtype: str) -> Pretr
     freeze(clip, args.frozen_parameters or ())
     known = () if info is None else (*info["classes"], *info.get("known_classes", ()))
     logger.info(f"Going on with the adapter of {name}" + (f", which knows {', '.join(known)}." if known else "."))
-    processor = _processor(folder, info, config)
+    processor = _processor(folder, info, clip)
     base_model = config.base_model_name_or_path if info is None else info["base_model"]
     shape = {each.name: getattr(args, each.name) for each in fields(args)} | found
     return Pretrained(clip, processor, base_model, shape, known)
@@ -127,11 +127,11 @@ def _load_adapted(folder: Path, dtype: str, is_trainable: bool) -> tuple[PeftMod
     return adapted, info
 
 
-def _processor(folder: Path, info: dict[str, Any] | None, config: PeftConfig) -> ProcessorMixin:
+def _processor(folder: Path, info: dict[str, Any] | None, clip: PeftModel) -> ProcessorMixin:
     """A task's checkpoint has the processor; of another adapter it is the base model's."""
-    return (
-        load_processor(folder) if info is not None else AutoProcessor.from_pretrained(config.base_model_name_or_path)
-    )
+    if info is not None:
+        return read_processor(folder, clip.config.text_config.vocab_size)
+    return AutoProcessor.from_pretrained(clip.peft_config["default"].base_model_name_or_path)
 
 
 def _adapter_folder(name: str) -> Path | None:
@@ -146,7 +146,7 @@ def _adapter_folder(name: str) -> Path | None:
     if not folder.is_dir():
         check_repository_name(name)
         found = find_adapter_config_file(name)
-        return None if found is None else download(name, [TASK_FILE, *LOADED_FILES])
+        return None if found is None else download(name, [TASK_FILE, *SEALED_FILES])
     if (folder / ADAPTER_CONFIG).is_file():
         return folder
     tasks = sorted(file.parent.name for file in folder.glob(f"task-*/{TASK_FILE}"))
@@ -181,7 +181,7 @@ def _merged(adapter: Path, folder: Path, dtype: str) -> Path:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"merge_into={str(folder)!r} holds something else: expected a merged model, or a new folder.")
     clip, info = _load_adapted(adapter, dtype, is_trainable=False)
-    processor = _processor(adapter, info, clip.peft_config["default"])
+    processor = _processor(adapter, info, clip)
     try:
         merged = clip.merge_and_unload()
     except (AttributeError, ValueError, NotImplementedError) as error:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ..sample import resolve
-from .checkpoint import RESULTS_FILE
+from .checkpoint import RESULTS_FILE, checkpoint_parts
 from .local_paths import last_component, without_local_paths
 from .model_card import render_task_card
 from .seal import ADAPTER_CONFIG, BASE_CONFIG, BASE_WEIGHTS, check_seal, seal
-from .task_file import TASK_FILE, read_json, read_task
+from .task_file import TASK_FILE, check_place, read_json, read_task
 
 
 # Arguments that are always paths, so also where a relative one reads like the name of a repository.
@@ -26,8 +26,9 @@ TOKENS = re.compile(
 def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
     """The files of a task's checkpoint as they stand in the repository `repo_id`.
 
-    A base model that is a folder of this machine comes along: the repository is then a whole model that holds an
-    adapter, which transformers loads at any revision. The files of the folder stay as they are.
+    Only what this package writes is pushed; notes, logs and whatever else lies in the folder stay here. A base model
+    that is a folder of this machine comes along: the repository is then a whole model that holds an adapter, which
+    transformers loads at any revision. The files of the folder stay as they are.
 
     Args:
         folder: A task's checkpoint.
@@ -38,17 +39,16 @@ def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         says how to load the task from `repo_id`.
 
     Raises:
-        ValueError: If `folder` is no task checkpoint, or not as it was saved.
+        ValueError: If `folder` is no task checkpoint, or not as it was saved, or a file is a link out of its folder.
         FileNotFoundError: If its base model is a local folder that is no longer there or has no safetensors.
     """
     info = read_task(folder)
     check_seal(folder, info)  # the copy is sealed anew: damage must not become what is expected
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
     files: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path
-        for path in paths
-        if not {".cache", ".git"} & set(path.relative_to(folder).parts) and not path.name.endswith(".tmp")
+        path.relative_to(folder).as_posix(): path for path in checkpoint_parts(folder) if path.is_file()
     }
+    for path in files.values():
+        check_place(path)  # what a link leads to is nobody else's business
     is_local = info["base_model_is_local"]
     if is_local:
         files = {path.name: path for path in base_model_files(folder, info)} | files
@@ -83,6 +83,8 @@ def base_model_files(folder: Path, info: dict[str, Any]) -> list[Path]:
             weights = sorted(place.glob(BASE_WEIGHTS)) + sorted(place.glob("model.safetensors.index.json"))
             if not weights:
                 raise FileNotFoundError(f"{place}: the base model has no model.safetensors; save it again.")
+            for path in (place / BASE_CONFIG, *weights):
+                check_place(path)
             return [place / BASE_CONFIG, *weights]
     raise FileNotFoundError(
         f"{folder / ADAPTER_CONFIG}: its local base model, {recorded}, is not there; it is pushed along."

@@ -16,7 +16,7 @@ from .task_file import task_folder
 
 
 SCRATCH = ".push-"  # begins the name of a folder that lives as long as its push
-LEFT_OUT = ("training_args.bin", "README.md")  # arguments hold tokens and paths, and are a pickle
+PUSHED = (".safetensors", ".json", ".pt", ".pth")  # not the arguments (.bin): they hold tokens and paths
 
 
 class PushOnSave(TrainerCallback):
@@ -56,7 +56,7 @@ def _second_names(source: Path, target: Path) -> list[Path]:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     for path in source.iterdir():
-        if path.is_file() and path.name not in LEFT_OUT:
+        if path.suffix in PUSHED and path.is_file() and not path.is_symlink() and not path.name.startswith("."):
             try:
                 os.link(path, target / path.name)
             except OSError:

@@ -47,10 +47,11 @@ class PushQueue:
             return None
         try:
             queue = cls(output_dir, **json.loads(file.read_text(encoding="utf-8")))
-            if not isinstance(queue.repo_id, str) or not isinstance(queue.pending, list):
-                raise TypeError("repo_id is text, pending a list")
+            is_list = isinstance(queue.pending, list) and all(isinstance(name, str) for name in queue.pending)
+            if not isinstance(queue.repo_id, str) or not is_list or queue.private not in (None, True, False):
+                raise TypeError("repo_id is text, pending a list of names, private true, false or null")
             return queue
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{file}: expected a queue of tasks to push, as a run leaves it ({error}).") from error
 
     def write(self) -> None:

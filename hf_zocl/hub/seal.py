@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import fingerprint
+from ..report.runs import RESULTS_FILE
 from .task_file import FORMAT_VERSION, TASK_FILE, check_place, is_sealed, read_json, task_digest, write_json
 
 
@@ -32,6 +33,7 @@ LOADED_FILES = (
     "merges.txt",
     "chat_template*.jinja",
 )
+SEALED_FILES = (*LOADED_FILES, RESULTS_FILE)  # a resumed run reads its results
 REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
@@ -40,11 +42,10 @@ def seal(info: dict[str, Any], files: Mapping[str, Path | bytes]) -> dict[str, A
 
     Args:
         info: The content of `task.json`; an older seal in it is replaced.
-        files: The checkpoint's files by their path in it, or their content; those that loading does not read are left
-            out.
+        files: The checkpoint's files by their path in it, or their content; those that nothing reads are left out.
     """
-    loaded = {name: files[name] for name in sorted(files) if _is_loaded(name)}
-    info = {**info, "format_version": FORMAT_VERSION, "files": {n: fingerprint(file) for n, file in loaded.items()}}
+    sealed = {name: files[name] for name in sorted(files) if _is_sealed(name)}
+    info = {**info, "format_version": FORMAT_VERSION, "files": {n: fingerprint(file) for n, file in sealed.items()}}
     info = json.loads(json.dumps(info))  # as it will be read: lists for tuples, text for keys
     return {**info, "sha256": task_digest(info)}
 
@@ -81,6 +82,8 @@ def check_seal(folder: Path, info: dict[str, Any]) -> None:
     for name in sorted({*sealed, *present}):
         if name not in present:
             raise ValueError(f"{folder / name} is missing: {TASK_FILE} lists it.")
+        if name not in sealed and name == RESULTS_FILE:
+            continue  # earlier releases did not seal it
         if name not in sealed:
             raise ValueError(f"{folder / name} is foreign: {TASK_FILE} does not list it.")
         size = (folder / name).stat().st_size
@@ -90,13 +93,13 @@ def check_seal(folder: Path, info: dict[str, Any]) -> None:
             raise ValueError(f"{folder / name} is damaged: its content does not fit its checksum in {TASK_FILE}.")
 
 
-def _is_loaded(name: str) -> bool:
-    return any(fnmatch(name, pattern) for pattern in LOADED_FILES)
+def _is_sealed(name: str) -> bool:
+    return any(fnmatch(name, pattern) for pattern in SEALED_FILES)
 
 
 def _loaded_files(folder: Path) -> list[str]:
     """The names of the files that loading reads, each a file of the checkpoint's own."""
-    names = sorted(path.name for path in folder.iterdir() if _is_loaded(path.name))
+    names = sorted(path.name for path in folder.iterdir() if _is_sealed(path.name))
     for name in REQUIRED_FILES:
         if name not in names:
             raise ValueError(f"{folder / name} is missing: a checkpoint cannot be without it.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def read_json(file: Path) -> dict[str, Any]:
     Raises:
         ValueError: If the file holds no JSON object, or cannot be read.
     """
+    if not file.is_file():
+        raise ValueError(f"{file} is missing.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -119,7 +122,8 @@ def _contradiction(info: dict[str, Any]) -> str | None:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    """Text that a file can hold: without half characters (lone surrogates)."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_flag(value: Any) -> bool:
@@ -131,7 +135,10 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of more digits than a float has
+        return False
 
 
 def _is_prompt(value: Any) -> bool:

@@ -13,8 +13,13 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_mod
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checks import check_fields
 from ..zo.assignment import locate
 from .moe_adapter import MoEAdapterConfig
+
+
+# More would only fill the memory.
+SIZES = {"lora_rank": 16384, "moe_num_experts": 4096, "moe_top_k": 4096, "moe_bottleneck": 65536}
 
 
 @dataclass
@@ -45,6 +50,7 @@ class AdapterArguments:
             layers. What has no effect while the other factor is zero is mere noise to zeroth-order steps.
 
     Raises:
+        TypeError: If a value has a type that it cannot have.
         ValueError: If a value is out of its range.
     """
 
@@ -72,14 +78,19 @@ class AdapterArguments:
     )
 
     def __post_init__(self):
-        if self.adapter not in ADAPTERS:
-            raise ValueError(f"adapter={self.adapter!r} is unknown: expected one of {', '.join(ADAPTERS)}.")
         if isinstance(self.target_modules, str):
             self.target_modules = [self.target_modules]
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank}: expected at least 1.")
+        if self.adapter not in ADAPTERS:
+            raise ValueError(f"adapter={self.adapter!r} is unknown: expected one of {', '.join(ADAPTERS)}.")
         if isinstance(self.frozen_parameters, str):
             self.frozen_parameters = [self.frozen_parameters]
+        check_fields(self)
+        for name, most in SIZES.items():
+            value = getattr(self, name)
+            if not 1 <= value <= most:
+                raise ValueError(f"{name}={value}: expected at least 1 and at most {most}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: expected a probability, 0 or more and less than 1.")
         for pattern in self.frozen_parameters or ():
             try:
                 re.compile(pattern)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
-from transformers import BaseImageProcessor, CLIPModel, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, BatchEncoding, CLIPModel, PreTrainedTokenizerBase
 from transformers.image_utils import load_image
 from transformers.utils import ModelOutput
 
+from ..checks import check_count, check_texts, check_type, check_writable, shown
 from .moe_adapter import collect_balance_losses
+from .pixels import eight_bits
 
+
+PROMPTS_AT_ONCE = 1024  # that go through the text tower together when images are predicted
+# One for all classifiers: a lock of its own could be neither copied nor pickled with a module.
+_CLASSES = threading.RLock()
 
 Images = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
 
@@ -47,7 +54,8 @@ class CLIPClassifier(nn.Module):
             averaged, class by class (prompt ensembling; Radford et al., CLIP, 2021, section 3.1.4).
 
     Raises:
-        ValueError: If a template has not exactly one `{}`, or there is none.
+        TypeError: If the class names are no list of texts.
+        ValueError: If there is no class, two have the same prompt, or a template has not exactly one `{}`.
     """
 
     image_processor: BaseImageProcessor | None = None  # what `predict` makes pixel values with
@@ -91,22 +99,47 @@ class CLIPClassifier(nn.Module):
         Args:
             class_names: The classes, in the order of their labels.
             prompt_template: Their prompt or prompts, until the next call; default: the classifier's own.
+
+        Raises:
+            TypeError, ValueError: As the class; the classes are then those before.
         """
-        self.class_names = tuple(class_names)
-        templates = _templates(self.prompt_template if prompt_template is None else prompt_template)
-        self.prompts_per_class = len(templates)
-        prompts = [template.format(name) for name in self.class_names for template in templates]
-        tokens = self.tokenizer(
-            prompts,
-            padding=True,
-            truncation=True,
-            max_length=self.clip.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        )
+        templates = self._templates(prompt_template)
+        tokens = self._tokens(class_names, templates)
         device = self.clip.logit_scale.device
-        self.register_buffer("input_ids", tokens["input_ids"].to(device), persistent=False)
-        self.register_buffer("attention_mask", tokens["attention_mask"].to(device), persistent=False)
-        self._clear_text_cache()
+        with _CLASSES:
+            self.class_names, self.prompts_per_class = tuple(class_names), len(templates)
+            self.register_buffer("input_ids", tokens["input_ids"].to(device), persistent=False)
+            self.register_buffer("attention_mask", tokens["attention_mask"].to(device), persistent=False)
+            self._clear_text_cache()
+
+    def check_classes(self, class_names: Sequence[str], prompt_template: str | Sequence[str] | None = None) -> None:
+        """Raise what `set_classes` would raise, and set nothing."""
+        self._tokens(class_names, self._templates(prompt_template))
+
+    def _templates(self, prompt_template: str | Sequence[str] | None) -> tuple[str, ...]:
+        return check_templates(self.prompt_template if prompt_template is None else prompt_template)
+
+    def _tokens(self, class_names: Sequence[str], templates: Sequence[str]) -> BatchEncoding:
+        """The prompts' tokens, class by class; different for every two classes."""
+        check_texts("class_names", class_names)
+        if not class_names:
+            raise ValueError("class_names is empty: expected at least one class.")
+        length = self.clip.config.text_config.max_position_embeddings
+        tokens = prompt_tokens(self.tokenizer, class_names, templates, length)
+        for first, second, template in same_prompts(tokens, len(class_names), templates)[:1]:
+            names = class_names[first], class_names[second]
+            prompts = [template.replace("{}", name) for name in names]
+            cut = max(len(self.tokenizer(prompt, verbose=False)["input_ids"]) for prompt in prompts) > length
+            why = (
+                f"they differ only beyond the {length} tokens that the model reads"
+                if cut
+                else "its tokenizer makes no difference between them (letters' case, blanks, Unicode forms)"
+            )
+            raise ValueError(
+                f"class_names: the classes {shown(names[0])} and {shown(names[1])} (numbers {first} and {second}) "
+                f"have the same prompt for the model, {shown(prompts[0])}: {why}; expected names that it tells apart."
+            )
+        return tokens
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> CLIPClassifierOutput:
         """
@@ -132,12 +165,14 @@ class CLIPClassifier(nn.Module):
 
     def encode(self, tower: str, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
         """The features of one tower, of unit length: of the images (`vision`) or of the prompts (`language`)."""
-        if tower == "vision":
-            outputs = self.clip.get_image_features(pixel_values=pixel_values)
-        else:
-            outputs = self.clip.get_text_features(input_ids=self.input_ids, attention_mask=self.attention_mask)
+        if tower == "language":
+            return self._text_features(self.input_ids, self.attention_mask)
+        return F.normalize(self.clip.get_image_features(pixel_values=pixel_values).pooler_output, dim=-1)
+
+    def _text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        outputs = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
         features = F.normalize(outputs.pooler_output, dim=-1)
-        if tower == "language" and self.prompts_per_class > 1:
+        if self.prompts_per_class > 1:
             ensemble = features.unflatten(0, (-1, self.prompts_per_class)).mean(dim=1)
             features = F.normalize(ensemble, dim=-1)
         return features
@@ -165,20 +200,30 @@ class CLIPClassifier(nn.Module):
         Returns:
             The class name of every image, and the probabilities of all classes, `(images, classes)`.
 
+        The prompts are encoded once, and again after new classes, another adapter or other weights (see `eval()` for
+        weights that are changed behind torch's back). Several threads may predict at once.
+
         Raises:
-            ValueError: If the classifier has no `image_processor`, which `load_task_checkpoint` gives it, and the
-                images need one; or if an array holds no bytes.
+            TypeError: If `batch_size` is no whole number.
+            ValueError: If it is less than 1; if the classifier has no `image_processor`, which `load_task_checkpoint`
+                gives it, and the images need one; or if an array holds no bytes.
         """
-        self.eval()
+        check_count("batch_size", batch_size)
+        if self.training:
+            self.eval()
         if not isinstance(images, torch.Tensor):
             is_one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, "ndim", 4) < 4
             images = [images] if is_one else list(images)
+        with _CLASSES:  # another thread may be setting other classes
+            names, text_embeds = self.class_names, self._cached_text_embeds()
         probabilities = [
-            self(self._pixel_values(images[start : start + batch_size])).logits.softmax(dim=-1)
+            self.logits(self.encode("vision", self._pixel_values(images[start : start + batch_size])), text_embeds)
             for start in range(0, len(images), batch_size)
         ]
-        probabilities = torch.cat(probabilities) if probabilities else torch.empty(0, len(self.class_names))
-        return [self.class_names[i] for i in probabilities.argmax(dim=-1).tolist()], probabilities
+        if not probabilities:
+            return [], torch.empty(0, len(names))
+        probabilities = torch.cat(probabilities).softmax(dim=-1)
+        return [names[i] for i in probabilities.argmax(dim=-1).tolist()], probabilities
 
     def _pixel_values(self, images: torch.Tensor | list[Any]) -> torch.Tensor:
         if not isinstance(images, torch.Tensor):
@@ -232,16 +277,33 @@ class CLIPClassifier(nn.Module):
 
         Weights changed behind torch's back (through `.data`, by a fused optimizer) are seen at the next `eval()`.
         """
-        adapters = [m for m in self.clip.modules() if isinstance(m, BaseTunerLayer)]
-        version = (
-            sum(parameter._version for parameter in self.parameters()),
-            tuple((layer.disable_adapters, *layer.active_adapters) for layer in adapters),
-        )
         if torch.is_grad_enabled():
             return self.encode("language")
-        if self._text_cache is None or self._text_cache[0] != version:
-            self._text_cache = (version, self.encode("language"))
-        return self._text_cache[1]
+        with _CLASSES:
+            version, cached = self._weights_version(), self._text_cache
+            if cached is None or cached[0] != version:
+                cached = self._text_cache = (version, self._encode_prompts())
+        return cached[1]
+
+    def _weights_version(self) -> tuple:
+        """What changes whenever the text features may: other weights, an adapter switched, merged or scaled."""
+        adapters = [m for m in self.clip.modules() if isinstance(m, BaseTunerLayer)]
+        tensors = [*self.clip.parameters(), *self.clip.buffers()]
+        return (
+            sum(tensor._version for tensor in tensors),
+            hash(tuple(tensor.data_ptr() for tensor in tensors)),
+            tuple((layer.disable_adapters, *layer.active_adapters, *layer.merged_adapters) for layer in adapters),
+            tuple(scale for layer in adapters for scale in getattr(layer, "scaling", {}).items()),
+        )
+
+    def _encode_prompts(self) -> torch.Tensor:
+        """The text features without a gradient, some prompts at a time, so that memory does not grow with them."""
+        size = max(1, PROMPTS_AT_ONCE // self.prompts_per_class)
+        if len(self.class_names) <= size:
+            return self.encode("language")
+        rows = size * self.prompts_per_class
+        parts = zip(self.input_ids.split(rows), self.attention_mask.split(rows), strict=True)
+        return torch.cat([self._text_features(ids, mask) for ids, mask in parts])
 
     def _clear_text_cache(self) -> None:
         self._text_cache: tuple[tuple, torch.Tensor] | None = None
@@ -252,17 +314,51 @@ def _read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Im
         if image.dtype != np.uint8:
             raise ValueError(f"predict: an array holds {image.dtype}, expected bytes (uint8).")
         image = Image.fromarray(image)
+    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
+        image = ImageOps.exif_transpose(Image.open(image))
+    if isinstance(image, Image.Image):
+        image = eight_bits(image)
     return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
 
 
-def _templates(prompt_template: str | Sequence[str]) -> tuple[str, ...]:
+def check_templates(prompt_template: str | Sequence[str]) -> tuple[str, ...]:
+    """The prompt or prompts as a tuple.
+
+    Raises:
+        TypeError: If one is no text.
+        ValueError: If there is none, or one has not exactly one `{}`, or any other brace.
+    """
     templates = (prompt_template,) if isinstance(prompt_template, str) else tuple(prompt_template)
     if not templates:
         raise ValueError("prompt_template is empty: expected at least one prompt.")
     for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"prompt_template={template!r}: expected one '{{}}' for the class name.")
+        check_type("prompt_template", template, str, "text")
+        check_writable("prompt_template", template)
+        if template.count("{}") != 1 or {"{", "}"} & set(template.replace("{}", "")):
+            raise ValueError(
+                f"prompt_template={template!r}: expected one '{{}}', for the class name, and no other brace."
+            )
     return templates
+
+
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerBase, class_names: Sequence[str], templates: Sequence[str], length: int
+) -> BatchEncoding:
+    """The tokens of all prompts, class by class, cut off at `length` and padded to the longest; tensors."""
+    prompts = [template.replace("{}", name) for name in class_names for template in templates]
+    return tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+
+
+def same_prompts(tokens: BatchEncoding, classes: int, templates: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Classes that a prompt cannot tell apart: the first one's number, a later one's, and the prompt's template."""
+    found = []
+    by_template = tokens["input_ids"].unflatten(0, (classes, len(templates))).numpy()
+    for place, template in enumerate(templates):
+        first: dict[bytes, int] = {}
+        for number, row in enumerate(by_template[:, place]):
+            if (earlier := first.setdefault(row.tobytes(), number)) != number:
+                found.append((earlier, number, template))
+    return found
 
 
 def in_training_dtype(model: nn.Module, dtype: str) -> nn.Module:

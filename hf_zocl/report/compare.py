@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..files import written_whole
-from .runs import RunGroup, load_groups
+from .escape import latex, markdown, one_line
+from .runs import RunGroup, by_benchmark, load_groups
 
 
 # name, heading, factor, decimals; accuracies are in percent
@@ -47,15 +47,15 @@ class Comparison:
     def markdown(self) -> str:
         """A Markdown table and its note."""
         lines = [self.headings, ("---", *["---:"] * (len(self.headings) - 1)), *self.rows]
-        cells = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{self.note}"
+        cells = [line if number == 1 else tuple(map(markdown, line)) for number, line in enumerate(lines)]
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells) + f"\n\n{markdown(self.note)}"
 
     def latex(self) -> str:
         """A LaTeX table for the booktabs package, its note as a comment."""
-        lines = [f"{' & '.join(map(_latex, row))} \\\\" for row in (self.headings, *self.rows)]
+        lines = [f"{' & '.join(map(latex, row))} \\\\" for row in (self.headings, *self.rows)]
         return "\n".join(
             [
-                f"% {self.note}",
+                f"% {one_line(self.note)}",
                 f"\\begin{{tabular}}{{l{'r' * (len(self.headings) - 1)}}}",
                 "\\toprule",
                 lines[0],
@@ -88,7 +88,8 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
     """Mean ± sample standard deviation over the seeds of each setting, and how far it is from a baseline.
 
     A paired difference is the mean ± standard deviation, over the seeds that both have, of the difference of the two
-    runs with the same seed: what the seeds have in common cancels out.
+    runs with the same seed: what the seeds have in common cancels out. Settings of several benchmarks are kept apart,
+    each with the zero-shot accuracy of its own, see `by_benchmark`.
 
     Args:
         groups: The settings.
@@ -103,33 +104,38 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
     reference = next((group for group in groups if group.name == baseline), None)
     figures = [f for f in FIGURES if f[0] in ALWAYS or any(np.isfinite(g.values(f[0])).any() for g in groups)]
     headings = ["setting", "seeds", *(heading for _, heading, *_ in figures)]
-    rows = [_zero_shot_row(groups[0], figures)]
-    for group in groups:
-        rows.append(
-            [
-                group.name,
-                str(len(group.runs)),
-                *(mean_and_deviation(group.values(name) * f, d) for name, _, f, d in figures),
-            ]
-        )
     if reference is not None:
         headings += [f"Δ {heading}" for name, heading, *_ in figures if name in PAIRED]
-        rows[0] += [""] * len(PAIRED)
-        for row, group in zip(rows[1:], groups, strict=True):
-            row += [
-                "baseline"
-                if group is reference
-                else mean_and_deviation(100 * paired_differences(group, reference, name), 1, sign=True)
-                for name in PAIRED
-            ]
+    benchmarks, rows = by_benchmark(groups), []
+    for benchmark, compared in benchmarks.items():
+        beside = [""] * len(PAIRED) if reference is not None else []
+        own = [[*_zero_shot_row(compared[0], figures), *beside]]
+        for group in compared:
+            row = [group.name, str(len(group.runs))]
+            row += [mean_and_deviation(group.values(name) * factor, d) for name, _, factor, d in figures]
+            if reference is not None:
+                row += _differences(group, reference, is_comparable=reference in compared)
+            own.append(row)
+        rows += own if len(benchmarks) == 1 else [[benchmark, *row] for row in own]
     note = (
         "Accuracies in percent, mean ± standard deviation over the seeds; zero-shot of the first setting's first seed."
     )
+    if len(benchmarks) > 1:
+        headings = ["benchmark", *headings]
+        note += " Settings of different benchmarks, or on different base models, cannot be compared with one another."
     if reference is not None:
         note += f" Δ: paired differences to {baseline}, seed by seed."
     if unfinished := [f"{group.name}: {', '.join(group.unfinished)}" for group in groups if group.unfinished]:
         note += f" Unfinished, with their figures so far: {'; '.join(unfinished)}."
     return Comparison(tuple(headings), tuple(map(tuple, rows)), note)
+
+
+def _differences(group: RunGroup, reference: RunGroup, is_comparable: bool) -> list[str]:
+    if group is reference:
+        return ["baseline"] * len(PAIRED)
+    if not is_comparable:
+        return ["–"] * len(PAIRED)
+    return [mean_and_deviation(100 * paired_differences(group, reference, name), 1, sign=True) for name in PAIRED]
 
 
 def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
@@ -165,14 +171,3 @@ def mean_and_deviation(values: np.ndarray, decimals: int, sign: bool = False) ->
         return "–"
     mean = f"{values.mean():{'+' if sign else ''}.{decimals}f}"
     return mean if len(values) == 1 else f"{mean} ± {values.std(ddof=1):.{decimals}f}"
-
-
-_LATEX = {
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-    **{"±": r"$\pm$", "Δ": r"$\Delta$", "–": "--", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}"},
-}
-
-
-def _latex(cell: str) -> str:
-    text = "".join(_LATEX.get(character, character) for character in cell)
-    return re.sub(r"^-(?=\d)", "$-$", text)

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import written_whole
+from .escape import mathtext
 
 
 # Okabe and Ito's blue and vermilion; line style and marker differ too, for print in grey.
@@ -129,4 +130,4 @@ def _title(results: dict[str, Any]) -> str:
     setting = [recipe.get("adapter"), recipe.get("zo_branch"), recipe.get("zo_layers")]
     if recipe.get("zo_branch") == "none":
         setting = [recipe.get("adapter"), "first-order only"]
-    return fill(" · ".join([name, *(str(part) for part in setting if part)]), width=110)
+    return fill(mathtext(" · ".join([name, *(str(part) for part in setting if part)])), width=110)

@@ -6,7 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from ..files import written_whole
-from .compare import compare_groups
+from .compare import Comparison, compare_groups
 from .plots import (
     DARK,
     LIGHT,
@@ -27,10 +27,11 @@ from .plots import (
     draw_variance,
     draw_variance_by_layer,
 )
-from .runs import RunGroup, load_groups
+from .runs import RunGroup, by_benchmark, load_groups
 
 
 TEMPLATE = "report_template.html"
+MAX_DRAWN = 16  # settings in a figure; more are no longer told apart, and take minutes to draw
 # An allow-list: a recipe also holds tokens, folders and host names, which are nobody else's business.
 SHOWN_ARGUMENTS = re.compile(
     "(zo|lora|moe)_.*|adapter|model_name_or_path|benchmark|scenario|learning|(initial_)?increment|class_order_seed"
@@ -88,12 +89,23 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path, baseline
     if len(groups) > 1 or len(groups[0].runs) > 1:
         comparison.write(output_dir)
     path = output_dir / "report.html"
-    _write(path, render_report(groups, figures, baseline).encode("utf-8"))
+    _write(path, render_report(groups, figures, comparison).encode("utf-8", "replace"))
     return path
 
 
 def report_figures(groups: Sequence[RunGroup]) -> list[ReportFigure]:
-    """All figures that these runs have the data for."""
+    """All figures that these runs have the data for, benchmark by benchmark."""
+    benchmarks, figures = by_benchmark(groups), []
+    for number, (benchmark, compared) in enumerate(benchmarks.items(), start=1):
+        drawn = _figures_of(compared[:MAX_DRAWN], f"-of-{number}" if len(benchmarks) > 1 else "")
+        left = f" The first {MAX_DRAWN} of {len(compared)} settings." if len(compared) > MAX_DRAWN else ""
+        where = f": {benchmark}" if len(benchmarks) > 1 else ""
+        figures += [replace(each, title=each.title + where, caption=each.caption + left) for each in drawn]
+    return figures
+
+
+def _figures_of(groups: Sequence[RunGroup], suffix: str) -> list[ReportFigure]:
+    """The figures of settings that can be compared; the suffix ends the names of their files."""
     bars = " Bars: one standard deviation over the seeds." if any(len(group.runs) > 1 for group in groups) else ""
     span = " Bars: from the least to the greatest seed." if bars else ""
     drawn = [
@@ -119,20 +131,19 @@ def report_figures(groups: Sequence[RunGroup]) -> list[ReportFigure]:
             draw_variance_by_layer,
         ),
     ]
-    figures = [_figure(name, title, caption, draw, groups) for name, title, caption, draw in drawn]
+    figures = [_figure(name + suffix, title, caption, draw, groups) for name, title, caption, draw in drawn]
     for number, group in enumerate(groups, start=1):
         seeds = f", mean of {len(group.runs)} seeds" if len(group.runs) > 1 else ""
         caption = f"Row: after which task; column: on whose test images; percent{seeds}."
         name = "accuracy-matrix" if len(groups) == 1 else f"accuracy-matrix-{number}"
-        figures.append(_figure(name, f"Accuracy matrix: {group.name}", caption, draw_matrix, group))
+        figures.append(_figure(name + suffix, f"Accuracy matrix: {group.name}", caption, draw_matrix, group))
     return [figure for figure in figures if figure is not None]
 
 
-def render_report(groups: Sequence[RunGroup], figures: Sequence[ReportFigure], baseline: str | None = None) -> str:
+def render_report(groups: Sequence[RunGroup], figures: Sequence[ReportFigure], comparison: Comparison) -> str:
     """The HTML text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     template = (resources.files("hf_zocl.report") / TEMPLATE).read_text(encoding="utf-8")
-    comparison = compare_groups(groups, baseline)
     return environment.from_string(template).render(
         title=_title(groups),
         comparison=comparison,

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .escape import mathtext
 from .runs import RunGroup
 
 
@@ -246,7 +247,7 @@ def _color(theme: Theme, number: int) -> str:
 
 def _short(name: str, limit: int = 44) -> str:
     """A name that fits under a figure: its middle is left out where it is too long."""
-    return name if len(name) <= limit else f"{name[: limit // 2]}…{name[-limit // 2 + 1 :]}"
+    return mathtext(name if len(name) <= limit else f"{name[: limit // 2]}…{name[-limit // 2 + 1 :]}")
 
 
 def _number_tasks(axis, tasks: int) -> None:

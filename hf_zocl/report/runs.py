@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,31 @@ class RunGroup:
         """The seeds whose stream is not at its end: their Last and Avg are those so far."""
         counts = [(run["seed"], len(run["accuracy_matrix"]), len(run.get("tasks") or ())) for run in self.runs]
         return [f"seed {seed} ({done} of {total} tasks)" for seed, done, total in counts if done < total]
+
+    @property
+    def planned_tasks(self) -> int:
+        """The tasks of the stream, finished or not."""
+        return len(self.first.get("tasks") or self.first["accuracy_matrix"])
+
+    @property
+    def is_joint(self) -> bool:
+        """Whether all classes were learned at once, or none: then there is one task, whatever the benchmark's."""
+        return self.first.get("recipe", {}).get("learning") == "joint"
+
+    @property
+    def protocol(self) -> tuple[str, str, tuple[str, ...], Any, str]:
+        """What figures depend on beside the training: benchmark, scenario, classes, test images, base model."""
+        run = self.first
+        recipe = run.get("recipe", {})
+        model = str(recipe.get("model_name_or_path") or "")
+        most = recipe.get("max_test_images_per_class")
+        return (
+            str(run.get("benchmark") or ""),
+            str(run.get("scenario") or "class"),
+            tuple(sorted(run.get("classes", ()))),
+            most if isinstance(most, int) else None,
+            re.split(r"[\\/]+", model.rstrip("\\/"))[-1],
+        )
 
     def values(self, name: str) -> np.ndarray:
         """One figure of every seed, `mtil.transfer` for one within another; NaN where it is not. Shape: (seeds,)."""
@@ -137,12 +164,127 @@ def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> li
     ]
 
 
+def by_benchmark(groups: Sequence[RunGroup]) -> dict[str, list[RunGroup]]:
+    """The settings whose figures can be compared: of one benchmark with the same tasks, and of one base model.
+
+    A run that learned all classes at once stands with those that learned them task by task.
+
+    Args:
+        groups: The settings.
+
+    Returns:
+        What the benchmark is called → its settings, both in the order given.
+    """
+    found: list[tuple[tuple, int | None, list[RunGroup]]] = []
+    for group in groups:
+        key, tasks = group.protocol, None if group.is_joint else group.planned_tasks
+        for position, (other, count, members) in enumerate(found):
+            if other == key and (count is None or tasks is None or count == tasks):
+                members.append(group)
+                found[position] = (key, tasks if count is None else count, members)
+                break
+        else:
+            found.append((key, tasks, [group]))
+    names: dict[str, list[RunGroup]] = {}
+    for key, tasks, members in found:
+        name = _benchmark_name(key, tasks)
+        if name in names:
+            name += f" ({len(names) + 1})"
+        names[name] = members
+    return names
+
+
+def _benchmark_name(key: tuple, tasks: int | None) -> str:
+    benchmark, scenario, classes, most, model = key
+    parts = [f"{len(classes)} classes" if classes else "", f"{tasks} tasks" if tasks else "", scenario]
+    parts += [f"at most {most} test images a class" if most else "", Path(model).name if model else ""]
+    return f"{Path(benchmark).name or 'local dataset'} ({', '.join(part for part in parts if part)})"
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: no JSON: {error}") from error
+    if not isinstance(results, dict):
+        raise ValueError(f"{file}: no results of a run: expected a JSON object, got {type(results).__name__}.")
     missing = [name for name in ("accuracy_matrix", "seen_accuracy", "zero_shot", "seed") if name not in results]
     if missing:
         raise ValueError(f"{file}: no results of a run: {', '.join(missing)} is missing.")
+    for name, (is_right, expected) in _KINDS.items():
+        if name in results and not is_right(results[name]):
+            raise ValueError(
+                f"{file}: no results of a run: expected {name} to be {expected}, got {results[name]!r:.60}."
+            )
+    if problem := _contradiction(results):
+        raise ValueError(f"{file}: no results of a run: {problem}.")
     return results
+
+
+def _contradiction(results: dict[str, Any]) -> str | None:
+    """What cannot be true of one run's results."""
+    matrix, zero_shot = results["accuracy_matrix"], results["zero_shot"]
+    wrong = next((number for number, row in enumerate(matrix, start=1) if len(row) != number), None)
+    if wrong is not None:
+        return f"accuracy_matrix, row {wrong}: {len(matrix[wrong - 1])} entries, not {wrong}"
+    for name, values in (("seen_accuracy", results), ("seen_accuracy of zero_shot", zero_shot)):
+        if len(values["seen_accuracy"]) < len(matrix):
+            return f"{name} has {len(values['seen_accuracy'])} entries after {len(matrix)} tasks"
+    lacking = [name for name in ("last", "avg") if matrix and name not in results]
+    return f"{lacking[0]} is missing" if lacking else None
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # of more digits than a float has
+        return False
+
+
+def _is_figure(value: Any) -> bool:
+    """A number in a log, which a training that failed leaves infinite or NaN."""
+    return isinstance(value, float) or _is_number(value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_right, value))
+
+
+def _or_none(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or is_right(value)
+
+
+def _is_zero_shot(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _is_list(_is_number)(value.get("seen_accuracy"))
+        and all(_is_number(value.get(name)) for name in ("last", "avg"))
+    )
+
+
+_FIGURE = (_or_none(_is_number), "a number or null")
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "accuracy_matrix": (_is_list(_is_list(_is_number)), "rows of numbers"),
+    "seen_accuracy": (_is_list(_is_number), "numbers"),
+    "zero_shot": (_is_zero_shot, "seen_accuracy, last and avg"),
+    "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
+    **dict.fromkeys(("last", "avg"), (_is_number, "a number")),
+    **dict.fromkeys(
+        ("forgetting", "backward_transfer", "forward_transfer", "zero_shot_retention", "seconds", "peak_memory_bytes"),
+        _FIGURE,
+    ),
+    "mtil": (lambda value: isinstance(value, dict) and all(map(_is_number, value.values())), "numbers by name"),
+    "training": (
+        _is_list(lambda entry: isinstance(entry, dict) and all(map(_is_figure, entry.values()))),
+        "a log of numbers",
+    ),
+    "tasks": (_or_none(_is_list(_is_text)), "the names of the tasks"),
+    "classes": (_is_list(_is_text), "the names of the classes"),
+    **dict.fromkeys(("benchmark", "scenario"), (_or_none(_is_text), "text")),
+    **dict.fromkeys(("recipe", "versions"), (lambda value: isinstance(value, dict), "values by name")),
+    "skipped_images": (_is_number, "a number"),
+}

@@ -43,9 +43,7 @@ class StreamedPerturbation(Perturbation):
     def __init__(self, groups: Sequence[ZOGroup], model: nn.Module):
         super().__init__(groups)
         self.model, self.is_watched = model, False
-        self.units = [
-            _Unit(number, members, scopes) for number, (members, scopes) in enumerate(_units(groups, model))
-        ]
+        self.units = [_Unit(number, members, scopes) for number, (members, scopes) in enumerate(_units(groups, model))]
         self._has_stepped = False
 
     @contextmanager
@@ -274,9 +272,7 @@ def _storage(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
-def _units(
-    groups: Sequence[ZOGroup], model: nn.Module
-) -> Iterator[tuple[Perturbation, list[tuple[nn.Module, ...]]]]:
+def _units(groups: Sequence[ZOGroup], model: nn.Module) -> Iterator[tuple[Perturbation, list[tuple[nn.Module, ...]]]]:
     """The parameters by unit, in the groups' order, with the scopes in which they may move."""
     modules = dict(model.named_modules(remove_duplicate=False))
     owners: dict[int, list[str]] = {}

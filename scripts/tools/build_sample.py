@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from small_clip import staged_folder
 
+from hf_zocl.commands import Parser, command
+
 
 SAMPLE_DIR = Path(__file__).resolve().parents[2] / "hf_zocl" / "sample"
 
@@ -77,7 +79,7 @@ def build_dataset(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--cifar10", type=Path, required=True, help="CIFAR-10 as a dataset folder")
     parser.add_argument("--output_dir", type=Path, default=SAMPLE_DIR, help="default: the package's own sample folder")
     parser.add_argument("--train_images_per_class", type=int, default=200)
@@ -86,6 +88,7 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@command
 def main() -> None:
     args = parse_args()
     build_dataset(args)

@@ -27,11 +27,11 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def save(folder: Path, column: str = "img", splits=("train", "test"), images: int = 1, **labels: ClassLabel) -> Path:
     """So many images of every class a split, as parquet files in `folder`."""
     count = max(feature.num_classes for feature in labels.values()) * images
-    columns = {column: [PILImage.new("RGB", (2, 2))] * count}
-    columns |= {name: [row % feature.num_classes for row in range(count)] for name, feature in labels.items()}
-    data = Dataset.from_dict(columns, features=Features({column: Image(), **labels}))
+    columns = {name: [row % feature.num_classes for row in range(count)] for name, feature in labels.items()}
     (folder / "data").mkdir(parents=True)
-    for name in splits:
+    for number, name in enumerate(splits):
+        images_ = {column: [PILImage.new("RGB", (2, 2), (number, 0, 0))] * count}
+        data = Dataset.from_dict({**images_, **columns}, features=Features({column: Image(), **labels}))
         data.to_parquet(str(folder / "data" / f"{name}-00000-of-00001.parquet"))
     return folder
 
@@ -40,7 +40,8 @@ def save_imagenet_r(folder: Path) -> Path:
     """Ten images of every class in one split, with WordNet ids and names as strings."""
     wnids = [f"n{label:08}" for label in range(200)] * 10
     names = [f"great_{int(wnid[1:])}_name" for wnid in wnids]
-    rows = {"image": [PILImage.new("RGB", (2, 2))] * len(wnids), "wnid": wnids, "class_name": names}
+    pictures = [PILImage.new("RGB", (2, 2), (row % 256, row // 256, 0)) for row in range(len(wnids))]
+    rows = {"image": pictures, "wnid": wnids, "class_name": names}
     features = Features({"image": Image(), "wnid": datasets.Value("string"), "class_name": datasets.Value("string")})
     folder.mkdir(exist_ok=True)
     Dataset.from_dict(rows, features=features).to_parquet(str(folder / "test-00000-of-00001.parquet"))

@@ -46,7 +46,8 @@ def dataset(corrupt: tuple[int, ...] = (), count: int = 24) -> DatasetDict:
     features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog", "ship"])})
     rows = {"image": images, "label": [row % 3 for row in range(count)]}
     split = Dataset.from_dict(rows, features=features)
-    good = Dataset.from_dict({**rows, "image": [{"bytes": png(row), "path": None} for row in range(count)]}, features)
+    others = [{"bytes": png(1000 + row), "path": None} for row in range(count)]
+    good = Dataset.from_dict({**rows, "image": others}, features)
     return DatasetDict(train=split, test=good)
 
 

@@ -147,9 +147,9 @@ def test_any_image_classification_dataset_is_a_stream(tmp_path):
     features = datasets.Features(
         {"photo": datasets.Image(), "kind": datasets.ClassLabel(names=["tea_pot", "mug", "jug"])}
     )
-    rows = {"photo": [PILImage.new("RGB", (8, 8))] * 6, "kind": [0, 1, 2] * 2}
     folder = tmp_path / "pots"
-    for split in ("train", "test"):
+    for split, colour in (("train", "red"), ("test", "blue")):
+        rows = {"photo": [PILImage.new("RGB", (8, 8), colour)] * 6, "kind": [0, 1, 2] * 2}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
     text = f"benchmark: none\ndataset_path: {folder}\nincrement: 1\nclass_order: [2, 0, 1]\n"
     stream, template = build_stream(parse(tmp_path, text).run)

@@ -214,24 +214,35 @@ def test_a_name_from_the_hub_never_becomes_a_path(hub, tmp_path, name):
         load_task_checkpoint(folder)
 
 
-def test_code_in_a_repository_is_not_run(run, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("processor_config.json", {"auto_map": {"AutoProcessor": "evil.Evil"}}),
+        ("processor_config.json", {"processor_class": "Evil"}),
+        ("processor_config.json", {"audio_tokenizer": {"audio_tokenizer_name_or_path": "evil/model"}}),
+        ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}),
+        ("tokenizer_config.json", {"tokenizer_class": "Evil"}),
+        ("tokenizer_config.json", {"vocab_file": "../secret.json"}),
+        ("tokenizer_config.json", {"tokenizer_file": "/etc/hostname"}),
+        ("adapter_config.json", {"auto_mapping": {"base_model_class": "system", "parent_library": "os"}}),
+        ("adapter_config.json", {"megatron_config": {"x": 1}}),
+        ("adapter_config.json", {"runtime_config": {"path": "/etc"}}),
+    ],
+)
+def test_what_names_code_or_another_place_is_refused_by_name(run, tmp_path, name, changes):
     folder = tmp_path / "checkpoint"
     shutil.copytree(run / "task-03", folder)
     (folder / "evil.py").write_text("raise SystemExit('it ran')\nclass Evil: ...\n")
-    change_json(folder / "processor_config.json", auto_map={"AutoProcessor": "evil.Evil"})
-    change_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", "evil.Evil"]})
+    change_json(folder / name, **changes)
     seal_task_checkpoint(folder)
-    assert torch.equal(logits(load_task_checkpoint(folder)[0]), logits(load_task_checkpoint(run, task=3)[0]))
-    change_json(folder / "processor_config.json", processor_class="Evil")
-    seal_task_checkpoint(folder)
-    with pytest.raises(ValueError, match="its processor cannot be read"):
+    with pytest.raises(ValueError, match=f"{name}: .*{min(changes)}"):
         load_task_checkpoint(folder)
 
 
-def test_files_that_a_tokenizer_names_elsewhere_are_not_read(run, tmp_path):
+def test_a_file_that_no_part_of_the_processor_reads_is_not_followed(run, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(run / "task-03", folder)
-    change_json(folder / "tokenizer_config.json", tokenizer_file="/etc/hostname", vocab_file="../secret.json")
+    (folder / "audio_tokenizer_config.json").write_text('{"audio_tokenizer_name_or_path": "evil/model"}')
     seal_task_checkpoint(folder)
     assert torch.equal(logits(load_task_checkpoint(folder)[0]), logits(load_task_checkpoint(run, task=3)[0]))
 

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,7 +7,7 @@ from transformers import CLIPModel
 
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import sample_path
-from tests.helpers import image_batch, mini_clip_classifier
+from tests.helpers import CLASSES, image_batch, mini_clip_classifier
 
 
 @pytest.fixture(scope="module")
@@ -206,3 +208,96 @@ def test_a_list_of_one_prompt_is_that_prompt_to_the_last_bit(classifier):
 def test_a_prompt_without_its_one_place_for_the_name_is_an_error(classifier, template, message):
     with pytest.raises(ValueError, match=f"prompt_template.*{message}"):
         classifier.set_classes(["cat"], template)
+
+
+@pytest.mark.parametrize(
+    ("names", "template", "message"),
+    [
+        (["Apple", "apple"], "a photo of a {}.", "'Apple' and 'apple'.* have the same prompt"),
+        (["cat", "hot dog", "hot  dog"], "a photo of a {}.", "numbers 1 and 2.*makes no difference"),
+        (["café", "cafe\u0301"], "a photo of a {}.", "have the same prompt"),
+        ([" cat", "cat"], "{}", "have the same prompt"),
+        (["a very long name " * 20 + end for end in ("cat", "dog")], "{}", "differ only beyond the 32 tokens"),
+        (["cat", "dog"], "a photo of a {{}}.", "expected one '{}'"),
+        (["cat", "dog"], "a {} of {kind}", "and no other brace"),
+        (["cat", "dog"], ["a {}.", "a very long prompt " * 20 + "{}"], "differ only beyond"),
+        ([], "a {}.", "class_names is empty"),
+        (["cat", "\ud800"], "a {}.", "half a character"),
+    ],
+)
+def test_classes_that_the_model_cannot_tell_apart_are_refused_by_name(names, template, message):
+    model = mini_clip_classifier()
+    before = model.input_ids
+    with pytest.raises(ValueError, match=message):
+        model.set_classes(names, template)
+    assert model.input_ids is before and model.class_names == CLASSES
+
+
+@pytest.mark.parametrize("names", ["cat", [1, 2], None])
+def test_class_names_of_a_wrong_type_are_a_type_error_that_says_so(names):
+    with pytest.raises(TypeError, match="class_names.*: expected"):
+        mini_clip_classifier().set_classes(names)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(-1, ValueError), (0, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_a_batch_size_that_is_none_is_refused(size, kind):
+    with pytest.raises(kind, match=f"batch_size={size}: expected a whole number from 1"):
+        mini_clip_classifier().predict(torch.zeros(1, 3, 32, 32), batch_size=size)
+
+
+def test_predicting_encodes_the_prompts_once_until_something_changes(monkeypatch):
+    model = mini_clip_classifier().eval()
+    images, encoded = torch.randn(2, 3, 32, 32), []
+    original = type(model)._encode_prompts
+    monkeypatch.setattr(type(model), "_encode_prompts", lambda self: encoded.append(1) or original(self))
+    first = model.predict(images)[1]
+    assert torch.equal(model.predict(images)[1], first) and len(encoded) == 1
+    changes = [
+        lambda: model.set_classes(["horse", "frog"]),
+        lambda: next(p for p in model.parameters() if p.requires_grad).add_(0),
+        model.eval,
+        lambda: model.clip.merge_adapter(),
+        lambda: model.clip.unmerge_adapter(),
+    ]
+    for number, change in enumerate(changes, start=2):
+        with torch.no_grad():
+            change()
+        model.predict(images)
+        assert len(encoded) == number
+
+
+def test_many_prompts_are_encoded_some_at_a_time(monkeypatch):
+    names = [f"thing number {number}" for number in range(50)]
+    model = mini_clip_classifier(names).eval()
+    model.set_classes(names, ["a {}.", "the {}."])
+    whole = model.predict(torch.zeros(1, 3, 32, 32))[1]
+    sizes = []
+    original = type(model)._text_features
+    monkeypatch.setattr("hf_zocl.models.clip_classifier.PROMPTS_AT_ONCE", 16)
+    monkeypatch.setattr(
+        type(model), "_text_features", lambda self, ids, mask: sizes.append(len(ids)) or original(self, ids, mask)
+    )
+    model.eval()
+    torch.testing.assert_close(model.predict(torch.zeros(1, 3, 32, 32))[1], whole)
+    assert sizes == [16] * 6 + [4]
+
+
+def test_threads_predict_at_once_while_the_classes_change():
+    model = mini_clip_classifier().eval()
+    model.image_processor = None
+    images = torch.randn(2, 3, 32, 32)
+    lists = [("cat", "dog"), ("horse", "frog", "ship")]
+    expected = {}
+    for names in lists:
+        model.set_classes(names)
+        expected[len(names)] = model.predict(images)
+
+    def work(number: int) -> bool:
+        if number % 3 == 0:
+            model.set_classes(lists[number % 2])
+        found, probabilities = model.predict(images)
+        names, wanted = expected[probabilities.shape[1]]
+        return found == names and torch.allclose(probabilities, wanted, atol=1e-6)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(work, range(60)))

@@ -1,0 +1,166 @@
+"""What is given from outside, checked before work is done with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from enum import Enum
+from functools import cache
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+class WrongTypeError(TypeError, ValueError):
+    """An argument has a type that it cannot have; the message names the argument, its value and what was expected.
+
+    A `ValueError` too, for those who catch whatever is wrong with an argument.
+    """
+
+
+def check_type(name: str, value: Any, types: type | tuple[type, ...], expected: str) -> None:
+    """Check the type of an argument; a bool is no number.
+
+    Raises:
+        WrongTypeError: If it is none of `types`.
+    """
+    is_flag = isinstance(value, bool) and bool not in (types if isinstance(types, tuple) else (types,))
+    if is_flag or not isinstance(value, types):
+        raise WrongTypeError(f"{name}={shown(value)}: expected {expected}, got {type(value).__name__}.")
+
+
+def check_count(name: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """Check that an argument is a whole number in a range.
+
+    Raises:
+        WrongTypeError: If it is no whole number.
+        ValueError: If it is out of the range.
+    """
+    span = f"a whole number from {least}" + ("" if most is None else f" to {most}")
+    check_type(name, value, numbers.Integral, span)
+    if value < least or (most is not None and value > most):
+        raise ValueError(f"{name}={shown(value)}: expected {span}.")
+
+
+def check_texts(name: str, values: Any) -> None:
+    """Check that an argument is a sequence of texts, each of which can be written down.
+
+    Raises:
+        WrongTypeError: If it is a text itself, or holds something else than texts.
+        ValueError: If a text holds half a character (a lone surrogate), which no file can hold.
+    """
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise WrongTypeError(f"{name}={shown(values)}: expected a list of texts, got {type(values).__name__}.")
+    for position, value in enumerate(values):
+        check_type(f"{name}[{position}]", value, str, "text")
+        check_writable(f"{name}[{position}]", value)
+
+
+def check_writable(name: str, text: str) -> None:
+    """Check that a text is one that a file can hold.
+
+    Raises:
+        ValueError: If it holds half a character (a lone surrogate).
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={shown(text)}: it holds half a character, which no file can hold.") from error
+
+
+def shown(value: Any, limit: int = 80) -> str:
+    """A value as an error shows it: on one line, in ASCII where it is not text, and not longer than `limit`."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except Exception as error:  # a number of more digits than Python prints, for one
+        text = f"<{type(value).__name__}: {error}>"
+    text = " ".join(text.split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+def check_fields(arguments: Any, but: Sequence[str] = ()) -> None:
+    """Check what a dataclass of arguments holds against its annotations: texts, numbers, flags, and lists of them.
+
+    Fields of other types are left to whoever reads them.
+
+    Args:
+        arguments: The dataclass.
+        but: Fields that hold more than their annotation says.
+
+    Raises:
+        WrongTypeError: If a value has another type than its field.
+        ValueError: If a number is not finite or too large, or a text is one that no file can hold.
+    """
+    hints = _hints(type(arguments))
+    for field in dataclasses.fields(arguments):
+        types = alternatives(hints[field.name])
+        if field.init and field.name not in but and all(_is_plain(each) for each in types):
+            _check_value(field.name, getattr(arguments, field.name), types)
+
+
+def alternatives(hint: Any) -> tuple[Any, ...]:
+    """The types that an annotation allows: `int | None` → `(int, NoneType)`."""
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def expected(types: Sequence[Any]) -> str:
+    """What one of these types is, in words."""
+    words = [_describe(each) for each in types if each is not type(None)]
+    return " or ".join([*dict.fromkeys(words), *(["null"] if type(None) in types else [])])
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _is_plain(kind: Any) -> bool:
+    if get_origin(kind) is list:
+        return all(_is_plain(each) for each in alternatives(get_args(kind)[0]))
+    return isinstance(kind, type) and (kind in (bool, int, float, str, type(None)) or issubclass(kind, Enum))
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is list:
+        return f"a list, each {expected(alternatives(get_args(kind)[0]))}"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(str(each.value) for each in kind)
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}.get(
+        kind, getattr(kind, "__name__", str(kind))
+    )
+
+
+def _check_value(name: str, value: Any, types: Sequence[Any]) -> None:
+    is_enum = [each for each in types if isinstance(each, type) and issubclass(each, Enum)]
+    fits = (
+        (value is None and type(None) in types)
+        or (isinstance(value, bool) and bool in types)
+        or (isinstance(value, numbers.Integral) and not isinstance(value, bool) and {int, float} & {*types})
+        or (isinstance(value, numbers.Real) and not isinstance(value, bool) and float in types)
+        or (isinstance(value, str) and (str in types or is_enum))
+        or (is_enum and isinstance(value, tuple(is_enum)))
+    )
+    items = next((get_args(each)[0] for each in types if get_origin(each) is list), None)
+    if items is not None and isinstance(value, (list, tuple)):
+        for position, item in enumerate(value):
+            _check_value(f"{name}[{position}]", item, alternatives(items))
+    elif not fits:
+        raise WrongTypeError(f"{name}={shown(value)}: expected {expected(types)}, got {type(value).__name__}.")
+    elif isinstance(value, str):
+        check_writable(name, value)
+    elif isinstance(value, numbers.Real) and not isinstance(value, bool):
+        check_finite(name, value)
+
+
+def check_finite(name: str, value: Any) -> None:
+    """Check that a number is one that a computer can reckon with.
+
+    Raises:
+        ValueError: If it is infinite, NaN, or a whole number of more than 64 bits.
+    """
+    if isinstance(value, numbers.Integral):
+        if abs(int(value)) >= 2**63:
+            raise ValueError(f"{name}={shown(value)}: expected a whole number of at most 64 bits.")
+    elif not math.isfinite(value):
+        raise ValueError(f"{name}={value}: expected a finite number.")

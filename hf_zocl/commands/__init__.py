@@ -1,0 +1,6 @@
+"""What the scripts have in common."""
+
+from .door import Parser, command
+
+
+__all__ = ["Parser", "command"]

@@ -1,0 +1,81 @@
+"""The door to every command: a refusal is one line, and a traceback is for bugs."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hf_zocl
+
+
+# What is wrong with a value, a file, the Hub, or what is installed; anything else is a bug.
+REFUSALS = (ValueError, OSError, ImportError, MemoryError)
+INTERRUPTED = 130  # the exit status of shells: 128 + SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are errors like any other: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def command(main: Callable[[], None]) -> Callable[[], None]:
+    """Decorates a script's `main`: what is refused ends it with one line, `error: …`, and exit status 1.
+
+    With `--debug` on the command line, without a value, it ends with the traceback. Bugs always do.
+    """
+
+    @functools.wraps(main)
+    def guarded() -> None:
+        if _asks_for_tracebacks():
+            return main()
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            sys.exit(INTERRUPTED)
+        except BrokenPipeError:  # who reads the output has enough
+            sys.stderr.close()
+            sys.exit(1)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            sys.exit(f"error: {one_line(error)}")
+
+    return guarded
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether an error says that something was wrong with what the command was given."""
+    return isinstance(error, REFUSALS) or type(error).__name__ == "OutOfMemoryError"
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message on one line; of one that this package did not word, also its type."""
+    text = " ".join(str(error).split()) or "no message"
+    return text if _is_worded_here(error) else f"{text} ({type(error).__name__}; --debug shows where)"
+
+
+def _is_worded_here(error: BaseException) -> bool:
+    trace = error.__traceback__
+    if trace is None:
+        return True
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    file = Path(trace.tb_frame.f_code.co_filename)
+    return any(file.is_relative_to(folder) for folder in (Path(hf_zocl.__file__).parent, Path(sys.argv[0]).parent))
+
+
+def _asks_for_tracebacks() -> bool:
+    """Take a bare `--debug` from the command line; with a value it is the Trainer's own."""
+    argv = sys.argv
+    for place, argument in enumerate(argv):
+        if argument == "--debug" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
+            del argv[place]
+            return True
+    return False

@@ -1,0 +1,137 @@
+"""Images that are both trained and tested on: one file, or one content, in two splits."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .splits import Split
+
+
+UNKNOWN = -1  # the size of a file that is not on this machine
+CHUNK = 100_000
+PROBE = 4096  # bytes at either end that are compared before two images are read whole
+
+
+def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
+    """The images of `test` that `train` holds too, as positions in `train` and `test`.
+
+    Images are compared as the files that they are: by their path, else by size, then both ends, then whole, so that of
+    a large dataset hardly anything is read. None is decoded.
+    """
+    ours, theirs = _Files.of(train), _Files.of(test)
+    by_probe: dict[bytes, list[int]] = {}
+    for position in ours.candidates(theirs):
+        by_probe.setdefault(ours.probe(position), []).append(int(position))
+    found = []
+    for position in theirs.candidates(ours):
+        candidates = by_probe.get(theirs.probe(position), ())
+        same = next((other for other in candidates if ours.is_same(other, theirs, position)), None)
+        if same is not None:
+            found.append((same, int(position)))
+    return found
+
+
+def describe_shared(found: list[tuple[int, int]], train: Split, test: Split) -> str:
+    """Which images two splits share, as text."""
+    ours, theirs = (
+        f"row {split.row_ids[position]} of split {split.name!r}{_path(split, position)}"
+        for split, position in zip((train, test), found[0], strict=True)
+    )
+    return f"{ours} and {theirs} are one image; {len(found)} of {len(test.row_ids)} test images are trained on as well"
+
+
+def _path(split: Split, position: int) -> str:
+    path = _Files.of(split).paths[position].as_py()
+    return f" ({path})" if path else ""
+
+
+def _size(path: str | None) -> int:
+    try:
+        return os.stat(path).st_size if path else UNKNOWN
+    except (OSError, ValueError):
+        return UNKNOWN
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The images of a split as files: on the disk, or within the dataset.
+
+    Args:
+        sizes: Bytes, or `UNKNOWN`. Shape: (images,).
+        paths: Of every image.
+        contents: The bytes of those within the dataset; views, nothing is read yet.
+    """
+
+    sizes: np.ndarray
+    paths: pa.ChunkedArray
+    contents: _Rows
+
+    @classmethod
+    def of(cls, split: Split) -> _Files:
+        data = split.data
+        column = data.data.table["image"]
+        rows = None if data._indices is None else data._indices.column(0)
+        contents, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
+        sizes = pc.binary_length(contents)
+        if rows is not None:
+            sizes, paths = sizes.take(rows), paths.take(rows)
+        sizes = sizes.fill_null(UNKNOWN).to_numpy().astype(np.int64)
+        for start in range(0, len(sizes), CHUNK):
+            chunk = sizes[start : start + CHUNK]
+            if (chunk == UNKNOWN).any():
+                names = paths.slice(start, CHUNK).to_pylist()
+                for position in np.flatnonzero(chunk == UNKNOWN):
+                    chunk[position] = _size(names[position])
+        return cls(sizes, paths, _Rows(contents, None if rows is None else rows.to_numpy()))
+
+    def candidates(self, others: _Files) -> np.ndarray:
+        """The positions of images that may be among the others: of a size that one of them has, or else of a path."""
+        has_size = (self.sizes != UNKNOWN) & np.isin(self.sizes, others.sizes)
+        has_path = pc.is_in(self.paths, value_set=others.paths, skip_nulls=True).to_numpy().astype(bool)
+        return np.flatnonzero(has_size | ((self.sizes == UNKNOWN) & has_path))
+
+    def probe(self, position: int) -> bytes:
+        """The ends of an image, as a checksum."""
+        size, content = int(self.sizes[position]), self.contents[position]
+        if size == UNKNOWN:
+            return self.paths[position].as_py().encode()
+        if content is not None:
+            head, tail = content[:PROBE], content[-PROBE:]
+        else:
+            with open(self.paths[position].as_py(), "rb") as file:
+                head = file.read(PROBE)
+                file.seek(max(0, size - PROBE))
+                tail = file.read()
+        return hashlib.blake2b(bytes(head) + bytes(tail), digest_size=16).digest() + size.to_bytes(8, "little")
+
+    def is_same(self, position: int, others: _Files, other: int) -> bool:
+        if self.sizes[position] == UNKNOWN:
+            return True  # their paths are the same, which is all that there is
+        return self.read(position) == others.read(other)
+
+    def read(self, position: int) -> bytes:
+        content = self.contents[position]
+        if content is not None:
+            return bytes(content)
+        with open(self.paths[position].as_py(), "rb") as file:
+            return file.read()
+
+
+class _Rows:
+    """The rows of a chunked column of bytes, each a view that costs nothing until it is read."""
+
+    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray | None):
+        self.chunks, self.rows = column.chunks, rows
+        self.starts = np.cumsum([0, *(len(chunk) for chunk in self.chunks)])
+
+    def __getitem__(self, position: int) -> memoryview | None:
+        row = position if self.rows is None else int(self.rows[position])
+        chunk = int(np.searchsorted(self.starts, row, side="right")) - 1
+        buffer = self.chunks[chunk][int(row - self.starts[chunk])].as_buffer()
+        return None if buffer is None else memoryview(buffer)
