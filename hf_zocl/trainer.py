@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import closing
 from copy import copy
@@ -14,7 +15,7 @@ from accelerate.utils import find_batch_size
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .data_parallel import DataParallelTrainer
@@ -45,6 +46,7 @@ logger = logging.get_logger(__name__)
 STREAMED_PARAMETERS = 1 << 24
 STREAMED_FRACTION = 0.1
 REPLAY_FILE = "zo_replay.safetensors"
+_TRAINER_ARGUMENTS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 
 
 class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
@@ -53,6 +55,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is a gradient: it goes into
     `.grad`, and accumulation, schedulers, callbacks and checkpoints are the `Trainer`'s own. With `zo_branch="none"`
     this is a `Trainer`. It takes the arguments of `Trainer`, with `args` a `ZOCLTrainingArguments`.
+
+    Parameters that a subclass's optimizer trains and the model lacks, such as a loss's own classifier, are first-order
+    whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with.
 
     Several processes train as one does (`DataParallelTrainer`), and a training that goes on from a checkpoint ends as
     one that never stopped (`ResumableTrainer`).
@@ -65,15 +70,20 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             `zo_optim` instead).
     """
 
-    def __init__(self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, **kwargs):
+    def __init__(
+        self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, *positional, **kwargs
+    ):
         args = args if args is not None else ZOCLTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, ZOCLTrainingArguments):
             raise TypeError(f"args: expected ZOCLTrainingArguments, got {type(args).__name__}.")
-        super().__init__(model=model, args=args, **kwargs)
+        # By name, for another base may have arguments in between.
+        named = dict(zip(_TRAINER_ARGUMENTS[2:], positional, strict=False))
+        super().__init__(model=model, args=args, **named, **kwargs)
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         self._plan: TowerPlan | None = None
         self._hybrid: HybridOptimizer | None = None
+        self._foreign_parameters: list[nn.Parameter] = []
         self._is_detached = False
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
@@ -94,9 +104,11 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
                 "A model spread over several devices (device_map) cannot have zeroth-order layers: its random masks "
                 "would differ between the passes that are compared. Load it onto one device."
             )
-        if model is not None:
+        if model is not None and any(parameter.requires_grad for parameter in model.parameters()):
             self._assign_layers()  # fail before any work
         self.add_callback(_InstallEstimate(self))
+        callbacks = self.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())  # what looks at the gradients is to see the estimate
 
     @property
     def _has_many_zo_parameters(self) -> bool:
@@ -108,6 +120,10 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     @property
     def has_zo_parameters(self) -> bool:
         return self.split is not None and bool(self.split.zo)
+
+    @property
+    def _has_first_order(self) -> bool:
+        return bool(self.split.fo or self._foreign_parameters)
 
     def _split_is_current(self) -> bool:
         """Whether the split is of what this model trains: `model_init` makes a new one, and parameters get frozen."""
@@ -153,7 +169,11 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             zo = build_zo_optimizer(
                 self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.zo_momentum, args.zo_weight_decay
             )
-            parts = [self._first_order_optimizer(model), zo] if self.split.fo else [zo]
+            first_order = self._first_order_optimizer(model)
+            own = {id(parameter) for parameter in self.model.parameters()}
+            held = [parameter for group in first_order.param_groups for parameter in group["params"]]
+            self._foreign_parameters = [parameter for parameter in held if id(parameter) not in own]
+            parts = [first_order, zo] if self._has_first_order else [zo]
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
         self._estimator = ZOEstimator(
             self.split.zo,
@@ -169,7 +189,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             sharing={"vision", None} if args.zo_share_batch else (),
         )
         self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
-        is_replayable = not self.split.fo and not self._estimator.is_streamed
+        is_replayable = not self._has_first_order and not self._estimator.is_streamed
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 
@@ -220,7 +240,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         evaluation: PlainEvaluation | TowerEvaluation,
     ) -> torch.Tensor:
         scale, base_loss = self._loss_scale(num_items_in_batch), None
-        if self.split.fo:
+        if self._has_first_order:
             with evaluation.recording():
                 base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
             evaluation.check(base_loss)
@@ -239,7 +259,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         self._estimates.append((estimate, 1.0 / self.current_gradient_accumulation_steps if is_quotient else scale))
         self._zo_logs["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
         loss = estimate.loss if base_loss is None else base_loss
-        if self.accelerator.scaler is not None and not self.split.fo:
+        if self.accelerator.scaler is not None and not self._has_first_order:
             self._give_scaler_something_to_see(loss)
         return loss * scale
 
@@ -360,6 +380,15 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     @property
     def _gradient_free_parameters(self) -> list[nn.Parameter]:
         return self.split.zo_parameters if self.split is not None else []
+
+    @property
+    def _leaves_out_frozen(self) -> bool:
+        return self.args.zo_branch != "none" or super()._leaves_out_frozen
+
+    @property
+    def _examples_per_step(self) -> int:
+        shared = self.args.world_size if self._shares_queries else 1  # which all have the whole batch
+        return super()._examples_per_step // shared
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -110,6 +112,20 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_parallelism: str = field(
         default="data", metadata={"help": f"What processes share out: {', '.join(PARALLELISM)}."}
     )
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Let defaults that another base has changed hold, in whichever order the bases stand.
+
+        A dataclass takes a field as its first base has it, and this one has all of `TrainingArguments`.
+        """
+        super().__init_subclass__(**kwargs)
+        own = inspect.get_annotations(cls)
+        for name in {f.name for f in fields(TrainingArguments)} - own.keys():
+            declaring = next(base for base in cls.__mro__[1:] if name in inspect.get_annotations(base))
+            if declaring is not TrainingArguments:
+                own[name] = declaring.__dataclass_fields__[name].type
+                setattr(cls, name, copy(declaring.__dataclass_fields__[name]))
+        cls.__annotations__ = own
 
     def __post_init__(self):
         self.zo_layers = parse_layers(self.zo_layers)

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import torch.distributed as dist
-from accelerate import PartialState
 
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.run_state import ResumeError
+from hf_zocl.continual.task_check import TaskError
+from hf_zocl.data_parallel import leave_process_group
 from hf_zocl.report import compare_groups, format_results, load_seeds
 
 
@@ -29,7 +30,6 @@ def main() -> None:
         comparison = compare_groups([load_seeds([Path(one.training.output_dir) for one in recipes])])
         comparison.write(Path(recipe.training.output_dir))
         print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
-    PartialState().destroy_process_group()
 
 
 def run(recipe: Recipe) -> None:
@@ -40,7 +40,7 @@ def run(recipe: Recipe) -> None:
     logging.getLogger("hf_zocl").setLevel(logging.INFO if recipe.training.should_save else logging.ERROR)
     try:
         results = scheduler.run(resume=recipe.resume or restarts() > 0, train=recipe.run.learning != "none")
-    except (OSError, ResumeError) as error:
+    except (OSError, ResumeError, TaskError) as error:
         sys.exit(f"error: {error}")
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
@@ -70,4 +70,7 @@ def join_again() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        leave_process_group()
