@@ -40,17 +40,14 @@ class DataParallelTrainer(Trainer):
         self._shares: list[float] = []
         self._share: float | None = None
 
-    def get_train_dataloader(self) -> DataLoader:
-        dataloader = super().get_train_dataloader()
-        shard = dataloader.batch_sampler
-        self._shard = shard if isinstance(shard, BatchSamplerShard) else None
-        if self._shard is not None and not hasattr(shard.batch_sampler, "sampler"):
-            shard.batch_sampler = _CountingBatchSampler(shard.batch_sampler)
-        return dataloader
-
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The Trainer's, without the examples that accelerate repeats to fill the last batch of every process."""
         self._shares.clear()
+        # Whoever has made the dataloader: a subclass may do so on its own.
+        shard = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
+        self._shard = shard if isinstance(shard, BatchSamplerShard) else None
+        if self._shard is not None and not hasattr(shard.batch_sampler, "sampler"):
+            shard.batch_sampler = _CountingBatchSampler.of(shard.batch_sampler)
         own_examples = partial(self._own_examples, items_of_all=self.args.average_tokens_across_devices)
         return super().get_batch_samples(map(own_examples, epoch_iterator), num_batches, device)
 
@@ -152,6 +149,10 @@ class _CountingBatchSampler:
     def __init__(self, batch_sampler: Any):
         self.batch_sampler = batch_sampler
         self.sizes: list[int] = []
+
+    @classmethod
+    def of(cls, batch_sampler: Any) -> _CountingBatchSampler:
+        return batch_sampler if isinstance(batch_sampler, cls) else cls(batch_sampler)
 
     def __iter__(self) -> Iterator[list]:
         self.sizes = []

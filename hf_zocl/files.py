@@ -16,15 +16,20 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LEAST_ROOM = 1 << 20
 
 
-def room_error(folder: Path, error: Exception) -> OSError | None:
+def room_error(folder: Path, error: Exception, needed: int = 0) -> OSError | None:
     """What the system says of `error`, if it is for want of room that something could not be written into `folder`.
 
     torch and safetensors raise errors without the system's number. So the disk is asked: for its free space, for as
     much as a small file, and for a file that has grown as far as a file may.
+
+    Args:
+        folder: Where it was to be written; it need not be there.
+        error: What was raised.
+        needed: The bytes of the greatest file: what was written of it may be gone, and its room be free again.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error if error.errno in NO_ROOM else None
-    number = _want_of_room(existing_folder(folder))
+    number = _want_of_room(existing_folder(folder), needed)
     return None if number is None else OSError(number, os.strerror(number))
 
 
@@ -34,8 +39,8 @@ def existing_folder(path: str | os.PathLike) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
-def _want_of_room(folder: Path) -> int | None:
-    if shutil.disk_usage(folder).free < _LEAST_ROOM:
+def _want_of_room(folder: Path, needed: int) -> int | None:
+    if shutil.disk_usage(folder).free < max(needed, _LEAST_ROOM):
         return errno.ENOSPC
     limit = _greatest_file()
     try:
@@ -43,7 +48,9 @@ def _want_of_room(folder: Path) -> int | None:
             probe.write(bytes(min(_LEAST_ROOM, limit)))
     except OSError as error:
         return error.errno if error.errno in NO_ROOM else None
-    is_reached = limit < sys.maxsize and any(file.stat().st_size == limit for file in folder.rglob("*"))
+    if limit == sys.maxsize:
+        return None
+    is_reached = limit < needed or any(file.stat().st_size == limit for file in folder.rglob("*"))
     return errno.EFBIG if is_reached else None
 
 

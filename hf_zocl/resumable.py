@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,8 @@ class SaveError(OSError):
 
 
 @contextmanager
-def saving(path: str | Path) -> Iterator[None]:
-    """A block that writes `path`, a file or a folder.
+def saving(path: str | Path, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """A block that writes `path`, a file or a folder, and into it `tensors`.
 
     Raises:
         SaveError: If the system does not let it be written; any other error stays what it is.
@@ -58,7 +58,7 @@ def saving(path: str | Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error if isinstance(error, OSError) else room_error(Path(path), error)
+        cause = error if isinstance(error, OSError) else room_error(Path(path), error, sum(t.nbytes for t in tensors))
         if cause is None or isinstance(error, SaveError):
             raise
         raise SaveError(path, cause) from error
@@ -174,7 +174,7 @@ class ResumableTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._saves_checkpoint = True
         try:
-            with saving(folder):
+            with saving(folder, self._saved_parameters()):
                 super()._save_checkpoint(model, trial)
         except Exception:
             if self.args.should_save and not is_whole(folder):
@@ -205,6 +205,14 @@ class ResumableTrainer(Trainer):
     def _leaves_out_frozen(self) -> bool:
         """Whether a checkpoint of a model that is no `PreTrainedModel` holds the trained parameters alone."""
         return getattr(self.model, "reloads_frozen_weights", False)
+
+    def _saved_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that a checkpoint holds."""
+        leaves_out = isinstance(self.model, PeftModel) or (
+            self._leaves_out_frozen and not isinstance(self.model, PreTrainedModel)
+        )
+        frozen = self._frozen_names() if leaves_out else set()
+        return [parameter for name, parameter in self.model.named_parameters() if name not in frozen]
 
     def _frozen_names(self) -> set[str]:
         """The parameters that are not trained, by all their names."""

@@ -83,7 +83,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         self._estimator: ZOEstimator | None = None
         self._plan: TowerPlan | None = None
         self._hybrid: HybridOptimizer | None = None
-        self._foreign_parameters: list[nn.Parameter] = []
         self._is_detached = False
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
@@ -123,7 +122,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
 
     @property
     def _has_first_order(self) -> bool:
-        return bool(self.split.fo or self._foreign_parameters)
+        return len(self._hybrid.parts) > 1
 
     def _split_is_current(self) -> bool:
         """Whether the split is of what this model trains: `model_init` makes a new one, and parameters get frozen."""
@@ -170,10 +169,8 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
                 self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.zo_momentum, args.zo_weight_decay
             )
             first_order = self._first_order_optimizer(model)
-            own = {id(parameter) for parameter in self.model.parameters()}
-            held = [parameter for group in first_order.param_groups for parameter in group["params"]]
-            self._foreign_parameters = [parameter for parameter in held if id(parameter) not in own]
-            parts = [first_order, zo] if self._has_first_order else [zo]
+            # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
+            parts = [first_order, zo] if any(group["params"] for group in first_order.param_groups) else [zo]
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
         self._estimator = ZOEstimator(
             self.split.zo,
@@ -382,6 +379,12 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         return self.split.zo_parameters if self.split is not None else []
 
     @property
+    def _foreign_parameters(self) -> list[nn.Parameter]:
+        groups = self._hybrid.param_groups if self._hybrid is not None else []
+        own = {id(parameter) for parameter in self.model.parameters()}
+        return [parameter for group in groups for parameter in group["params"] if id(parameter) not in own]
+
+    @property
     def _leaves_out_frozen(self) -> bool:
         return self.args.zo_branch != "none" or super()._leaves_out_frozen
 
@@ -456,11 +459,21 @@ class _InstallEstimate(TrainerCallback):
     def __init__(self, trainer: ZOCLTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._clear_foreign_gradients()
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer._forget_estimates()  # what an interrupted step may have left
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._install_estimates()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._clear_foreign_gradients()
+
+    def _clear_foreign_gradients(self) -> None:
+        for parameter in self.trainer._foreign_parameters:  # the Trainer clears the model's alone
+            parameter.grad = None
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         log = self.trainer.replay_log

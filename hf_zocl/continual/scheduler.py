@@ -313,7 +313,8 @@ class ContinualTaskScheduler:
         """Save what a complete task leaves behind; the results last, for they say that all of it is there."""
         if not self.args.should_save:
             return
-        with saving(self.output_dir / task.name):
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with saving(self.output_dir / task.name, trained):
             save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results), results)
             if replay_log is not None:
                 save_replay_log(replay_log, self.folder.replay_file(task.name))
