@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import DistributedType, broadcast, find_batch_size, slice_tensors
+from accelerate.utils import DistributedType, broadcast, find_batch_size, recursively_apply
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
@@ -37,16 +40,16 @@ class DataParallelTrainer(Trainer):
         self._shares: list[float] = []
         self._share: float | None = None
 
-    def get_train_dataloader(self) -> DataLoader:
-        dataloader = super().get_train_dataloader()
-        shard = dataloader.batch_sampler
-        self._shard = shard if isinstance(shard, BatchSamplerShard) else None
-        return dataloader
-
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The Trainer's, without the examples that accelerate repeats to fill the last batch of every process."""
         self._shares.clear()
-        return super().get_batch_samples(map(self._own_examples, epoch_iterator), num_batches, device)
+        # Whoever has made the dataloader: a subclass may do so on its own.
+        shard = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
+        self._shard = shard if isinstance(shard, BatchSamplerShard) else None
+        if self._shard is not None and not hasattr(shard.batch_sampler, "sampler"):
+            shard.batch_sampler = _CountingBatchSampler.of(shard.batch_sampler)
+        own_examples = partial(self._own_examples, items_of_all=self.args.average_tokens_across_devices)
+        return super().get_batch_samples(map(own_examples, epoch_iterator), num_batches, device)
 
     def training_step(
         self,
@@ -80,25 +83,32 @@ class DataParallelTrainer(Trainer):
             return result
         return (result[0] * self._share, result[1]) if return_outputs else result * self._share
 
-    def _own_examples(self, inputs: dict[str, torch.Tensor | Any]) -> dict[str, torch.Tensor | Any]:
+    def _own_examples(
+        self, inputs: dict[str, torch.Tensor | Any], items_of_all: bool = True
+    ) -> dict[str, torch.Tensor | Any]:
         """A micro-batch without repeated examples; what it counts is noted.
 
         `BatchSamplerShard` fills the last batch of an epoch, process after process, with examples from the epoch's
         beginning. A process for which none but these are left keeps one, which counts nothing: the others wait for its
         part in the means.
+
+        Args:
+            items_of_all: Whether a loss that counts items is divided by those of all processes.
         """
         share, count = 1.0, self.accelerator.num_processes
         is_last = self._shard is not None and self.accelerator.gradient_state.end_of_dataloader
-        tail = _tail(self._shard) if is_last else 0
-        if tail:
-            size = find_batch_size(inputs)
-            own = min(max(tail - size * self.accelerator.process_index, 0), size)
-            inputs = slice_tensors(inputs, slice(max(own, 1)))
-            # A loss that counts items is a sum divided by those of all processes: it is in proportion already.
-            if not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
-                share = own * count / tail
-            elif own == 0 and "labels" in inputs:
-                inputs["labels"] = torch.full_like(inputs["labels"], -100)
+        own_counts = _last_round(self._shard) if is_last else []
+        if own_counts:
+            size, own = find_batch_size(inputs), own_counts[self.accelerator.process_index]
+            inputs = recursively_apply(partial(_first_rows, size=size, count=max(own, 1)), inputs)
+            # The Trainer counts items where there are labels and the loss asks for their number.
+            is_asked = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+            labels = inputs.get("labels")
+            if not (items_of_all and is_asked and isinstance(labels, torch.Tensor)):
+                share = own * count / sum(own_counts)
+            elif own == 0:
+                # Such a loss is a sum divided by the items of all processes: it is in proportion already.
+                share, inputs["labels"] = 0.0, torch.full_like(labels, -100)
         self._shares.append(share)
         return inputs
 
@@ -121,9 +131,68 @@ class DataParallelTrainer(Trainer):
         return super()._wrap_model(model, training, dataloader)
 
 
+def leave_process_group() -> None:
+    """Take this process out of the group of processes, as the last thing that a command does.
+
+    `torch.distributed.destroy_process_group` alone is not enough: gloo's threads live as long as anything refers to
+    the group, as a wrapped model does that waits for Python's garbage collector. One that lets go of a tensor of
+    Python's while the interpreter ends aborts the process ("terminate called without an active exception").
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
+
+
+class _CountingBatchSampler:
+    """A batch sampler that knows how many examples the batches of the latest epoch had."""
+
+    def __init__(self, batch_sampler: Any):
+        self.batch_sampler = batch_sampler
+        self.sizes: list[int] = []
+
+    @classmethod
+    def of(cls, batch_sampler: Any) -> _CountingBatchSampler:
+        return batch_sampler if isinstance(batch_sampler, cls) else cls(batch_sampler)
+
+    def __iter__(self) -> Iterator[list]:
+        self.sizes = []
+        for batch in self.batch_sampler:
+            self.sizes.append(len(batch))
+            yield batch
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.batch_sampler, name)
+
+
+def _last_round(shard: BatchSamplerShard) -> list[int]:
+    """How many examples of their own the processes have in an epoch's last batch; empty where none is repeated."""
+    count, size = shard.num_processes, shard.batch_size
+    if count == 1 or shard.drop_last:
+        return []
+    if size is None:  # batches of any sizes: of the last ones, processes that have none repeat a whole one
+        sizes = _batch_sizes(shard.batch_sampler)
+        left = len(sizes) % count or min(count, len(sizes))
+        return [*sizes[len(sizes) - left :], *[0] * (count - left)]
+    tail = _tail(shard)
+    part = size // count if shard.split_batches else size
+    return [min(max(tail - part * process, 0), part) for process in range(count)] if tail else []
+
+
 def _tail(shard: BatchSamplerShard) -> int:
-    """The examples in an epoch's last batch over all processes; 0 if it is full, left out, or every process has it."""
-    if shard.num_processes == 1 or shard.drop_last:
-        return 0
-    total = shard.batch_size * (1 if shard.split_batches else shard.num_processes)
-    return len(shard.batch_sampler.sampler) % total
+    """The examples in an epoch's last batch over all processes; 0 if it is full."""
+    sampler = shard.batch_sampler
+    examples = len(sampler.sampler) if hasattr(sampler, "sampler") else sum(_batch_sizes(sampler))
+    return examples % (shard.batch_size * (1 if shard.split_batches else shard.num_processes))
+
+
+def _batch_sizes(batch_sampler: Any) -> list[int]:
+    """Of the latest epoch; of one that nobody has counted, those of another."""
+    return getattr(batch_sampler, "sizes", None) or [len(batch) for batch in batch_sampler]
+
+
+def _first_rows(value: torch.Tensor, size: int, count: int) -> torch.Tensor:
+    """The first rows of what has one for every example; anything else as it is."""
+    return value[:count] if value.dim() and len(value) == size else value

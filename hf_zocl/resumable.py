@@ -7,13 +7,13 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -21,7 +21,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .files import fingerprint, written_whole
+from .files import NO_ROOM, existing_folder, fingerprint, room_error, written_whole
 
 
 logger = logging.get_logger(__name__)
@@ -29,50 +29,58 @@ logger = logging.get_logger(__name__)
 # Written last into a checkpoint: size and SHA-256 of every other file.
 MANIFEST_FILE = "manifest.json"
 
-# What goes wrong in a write: torch and safetensors have no OSError for a full disk.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
-
-# No space left on the disk, of a quota, or for the file (ulimit); and how torch and safetensors say it, which have no
-# number for it.
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_SPACE_TEXTS = (
-    "No space left",
-    "inline_container",
-    "iostream error",
-    *(f"os error {n})" for n in (27, 28, 112, 122)),
-)
+class ResumeError(ValueError):
+    """A training or a run cannot go on from what it was told to go on from."""
 
 
 class SaveError(OSError):
-    """Something could not be saved, for want of space as a rule; what was saved before is whole.
+    """Something could not be saved; what was saved before is whole.
 
     Args:
         path: What was to be saved.
-        cause: What went wrong.
+        cause: What the system said.
     """
 
-    def __init__(self, path: str | Path, cause: Exception):
-        reason = str(getattr(cause, "strerror", None) or cause).strip().split("\n")[0].rstrip(".")
+    def __init__(self, path: str | Path, cause: OSError):
+        reason = str(cause.strerror or cause).strip().split("\n")[0].rstrip(".")
         space, advice = "", "go on"
-        if getattr(cause, "errno", None) in _NO_SPACE or any(text in str(cause) for text in _NO_SPACE_TEXTS):
-            there = next(folder for folder in [Path(path), *Path(path).absolute().parents] if folder.exists())
-            space, advice = f" {shutil.disk_usage(there).free / 1e6:.0f} MB are free there.", "make room, then go on"
+        if cause.errno in NO_ROOM:
+            advice = "make room, then go on"
+        if cause.errno == errno.ENOSPC:
+            space = f" {shutil.disk_usage(existing_folder(path)).free / 1e6:.0f} MB are free there."
         super().__init__(
             f"{path} could not be saved: {reason}.{space} What was saved before is whole: {advice} with --resume "
             "(of a Trainer: resume_from_checkpoint=True)."
         )
 
 
+@contextmanager
+def saving(path: str | Path, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
+    """A block that writes `path`, a file or a folder, and into it `tensors`.
+
+    Raises:
+        SaveError: If the system does not let it be written; any other error stays what it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else room_error(Path(path), error, sum(t.nbytes for t in tensors))
+        if cause is None or isinstance(error, SaveError):
+            raise
+        raise SaveError(path, cause) from error
+
+
 class ResumableTrainer(Trainer):
     """A training that goes on from a checkpoint ends with the weights and the logs of one that never stopped.
 
     For that, a checkpoint also holds the loss not yet logged, and what a model counts (`training_state()` and
-    `load_training_state(state)`, if it has them). A checkpoint is whole or not taken for one. Of a model that is no
-    `PreTrainedModel` it leaves out the parameters that are not trained. It takes the arguments of `Trainer`.
+    `load_training_state(state)`, if it has them). A checkpoint is whole or not taken for one, and is for as many
+    processes as saved it, with as many examples a step. It takes the arguments of `Trainer`.
 
-    A subclass says what it trains without autograd (`_gradient_free_parameters`), and extends `_save_progress` and
-    `_restore_progress` by what else its training needs to go on.
+    A subclass says what it trains without autograd (`_gradient_free_parameters`), what it trains that the model lacks
+    (`_foreign_parameters`), and whether its checkpoints leave out what is frozen (`_leaves_out_frozen`); it extends
+    `_save_progress` and `_restore_progress` by what else its training needs to go on.
 
     Attributes:
         earlier_seconds: How long the training lasted up to the checkpoint that it went on from.
@@ -80,6 +88,8 @@ class ResumableTrainer(Trainer):
 
     # Parameters that are trained though they require no gradient.
     _gradient_free_parameters: Sequence[nn.Parameter] = ()
+    # Parameters that are trained and are none of the model's.
+    _foreign_parameters: Sequence[nn.Parameter] = ()
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -97,18 +107,55 @@ class ResumableTrainer(Trainer):
 
         Raises:
             SaveError: If a checkpoint cannot be written.
-            ValueError: If the last one is asked for, and none is whole; or if the given one is damaged.
+            ResumeError: If the last one is asked for, and none is whole; if the given one is damaged; or if it was
+                saved by another number of processes, or with another number of examples a step.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
-                raise ValueError(f"resume_from_checkpoint=True: no checkpoint in {self.args.output_dir} is whole.")
+                raise ResumeError(f"resume_from_checkpoint=True: no checkpoint in {self.args.output_dir} is whole.")
         if isinstance(resume_from_checkpoint, Path):
             resume_from_checkpoint = str(resume_from_checkpoint)
         self._checkpoint = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        if self._checkpoint is not None and (problem := _damage(self._checkpoint)):
-            raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {problem}.")
+        if self._checkpoint is not None:
+            if problem := _damage(self._checkpoint):
+                raise ResumeError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {problem}.")
+            self._check_processes(self._checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    @property
+    def _examples_per_step(self) -> int:
+        """By as many examples the data move on with a step, over all processes."""
+        args = self.args
+        per_process = args.train_batch_size * args.gradient_accumulation_steps
+        return per_process if args.accelerator_config.split_batches else per_process * args.world_size
+
+    def _check_processes(self, checkpoint: Path) -> None:
+        """Refuse a checkpoint after which the data would not go on where they stopped."""
+        processes, file = self.args.world_size, checkpoint / self._progress_file
+        progress = load_file(file) if file.is_file() else {}
+        saved_by = int(progress["processes"]) if "processes" in progress else self._processes_of(checkpoint)
+        if saved_by != processes:
+            raise ResumeError(
+                f"{checkpoint} was saved by {_count(saved_by)}, and this training has {_count(processes)}: expected "
+                f"{_count(saved_by)}, or the data would go on elsewhere."
+            )
+        examples = int(progress.get("examples_per_step", self._examples_per_step))
+        if examples != self._examples_per_step and not self.args.auto_find_batch_size:
+            raise ResumeError(
+                f"{checkpoint} was saved with {examples} examples a step, and this training has "
+                f"{self._examples_per_step} (per_device_train_batch_size={self.args.per_device_train_batch_size}, "
+                f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}, {_count(processes)}): expected "
+                f"{examples}, or the data would go on elsewhere."
+            )
+
+    def _processes_of(self, checkpoint: Path) -> int:
+        """How many processes have saved the checkpoint of another Trainer, as far as its random states tell."""
+        processes, states = self.args.world_size, list(checkpoint.glob("rng_state*.pth"))
+        own = "rng_state.pth" if processes == 1 else f"rng_state_{self.args.process_index}.pth"
+        # A machine may hold the states of its own processes alone.
+        is_mine = (checkpoint / own).is_file() and not (checkpoint / f"rng_state_{processes}.pth").is_file()
+        return processes if is_mine or not states else len(states)
 
     def _begin(self) -> None:
         self._started, self.earlier_seconds = time.perf_counter(), 0.0
@@ -143,17 +190,19 @@ class ResumableTrainer(Trainer):
 
         self.state.save_to_json = save_state_and_manifest
         try:
-            super()._save_checkpoint(model, trial)
-        except WRITE_ERRORS as error:
-            if not is_whole(folder):
+            with saving(folder, self._saved_parameters()):
+                super()._save_checkpoint(model, trial)
+        except Exception:
+            if self.args.should_save and not is_whole(folder):
                 remove_checkpoint(folder)
-            raise SaveError(folder, error) from error
+            raise
         finally:
             self._saves_checkpoint = False
             del self.state.save_to_json  # the instance's own
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self._saves_checkpoint and state_dict is None and not isinstance(self.model, (PreTrainedModel, PeftModel)):
+        is_known = isinstance(self.model, (PreTrainedModel, PeftModel))
+        if self._saves_checkpoint and state_dict is None and not is_known and self._leaves_out_frozen:
             frozen = self._frozen_names()
             state_dict = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
         super()._save(output_dir, state_dict)
@@ -164,10 +213,23 @@ class ResumableTrainer(Trainer):
             return super()._issue_warnings_after_load(load_result)
         missing = sorted(set(load_result.missing_keys) - self._frozen_names())
         if missing or load_result.unexpected_keys:
-            raise ValueError(
+            raise ResumeError(
                 f"{self._checkpoint}: the checkpoint of another model: "
                 f"missing {missing or 'nothing'}, unexpected {load_result.unexpected_keys or 'nothing'}."
             )
+
+    @property
+    def _leaves_out_frozen(self) -> bool:
+        """Whether a checkpoint of a model that is no `PreTrainedModel` holds the trained parameters alone."""
+        return getattr(self.model, "reloads_frozen_weights", False)
+
+    def _saved_parameters(self) -> list[nn.Parameter]:
+        """The model's parameters that a checkpoint holds."""
+        leaves_out = isinstance(self.model, PeftModel) or (
+            self._leaves_out_frozen and not isinstance(self.model, PreTrainedModel)
+        )
+        frozen = self._frozen_names() if leaves_out else set()
+        return [parameter for name, parameter in self.model.named_parameters() if name not in frozen]
 
     def _frozen_names(self) -> set[str]:
         """The parameters that are not trained, by all their names."""
@@ -189,7 +251,10 @@ class ResumableTrainer(Trainer):
             "seconds": torch.tensor(self.earlier_seconds + time.perf_counter() - self._started, dtype=torch.float64),
             "pending_loss": self._tr_loss.detach(),
             "last_logged_step": torch.tensor(self._globalstep_last_logged),
+            "processes": torch.tensor(self.args.world_size),
+            "examples_per_step": torch.tensor(self._examples_per_step),
             **{f"model.{name}": value for name, value in counts.items()},
+            **{f"foreign.{number}": value.detach() for number, value in enumerate(self._foreign_parameters)},
         }
         save_file(progress, folder / self._progress_file)
 
@@ -203,6 +268,10 @@ class ResumableTrainer(Trainer):
         self._globalstep_last_logged = int(progress["last_logged_step"])
         self._tr_loss += progress["pending_loss"].to(self._tr_loss.device)
         self._total_loss_scalar -= float(progress["pending_loss"])  # `train_loss` is of the steps of this call
+        for number, parameter in enumerate(self._foreign_parameters):
+            if f"foreign.{number}" not in progress:
+                raise ResumeError(f"{file} lacks parameters that are trained and are none of the model's.")
+            parameter.data.copy_(progress[f"foreign.{number}"])
         model = self.accelerator.unwrap_model(self.model)
         if hasattr(model, "load_training_state"):
             counts = {name.removeprefix("model."): v for name, v in progress.items() if name.startswith("model.")}
@@ -230,6 +299,10 @@ def last_checkpoint(folder: str | Path) -> Path | None:
             return path
         logger.warning(f"{path} is passed over for one before it: {problem}.")
     return None
+
+
+def _count(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def is_whole(checkpoint: Path) -> bool:

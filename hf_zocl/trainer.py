@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from copy import copy
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from .data_parallel import DataParallelTrainer
@@ -44,6 +45,7 @@ logger = logging.get_logger(__name__)
 STREAMED_PARAMETERS = 1 << 24
 STREAMED_FRACTION = 0.1
 REPLAY_FILE = "zo_replay.safetensors"
+_TRAINER_ARGUMENTS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 
 
 class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
@@ -52,6 +54,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is a gradient: it goes into
     `.grad`, and accumulation, schedulers, callbacks and checkpoints are the `Trainer`'s own. With `zo_branch="none"`
     this is a `Trainer`. It takes the arguments of `Trainer`, with `args` a `ZOCLTrainingArguments`.
+
+    Parameters that a subclass's optimizer trains and the model lacks, such as a loss's own classifier, are first-order
+    whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with.
 
     Several processes train as one does (`DataParallelTrainer`), and a training that goes on from a checkpoint ends as
     one that never stopped (`ResumableTrainer`).
@@ -64,11 +69,15 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             `zo_optim` instead).
     """
 
-    def __init__(self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, **kwargs):
+    def __init__(
+        self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, *positional, **kwargs
+    ):
         args = args if args is not None else ZOCLTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, ZOCLTrainingArguments):
             raise TypeError(f"args: expected ZOCLTrainingArguments, got {type(args).__name__}.")
-        super().__init__(model=model, args=args, **kwargs)
+        # By name, for another base may have arguments in between.
+        named = dict(zip(_TRAINER_ARGUMENTS[2:], positional, strict=False))
+        super().__init__(model=model, args=args, **named, **kwargs)
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         self._watch: DifferenceWatch | None = None
@@ -94,9 +103,11 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
                 "A model spread over several devices (device_map) cannot have zeroth-order layers: its random masks "
                 "would differ between the passes that are compared. Load it onto one device."
             )
-        if model is not None:
+        if model is not None and any(parameter.requires_grad for parameter in model.parameters()):
             self._assign_layers()  # fail before any work
         self.add_callback(_InstallEstimate(self))
+        callbacks = self.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())  # what looks at the gradients is to see the estimate
 
     @property
     def _has_many_zo_parameters(self) -> bool:
@@ -108,6 +119,10 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     @property
     def has_zo_parameters(self) -> bool:
         return self.split is not None and bool(self.split.zo)
+
+    @property
+    def _has_first_order(self) -> bool:
+        return len(self._hybrid.parts) > 1
 
     def _split_is_current(self) -> bool:
         """Whether the split is of what this model trains: `model_init` makes a new one, and parameters get frozen."""
@@ -155,7 +170,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             zo = build_zo_optimizer(
                 self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.zo_momentum, args.zo_weight_decay
             )
-            parts = [self._first_order_optimizer(model), zo] if self.split.fo else [zo]
+            first_order = self._first_order_optimizer(model)
+            # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
+            parts = [first_order, zo] if any(group["params"] for group in first_order.param_groups) else [zo]
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
         self._estimator = ZOEstimator(
             self.split.zo,
@@ -171,7 +188,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
         # What half precision rounds away of a move depends on ε, which a log does not have.
         is_rounded = any(perturbation.is_rounded for perturbation in self._estimator.perturbations.values())
-        is_replayable = not self.split.fo and not self._estimator.is_streamed and not is_rounded
+        is_replayable = not self._has_first_order and not self._estimator.is_streamed and not is_rounded
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 
@@ -210,7 +227,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         stack: ExitStack,
     ) -> torch.Tensor:
         scale, base_loss = self._loss_scale(num_items_in_batch), None
-        if self.split.fo:
+        if self._has_first_order:
             with evaluation.recording():
                 base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
             evaluation.check(base_loss)
@@ -234,7 +251,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         self._estimates.append((estimate, 1.0 / self.current_gradient_accumulation_steps if is_quotient else scale))
         self._zo_logs["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
         loss = estimate.loss if base_loss is None else base_loss
-        if self.accelerator.scaler is not None and not self.split.fo:
+        if self.accelerator.scaler is not None and not self._has_first_order:
             self._give_scaler_something_to_see(loss)
         return loss * scale
 
@@ -424,6 +441,16 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     def _gradient_free_parameters(self) -> list[nn.Parameter]:
         return self.split.zo_parameters if self.split is not None else []
 
+    @property
+    def _foreign_parameters(self) -> list[nn.Parameter]:
+        groups = self._hybrid.param_groups if self._hybrid is not None else []
+        own = {id(parameter) for parameter in self.model.parameters()}
+        return [parameter for group in groups for parameter in group["params"] if id(parameter) not in own]
+
+    @property
+    def _leaves_out_frozen(self) -> bool:
+        return self.args.zo_branch != "none" or super()._leaves_out_frozen
+
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
         if self.args.should_save and self._watch is not None:
@@ -484,11 +511,21 @@ class _InstallEstimate(TrainerCallback):
     def __init__(self, trainer: ZOCLTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._clear_foreign_gradients()
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.trainer._forget_estimates()  # what an interrupted step may have left
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._install_estimates()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._clear_foreign_gradients()
+
+    def _clear_foreign_gradients(self) -> None:
+        for parameter in self.trainer._foreign_parameters:  # the Trainer clears the model's alone
+            parameter.grad = None
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         log = self.trainer.replay_log

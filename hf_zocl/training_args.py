@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -109,6 +111,20 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
     zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
     hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Let defaults that another base has changed hold, in whichever order the bases stand.
+
+        A dataclass takes a field as its first base has it, and this one has all of `TrainingArguments`.
+        """
+        super().__init_subclass__(**kwargs)
+        own = inspect.get_annotations(cls)
+        for name in {f.name for f in fields(TrainingArguments)} - own.keys():
+            declaring = next(base for base in cls.__mro__[1:] if name in inspect.get_annotations(base))
+            if declaring is not TrainingArguments:
+                own[name] = declaring.__dataclass_fields__[name].type
+                setattr(cls, name, copy(declaring.__dataclass_fields__[name]))
+        cls.__annotations__ = own
 
     def __post_init__(self):
         check_fields(self, but=("zo_layers", "debug"))  # numbers, once it is read; None from HfArgumentParser

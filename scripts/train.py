@@ -7,12 +7,12 @@ from pathlib import Path
 
 import psutil
 import torch.distributed as dist
-from accelerate import PartialState
 
 from hf_zocl.commands import command
 from hf_zocl.continual.processes import by_main_process
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.run_state import RunFolder, RunFolderError
+from hf_zocl.data_parallel import leave_process_group
 from hf_zocl.folder_lock import FolderLock
 from hf_zocl.hub.push import HubPusher
 from hf_zocl.report import COMPARISON_FILES, RESULTS_FILE, compare_groups, format_results, load_seeds
@@ -34,7 +34,6 @@ def main() -> None:
             comparison = compare_groups([load_seeds([Path(one.training.output_dir) for one in recipes])])
             comparison.write(Path(recipe.training.output_dir))
             print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
-    PartialState().destroy_process_group()
 
 
 def prepare(recipe: Recipe, recipes: list[Recipe], stack: ExitStack) -> None:
@@ -110,4 +109,7 @@ def join_again() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        leave_process_group()

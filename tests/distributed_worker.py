@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_data_collator
 
 from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
@@ -47,6 +48,7 @@ CASES = {
     "an idle process": {**BRANCHES["hybrid"], "examples": 33},
     "an idle process, all-zo": {**BRANCHES["all-zo"], "examples": 33},
     "a loss that counts items": {"adapter": "gpt2", "examples": 33, "zo_branch": "dual", "zo_layers": "hop-even"},
+    "a batch sampler of its own": {**BRANCHES["hybrid"], "examples": 33, "own_sampler": True},
     "after an evaluation": {**BRANCHES["hybrid"], "evaluate": True},
     "two-sided": {**BRANCHES["all-zo"], "zo_estimator": "two-sided", "zo_queries": 2},
     "conservative": {**BRANCHES["all-zo"], "zo_estimator": "conservative", "zo_queries": 2},
@@ -71,11 +73,44 @@ PAYLOADS = {
 TEST_SIZES = (1, 7, 16, 23)
 
 
-def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate: bool = False, **options) -> Any:
+class InOrder:
+    """A batch sampler that shows nothing but its batches and their size."""
+
+    drop_last = False
+
+    def __init__(self, examples: int, batch_size: int):
+        self.batches = [list(range(examples))[first : first + batch_size] for first in range(0, examples, batch_size)]
+        self.batch_size = batch_size
+
+    def __iter__(self):
+        return iter([list(batch) for batch in self.batches])
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class WithOwnSampler(ZOCLTrainer):
+    """As other projects' trainers do, it makes its dataloader without asking the bases."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        batches = InOrder(len(self.train_dataset), self.args.per_device_train_batch_size)
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=default_data_collator)
+        return self.accelerator.prepare(loader)
+
+
+def train(
+    steps: int,
+    adapter: str = "lora",
+    examples: int = EXAMPLES,
+    evaluate: bool = False,
+    own_sampler: bool = False,
+    **options,
+) -> Any:
     """Train the mini CLIP with `GLOBAL_BATCH` examples a step, over however many processes there are.
 
     Args:
         evaluate: Predict before training, as the scheduler does.
+        own_sampler: Train in order, by a batch sampler without a `sampler`.
 
     Returns:
         The trainer, and the adapter before training.
@@ -101,7 +136,8 @@ def train(steps: int, adapter: str = "lora", examples: int = EXAMPLES, evaluate:
     }
     with tempfile.TemporaryDirectory() as folder:
         args = ZOCLTrainingArguments(output_dir=folder, max_steps=steps, **{**settings, **options})
-        trainer = ZOCLTrainer(model=model, args=args, train_dataset=data)
+        trainer_class = WithOwnSampler if own_sampler else ZOCLTrainer
+        trainer = trainer_class(model=model, args=args, train_dataset=data)
         if evaluate:
             trainer.predict(image_examples(8))
         start = adapter_of(model)

@@ -1,14 +1,18 @@
 """A training that stopped and goes on from a checkpoint is one that never stopped."""
 
+import errno
 import logging
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import Trainer, TrainingArguments
 
 from hf_zocl import ZOCLTrainer
-from hf_zocl.resumable import WRITE_ERRORS, SaveError, last_checkpoint
+from hf_zocl.resumable import ResumeError, SaveError, last_checkpoint
 from tests.helpers import Mlp, arguments, rows, train, training_logs
 
 
@@ -76,19 +80,111 @@ def test_a_log_of_steps_does_not_go_on_under_other_arguments(tmp_path, caplog):
     assert "its steps were taken under other arguments" in caplog.text
 
 
-def test_what_no_room_would_mend_is_not_called_a_full_disk():
-    text = str(SaveError("out/checkpoint-1", RuntimeError("Some tensors share memory.\nMore.")))
-    assert "Some tensors share memory. What was saved before is whole: go on with --resume" in text
-    assert "room" not in text and "MB" not in text
-    advice = "MB are free there. What was saved before is whole: make room, then go on"
-    assert advice in str(SaveError("out/checkpoint-1", OSError(28, "No space left on device")))
+class Breaks(ZOCLTrainer):
+    error: Exception
+
+    def _save_rng_state(self, output_dir):
+        raise self.error
 
 
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs a device that is always full")
-def test_a_full_disk_is_known_by_what_torch_says():
-    with pytest.raises(WRITE_ERRORS) as raised:
-        torch.save({"a": torch.ones(5)}, "/dev/full")
-    assert "make room, then go on" in str(SaveError("out/checkpoint-1", raised.value))
+def broken(tmp_path, error: Exception) -> ZOCLTrainer:
+    trainer = Breaks(model=Mlp(), args=arguments(tmp_path, **SAVING), train_dataset=rows())
+    trainer.error = error
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "text", ["CUDA error: an illegal memory access was encountered", "inline_container: No space left on device"]
+)
+def test_an_error_that_is_none_of_the_disks_stays_what_it_is(tmp_path, text):
+    with pytest.raises(RuntimeError, match=text) as raised:
+        broken(tmp_path, RuntimeError(text)).train()
+    assert not isinstance(raised.value, SaveError)
+    assert not (tmp_path / "trainer" / "checkpoint-2").exists()
+
+
+def test_any_error_on_a_full_disk_is_for_want_of_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=1 << 40, used=1 << 40, free=4096))
+    with pytest.raises(SaveError, match="No space left on device. 0 MB are free there. .* make room, then go on"):
+        broken(tmp_path, RuntimeError("unexpected pos 64 vs 0")).train()
+    assert not (tmp_path / "trainer" / "checkpoint-2").exists()
+
+
+@pytest.mark.parametrize("number", [errno.EDQUOT, errno.EFBIG])
+def test_a_quota_is_known_by_its_number_and_is_no_full_disk(tmp_path, number):
+    with pytest.raises(SaveError, match="What was saved before is whole: make room, then go on") as raised:
+        broken(tmp_path, OSError(number, "")).train()
+    assert "MB are free" not in str(raised.value)
+
+
+def test_what_no_room_would_mend_asks_for_none(tmp_path):
+    with pytest.raises(SaveError, match="Permission denied. What was saved before is whole: go on with --resume"):
+        broken(tmp_path, OSError(errno.EACCES, "Permission denied")).train()
+
+
+@pytest.mark.parametrize("options", [{"zo_branch": "none"}, {"zo_layers": [2]}])
+def test_without_zeroth_order_layers_a_checkpoint_holds_what_the_trainers_does(tmp_path, options):
+    model, plain = Mlp(), Mlp()
+    for one in (model, plain):
+        one.layers[0].requires_grad_(False)
+    train(tmp_path / "ours", model, data=rows(), **{**SAVING, **options})
+    del (saving := dict(SAVING))["zo_layers"]
+    train(tmp_path / "plain", plain, data=rows(), trainer_class=Trainer, cls=TrainingArguments, **saving)
+    ours, theirs = (
+        load_file(tmp_path / name / "trainer" / "checkpoint-2" / "model.safetensors") for name in ("ours", "plain")
+    )
+    kept = {name for name in theirs if options.get("zo_branch") == "none" or name.startswith("layers.1")}
+    assert ours.keys() == kept
+    if "zo_branch" in options:
+        assert all(torch.equal(ours[name], theirs[name]) for name in kept)
+
+
+def test_a_classifiers_checkpoint_holds_its_adapter_alone(tmp_path):
+    train(tmp_path, zo_branch="none", max_steps=1, save_strategy="steps", save_steps=1)
+    saved = load_file(tmp_path / "trainer" / "checkpoint-1" / "model.safetensors")
+    assert saved and all("lora_" in name for name in saved)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"per_device_train_batch_size": 4}, "8 examples a step, and this training has 4"),
+        ({"gradient_accumulation_steps": 2}, "8 examples a step, and this training has 16"),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, None),
+    ],
+)
+def test_another_number_of_examples_a_step_is_refused_by_name(tmp_path, options, message):
+    train(tmp_path, Mlp(), data=rows(), **SAVING)
+    trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **{**SAVING, **options}), train_dataset=rows())
+    checkpoint = str(tmp_path / "trainer" / "checkpoint-2")
+    if message is None:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert trainer.state.global_step == 5
+        return
+    with pytest.raises(ResumeError, match=message):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def other_processes(checkpoint: Path, recorded: bool, names: list[str]) -> None:
+    """Make a checkpoint look like one of other processes."""
+    state = (checkpoint / "rng_state.pth").read_bytes()
+    progress = load_file(checkpoint / "progress.safetensors")
+    for file in ("rng_state.pth", "progress.safetensors"):
+        (checkpoint / file).unlink()
+    for name in names:
+        (checkpoint / name).write_bytes(state)
+    if recorded:
+        save_file({**progress, "processes": torch.tensor(4)}, checkpoint / "progress.safetensors")
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["of this trainer", "of another"])
+def test_the_checkpoint_of_another_number_of_processes_is_refused(tmp_path, recorded):
+    train(tmp_path, Mlp(), data=rows(), **SAVING)
+    checkpoint = tmp_path / "trainer" / "checkpoint-2"
+    other_processes(checkpoint, recorded, [f"rng_state_{rank}.pth" for rank in range(4)])
+    trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **SAVING), train_dataset=rows())
+    with pytest.raises(ResumeError, match="was saved by 4 processes, and this training has 1 process: expected 4"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
 def spoil(file: Path) -> None:

@@ -1,6 +1,7 @@
 """The traps of a Trainer that mixes zeroth- and first-order layers, one test each."""
 
 import logging
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
-from hf_zocl import ZOCLTrainer
+from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.zo import ReplayLog
 from hf_zocl.zo.estimator import ESTIMATORS
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
@@ -587,6 +589,155 @@ def test_layers_are_read_as_recipes_and_command_lines_write_them(given, expected
     from hf_zocl.training_args import parse_layers
 
     assert parse_layers(given) == expected
+
+
+class Classifier(nn.Module):
+    """A loss with parameters of its own, as sentence-transformers' SoftmaxLoss has."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 1)
+
+
+class Host(Trainer):
+    """A trainer of another project: its optimizer trains its loss as well as its model."""
+
+    def get_optimizer_cls_and_kwargs(self, args, model=None):
+        cls, options = super().get_optimizer_cls_and_kwargs(args, model)
+        own = [p for p in [*self.model.parameters(), *self.classifier.parameters()] if p.requires_grad]
+        return cls, {**options, "optimizer_dict": [{"params": own}]}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = (self.classifier.head(outputs["logits"][:, None])[:, 0] - inputs["labels"]).square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+class HostFirst(Host, ZOCLTrainer):
+    pass
+
+
+class HostLast(ZOCLTrainer, Host):
+    pass
+
+
+def hosted(tmp_path, cls, **options):
+    torch.manual_seed(1)
+    trainer = cls(model=Mlp(), args=arguments(tmp_path, **options), train_dataset=rows())
+    trainer.classifier = Classifier()
+    return trainer
+
+
+@pytest.mark.parametrize("cls", [HostFirst, HostLast])
+@pytest.mark.parametrize("layers", ["all", "hop-even"])
+def test_what_the_host_trains_and_the_model_lacks_is_trained(tmp_path, cls, layers):
+    trainer = hosted(tmp_path, cls, zo_layers=layers)
+    before = [p.detach().clone() for p in [*trainer.model.parameters(), *trainer.classifier.parameters()]]
+    trainer.train()
+    after = [*trainer.model.parameters(), *trainer.classifier.parameters()]
+    assert [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if torch.equal(a, b)] == []
+    assert trainer.replay_log is None  # it would lack the first-order steps
+    assert len(trainer.optimizer.optimizer.parts) == 2
+
+
+def test_what_the_host_trains_goes_on_from_a_checkpoint(tmp_path):
+    options = {"zo_layers": "all", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = hosted(tmp_path, HostFirst, **options)
+    whole.train()
+    again = hosted(tmp_path, HostFirst, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    assert torch.equal(whole.classifier.head.weight, again.classifier.head.weight)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+
+
+class AddsGroup(ZOCLTrainer):
+    """Adds its loss's parameters to whatever optimizer there is."""
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        optimizer.add_param_group({"params": list(self.classifier.parameters())})
+        return optimizer
+
+    compute_loss = Host.compute_loss
+
+
+def test_a_group_that_is_added_to_the_optimizer_is_trained_or_refused(tmp_path):
+    trainer = hosted(tmp_path, AddsGroup, zo_layers=[1])
+    before = trainer.classifier.head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(trainer.classifier.head.weight, before)
+    with pytest.raises(ValueError, match="All parameters are zeroth-order: a group of further ones"):
+        hosted(tmp_path, AddsGroup, zo_layers="all").train()
+
+
+def test_a_model_with_nothing_to_train_is_evaluated_and_predicted_with(tmp_path):
+    frozen = Mlp().requires_grad_(False)
+    trainer, plain = (
+        cls(model=frozen, args=arguments(tmp_path, cls=args), eval_dataset=rows())
+        for cls, args in ((ZOCLTrainer, ZOCLTrainingArguments), (Trainer, TrainingArguments))
+    )
+    assert trainer.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+    assert (trainer.predict(rows()).predictions == plain.predict(rows()).predictions).all()
+    trainer.train_dataset = rows()
+    with pytest.raises(ValueError, match="The model has no parameter that requires a gradient"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("cls", [ZOCLTrainer, HostLast])
+def test_the_trainers_arguments_are_taken_by_position(tmp_path, cls):
+    collator, callback = default_data_collator, TrainerCallback()
+    given = (collator, rows(), rows(8), None, None, None, None, [callback])
+    trainer = cls(Mlp(), arguments(tmp_path), *given)
+    assert trainer.data_collator is collator
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (32, 8)
+    assert callback in trainer.callback_handler.callbacks
+    with pytest.raises(TypeError, match="data_collator"):
+        cls(Mlp(), arguments(tmp_path), collator, data_collator=collator)
+
+
+@pytest.mark.parametrize("layers", ["all", "hop-even"])
+def test_a_callback_of_the_constructor_sees_the_estimate(tmp_path, layers):
+    model = Mlp()
+    watch = Watch(lambda: [p.grad is not None and bool(p.grad.any()) for p in model.parameters()])
+    train(tmp_path, model, data=rows(), callbacks=[watch], zo_layers=layers)
+    assert watch.seen == [[True] * 4] * 2
+
+
+@dataclass
+class HostArguments(TrainingArguments):
+    """Other defaults than the Trainer's, as TRL's have."""
+
+    learning_rate: float = 2e-5
+    logging_steps: float = 10
+    temperature: float = 0.5
+
+
+@dataclass
+class ZOFirst(ZOCLTrainingArguments, HostArguments):
+    pass
+
+
+@dataclass
+class HostArgumentsFirst(HostArguments, ZOCLTrainingArguments):
+    pass
+
+
+@dataclass
+class Own(ZOCLTrainingArguments, HostArguments):
+    logging_steps: float = 3
+
+
+def test_another_bases_defaults_hold_in_either_order(tmp_path):
+    given = {"output_dir": str(tmp_path), "report_to": "none"}
+    plain, ours = HostArguments(**given).to_dict(), ZOCLTrainingArguments(**given).to_dict()
+    for cls in (ZOFirst, HostArgumentsFirst):
+        both = cls(**given).to_dict()
+        assert {name for name in plain if both[name] != plain[name]} == {"hub_strategy"}
+        assert {name: both[name] for name in ours if name not in plain} == {
+            name: ours[name] for name in ours if name not in plain
+        }
+    assert (Own(**given).logging_steps, Own(**given).learning_rate) == (3, 2e-5)
+    assert ZOFirst(**given, learning_rate=0.5).learning_rate == 0.5
 
 
 class CountGraphs(TrainerCallback):

@@ -23,18 +23,42 @@ from ..hub.public import public_recipe
 from ..hub.push_on_save import SCRATCH
 from ..hub.push_queue import QUEUE_FILE, is_task_name, task_number
 from ..hub.task_file import TASK_FILE, read_json, task_folder, write_json
-from ..resumable import last_checkpoint, remove_checkpoint, what_is_missing
+from ..resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
+from ..training_args import ZOCLTrainingArguments
 
 
 logger = logging.get_logger(__name__)
 
-# A run may move house, be watched or be kept safe in another way, and still be the same run.
-_NOT_THE_RUN = {"output_dir", "resume", "resume_from_checkpoint", "report_to", "run_name", "disable_tqdm"}
-_NOT_THE_RUN |= {"logging_steps", "dataset_path", "image_cache_gb", "dataloader_num_workers"}
-_NOT_THE_RUN |= {"seeds", "num_seeds", "vary_class_order", "overwrite_output_dir"}
-_NOT_THE_RUN |= {"push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"}
-_NOT_THE_RUN |= {"hub_always_push", "hub_revision"}
-_NOT_THE_RUN |= {"save_strategy", "save_steps", "save_total_limit", "save_only_model", "save_on_each_node"}
+# The arguments that define a run, by their names and by how they begin. It may move house, be watched or be kept safe
+# in another way, and arguments may come with a new release of a library: the run is still the same.
+_OF_THE_RUN = {
+    *(
+        "model_name_or_path",
+        "merge_into",
+        "dtype",
+        "benchmark",
+        "dataset_name",
+        "datasets",
+        "dataset_config",
+        "dataset_revision",
+    ),
+    *("train_split", "test_split", "image_column", "label_column", "name_column", "class_names", "test_fraction"),
+    *("scenario", "domain_column", "learning", "initial_increment", "increment"),
+    *("class_order", "partial_order", "class_order_seed"),
+    *("max_train_images_per_class", "max_test_images_per_class", "prompt_template"),
+    *("held_out", "evaluate_future", "skip_corrupt"),
+    *("adapter", "target_modules", "frozen_parameters"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
+    *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
+    *("max_grad_norm", "num_train_epochs", "max_steps"),
+    *("per_device_train_batch_size", "auto_find_batch_size", "gradient_accumulation_steps"),
+    *("average_tokens_across_devices", "label_smoothing_factor", "neftune_noise_alpha", "label_names"),
+    *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
+    *("use_liger_kernel", "liger_kernel_config", "parallelism_config", "fsdp", "deepspeed"),
+    *("seed", "data_seed", "full_determinism", "accelerator_config", "ignore_data_skip"),
+    *("dataloader_drop_last", "train_sampling_strategy", "group_by_length", "length_column_name"),
+}
+_OF_THE_RUN_BY_PREFIX = ("zo_", "lora_", "moe_")
 # What going on reads and adds to.
 _LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
 _NEEDED = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
@@ -44,10 +68,6 @@ _HOW_TO_GO_ON = "--resume goes on with it, --overwrite_output_dir replaces it, a
 
 class RunFolderError(ValueError):
     """A run cannot be in the folder that it was told to be in."""
-
-
-class ResumeError(RunFolderError):
-    """A run cannot go on from what it was told to go on from."""
 
 
 class RunFolder:
@@ -134,6 +154,7 @@ class RunFolder:
         class_names: Sequence[str],
         base_model_is_local: bool = False,
         after: int | None = None,
+        processes: int | None = None,
     ) -> dict[str, Any] | None:
         """The results so far, or None if there are none.
 
@@ -144,10 +165,11 @@ class RunFolder:
             class_names: Its classes, in order of arrival.
             base_model_is_local: Whether `model_name_or_path` is a folder, which may lie elsewhere than it did.
             after: Go back to the results after this task.
+            processes: How many processes are to go on; None: not compared.
 
         Raises:
-            ResumeError: If the folder is the run of another recipe, which names the differing arguments; or if the
-                file is damaged.
+            ResumeError: If the folder is the run of another recipe, which names the differing arguments, or of another
+                number of processes; or if the file is damaged.
         """
         file = self.path / RESULTS_FILE
         if after is not None:
@@ -173,13 +195,19 @@ class RunFolder:
         theirs = public_recipe(results["recipe"], base_model_is_local)
         different = [
             f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
-            for key in sorted((mine.keys() | theirs.keys()) - _NOT_THE_RUN)
-            if mine.get(key) != theirs.get(key)
+            for key in sorted(mine.keys() | theirs.keys())
+            if _defines_the_run(key) and not _is_same(key, theirs, mine)
         ]
         if different:
             raise ResumeError(
                 f"resume: {file} is the run of another recipe ({', '.join(different)}): --overwrite_output_dir in "
                 "place of --resume replaces it, another output_dir leaves it alone."
+            )
+        began = results.get("processes", processes)
+        if began != processes is not None:
+            raise ResumeError(
+                f"resume: {file} is a run of {began} process(es), and {processes} would go on with other batches: "
+                f"expected {began}."
             )
         if results["classes"] != list(class_names):
             raise ResumeError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
@@ -350,3 +378,19 @@ class RunFolder:
         if copies:
             return f"Move it away, and --resume goes on from its copy, {copies[-1]}."
         return "Put it back, or choose another output_dir."
+
+
+def _defines_the_run(argument: str) -> bool:
+    return argument in _OF_THE_RUN or argument.startswith(_OF_THE_RUN_BY_PREFIX)
+
+
+def _is_same(argument: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether an argument is the same in two recipes; where one lacks it, the other must leave it alone."""
+    if argument in there and argument in here:
+        mine, theirs = here[argument], there[argument]
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            return all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
+        return mine == theirs
+    value = there.get(argument, here.get(argument))
+    default = ZOCLTrainingArguments.__dataclass_fields__.get(argument)
+    return not value or (default is not None and value == default.default)

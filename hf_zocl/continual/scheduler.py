@@ -6,10 +6,11 @@ import dataclasses
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from ..hub.task_file import task_folder
 from ..models import CLIPClassifier, adapter_name, base_digest, check_trained_parameters, trained_adapter
 from ..replay_file import save_replay_log
 from ..report import plot_accuracy_matrix
-from ..resumable import WRITE_ERRORS, SaveError
+from ..resumable import saving
 from ..trainer import ZOCLTrainer
 from ..training_args import ZOCLTrainingArguments
 from ..zo import ReplayLog
@@ -40,6 +41,7 @@ from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .processes import by_main_process
 from .run_state import RESULTS_FILE, ResumeError, RunFolder
+from .task_check import TaskCheck
 from .tasks import Task, TaskStream
 
 
@@ -147,7 +149,8 @@ class ContinualTaskScheduler:
             ValueError: If the model has no adapter or several active ones, or trains what no checkpoint would hold.
             RunFolderError: If `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is given; or
                 if it holds files of names that this run would write, and no run.
-            ResumeError: If `output_dir` holds the run of another recipe, or no such checkpoint.
+            ResumeError: If `output_dir` holds the run of another recipe or number of processes, or no such checkpoint.
+            TaskError: If a task's training diverges, or ends before its last step.
             SaveError: If something cannot be saved, for example on a full disk.
             ValueError: If an image cannot be decoded.
         """
@@ -275,13 +278,14 @@ class ContinualTaskScheduler:
             "seconds": time.perf_counter() - started,
             "peak_memory_bytes": _peak_memory_bytes(),
             "seed": self.args.seed,
+            "processes": self.args.world_size,
             "versions": _versions(),
         }
 
     def _begin(self, results: dict[str, Any]) -> None:
         """Let the folder be this run's, in place of an earlier one."""
         if self.args.should_save:
-            with self._saving(RESULTS_FILE):
+            with saving(self.output_dir / RESULTS_FILE):
                 self.folder.start(results)
 
     def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
@@ -308,7 +312,7 @@ class ContinualTaskScheduler:
         results.update({name: zero_shot[name] for name in ("accuracy_matrix", "seen_accuracy")})
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
         if self.args.should_save:
-            with self._saving(RESULTS_FILE):
+            with saving(self.output_dir / RESULTS_FILE):
                 plot_accuracy_matrix(results, self.output_dir / FIGURE)
                 self.folder.write(results)
         return results
@@ -324,9 +328,11 @@ class ContinualTaskScheduler:
         # Every task draws directions of its own.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
         trainer = self._trainer(task.name, task, zo_seed=zo_seed)
+        check = TaskCheck(task.name, trainer)
         if begin is not None:
             trainer.add_callback(first_step := _AfterFirstStep(begin))
         trainer.train(resume_from_checkpoint=checkpoint)
+        check.finish()
         if begin is not None:
             first_step.call()  # where there was none
         return _Trained(_means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
@@ -372,6 +378,7 @@ class ContinualTaskScheduler:
             zo_seed=zo_seed,
             # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
             ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
+            logging_nan_inf_filter=False,  # a loss that is not finite is to be seen (`TaskCheck`)
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
             dataloader_drop_last=self.args.dataloader_drop_last and task is not None,  # every test image counts
             report_to=self.args.report_to if task is not None else "none",
@@ -393,20 +400,14 @@ class ContinualTaskScheduler:
         """Save what a complete task leaves behind; the results last, for they say that all of it is there."""
         if not self.args.should_save:
             return
-        with self._saving(task.name):
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with saving(self.output_dir / task.name, trained):
             save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results), results)
             if replay_log is not None:
                 save_replay_log(replay_log, self.folder.replay_file(task.name))
             plot_accuracy_matrix(results, self.output_dir / FIGURE)
             self.folder.write(results)
         self.folder.remove_checkpoints(task.name)
-
-    @contextmanager
-    def _saving(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except WRITE_ERRORS as error:
-            raise SaveError(self.output_dir / name, error) from error
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
         """The content of `task.json`."""
@@ -447,9 +448,9 @@ class ContinualTaskScheduler:
 
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""
-        is_local = Path(self.model.config.name_or_path).exists()
+        is_local, processes = Path(self.model.config.name_or_path).exists(), self.args.world_size
         after = None if chosen is None else self.folder.task_of(chosen)
-        results = self.folder.read(self.recipe, self.stream.class_names, is_local, after)
+        results = self.folder.read(self.recipe, self.stream.class_names, is_local, after, processes)
         if results is None and chosen is not None:
             raise ResumeError(f"resume_from_checkpoint={str(chosen)!r}: there is no run in {self.output_dir}.")
         if results is None:
@@ -497,11 +498,13 @@ class _Trained:
 
 
 def _means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every figure that was logged while a task was trained."""
-    logged = [entry for entry in log_history if "loss" in entry]
-    names = {name for entry in logged for name in entry if name == "loss" or name.startswith("zo_")}
-    means = {name: [entry[name] for entry in logged if name in entry] for name in sorted(names)}
-    return {name: float(np.mean(values)) for name, values in means.items()}
+    """The mean of every figure that was logged while a task was trained, over the steps in which it is finite."""
+    logged: dict[str, list[float]] = {}
+    for entry in (entry for entry in log_history if "loss" in entry):
+        for name in sorted(name for name in entry if name == "loss" or name.startswith("zo_")):
+            if isfinite(entry[name]):
+                logged.setdefault(name, []).append(entry[name])
+    return {name: float(np.mean(values)) for name, values in logged.items()}
 
 
 def _reset_peak_memory() -> None:

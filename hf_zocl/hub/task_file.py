@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,29 @@ def task_folder(task: int) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, which is whole or absent at any moment."""
+    """Write a JSON file, which is whole or absent at any moment.
+
+    Raises:
+        ValueError: If a number in it is not finite, which it names: JSON has none.
+    """
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        found = next(not_finite(content), None)
+        if found is None:
+            raise
+        raise ValueError(f"{path}: {found[0]} is {found[1]}: expected a finite number.") from error
     with written_whole(path) as unfinished:
-        unfinished.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        unfinished.write_text(text + "\n", encoding="utf-8")
+
+
+def not_finite(content: Any, where: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers in a JSON-like object that are not finite, each with its place."""
+    if isinstance(content, float) and not math.isfinite(content):
+        yield where, content
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield from not_finite(value, f"{where}.{key}" if where else str(key))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -59,6 +59,7 @@ class CLIPClassifier(nn.Module):
     """
 
     image_processor: BaseImageProcessor | None = None  # what `predict` makes pixel values with
+    reloads_frozen_weights = True  # they are the base model's, so a training's checkpoints need not hold them
 
     def __init__(
         self,

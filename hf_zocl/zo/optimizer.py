@@ -102,8 +102,9 @@ class HybridOptimizer(torch.optim.Optimizer):
     def __init__(self, *parts: torch.optim.Optimizer):
         self.parts = parts
         self.stream: Iterator[None] | None = None
-        self._sizes = [len(part.param_groups) for part in parts]
+        self._sizes: list[int] = []
         super().__init__([group for part in parts for group in part.param_groups], defaults={})
+        self._sizes = [len(part.param_groups) for part in parts]
         self.defaults = dict(parts[0].defaults)  # some schedulers read the learning rate here
         self._share()
 
@@ -117,6 +118,22 @@ class HybridOptimizer(torch.optim.Optimizer):
         for part, size in zip(self.parts, self._sizes, strict=True):
             yield part, groups[first : first + size]
             first += size
+
+    def add_param_group(self, param_group: dict) -> None:
+        """A further group of the first part.
+
+        Raises:
+            ValueError: If that is the zeroth-order one, for which nobody has said where its parameters are.
+        """
+        if not self._sizes:  # by `Optimizer.__init__`
+            return super().add_param_group(param_group)
+        first = self.parts[0]
+        if any("zo_branch" in group for group in first.param_groups):
+            raise ValueError("All parameters are zeroth-order: a group of further ones cannot be added to them.")
+        first.add_param_group(param_group)
+        self.param_groups.insert(self._sizes[0], first.param_groups[-1])
+        self._sizes[0] += 1
+        self._share()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None):
