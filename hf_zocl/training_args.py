@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from .checks import WrongTypeError, check_fields, shown
+from .checks import WrongTypeError, check_fields, check_finite, shown
 from .trainer_ranges import check_ranges
 from .zo import LayerAssignment
 from .zo.assignment import BRANCHES, LAYER_SCHEMES
@@ -127,7 +127,8 @@ class ZOCLTrainingArguments(TrainingArguments):
         cls.__annotations__ = own
 
     def __post_init__(self):
-        check_fields(self, but=("zo_layers", "debug"))  # numbers, once it is read; None from HfArgumentParser
+        # Those that are read here may be given in several ways; HfArgumentParser gives None for `debug`.
+        check_fields(self, but=("zo_layers", "debug", *PER_TOWER, "zo_eps_vision", "zo_eps_language"))
         check_ranges(self)
         self.zo_layers = parse_layers(self.zo_layers)
         LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here
@@ -261,12 +262,13 @@ def _number(name: str, value: Any, kind: type, words: tuple[str, ...]) -> Any:
         return value
     try:
         number = kind(value)
-        if not isinstance(value, bool) and (isinstance(value, str) or number == value):
-            return number
-    except (TypeError, ValueError):
-        pass
-    expected = "an integer" if kind is int else "a number"
-    raise ValueError(f"{name}={value!r}: expected {' or '.join([expected, *words])}.")
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or isinstance(value, bool) or not (isinstance(value, str) or number == value):
+        expected = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name}={shown(value)}: expected {' or '.join([expected, *words])}.")
+    check_finite(name, number)
+    return number
 
 
 def parse_layers(layers: str | int | list) -> str | list[int] | list[str]:

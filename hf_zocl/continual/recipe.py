@@ -17,7 +17,7 @@ from ..checks import check_fields, shown
 from ..hub.pretrained import load_pretrained
 from ..models import AdapterArguments, CLIPClassifier
 from ..models.clip_classifier import check_templates
-from ..training_args import ZOCLTrainingArguments
+from ..training_args import PER_TOWER, ZOCLTrainingArguments
 from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from .images import DEFAULT_CACHE_GB
 from .recipe_file import Entry, read_recipe, with_place
@@ -250,6 +250,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
             for each in fields(cls)
             if each.init and (hint := hints[each.name])
         }
+        hints |= dict.fromkeys(PER_TOWER, Any)  # a value, or a mapping with one for each tower
         entries = read_recipe(Path(given.recipe), hints)
         parser.set_defaults(**{name: entry.value for name, entry in entries.items()})
     words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}

@@ -81,7 +81,7 @@ def test_lists_and_numbers_are_read_from_yaml_and_from_the_command_line(tmp_path
 
 
 def test_a_misspelt_key_is_named_with_the_likely_one(tmp_path):
-    with pytest.raises(ValueError, match=r"recipe.yaml: unknown argument 'zo_brunch'. Did you mean 'zo_branch'"):
+    with pytest.raises(ValueError, match=r"recipe.yaml, line 3: unknown argument 'zo_brunch'. Did you mean 'zo_branch'"):
         parse(tmp_path, "zo_brunch: dual\n")
 
 
@@ -184,7 +184,7 @@ def test_a_recipe_includes_another_and_overrides_it(tmp_path):
 
 def test_a_recipe_that_includes_itself_is_an_error(tmp_path):
     (tmp_path / "base.yaml").write_text("include: recipe.yaml\n")
-    with pytest.raises(ValueError, match="base.yaml: include='recipe.yaml' leads back to itself"):
+    with pytest.raises(ValueError, match="base.yaml, line 1: include='recipe.yaml' leads back to itself"):
         parse(tmp_path, "include: base.yaml\n")
 
 
