@@ -1,8 +1,8 @@
 """Disturb runs at random, and compare how they end with an undisturbed run.
 
     python scripts/chaos.py --runs 20 --output_dir runs/chaos [--kills 2] [--seed 0] [--table docs/table.md]
-    python scripts/chaos.py pairs --runs 20
-    python scripts/chaos.py damage --runs 20
+    python scripts/chaos.py --what pairs --runs 20
+    python scripts/chaos.py --what damage --runs 20
 
 `kills`, the default, kills runs at random moments and resumes them until they are done. `pairs` starts two runs at
 once in one folder: one must run, the other must refuse and change nothing. `damage` kills a run, removes or cuts short
@@ -121,7 +121,7 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=("kills", "pairs", "damage"), default="kills")
+    parser.add_argument("--what", choices=("kills", "pairs", "damage"), default="kills")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=2, help="the most that one run is killed")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

@@ -376,3 +376,25 @@ def test_runs_that_are_killed_end_as_the_undisturbed_one(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 3 runs" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "ended"),
+    [("pairs", "3 of 3 pairs: one ran"), ("damage", "3 of 3 runs ended as the undisturbed run, or said")],
+)
+def test_pairs_of_runs_and_damaged_files_end_as_they_must(what, ended, tmp_path):
+    command = [
+        sys.executable,
+        "scripts/chaos.py",
+        "--what",
+        what,
+        "--runs",
+        "3",
+        "--output_dir",
+        str(tmp_path / "chaos"),
+    ]
+    command += ["--max_steps", "3", "--save_steps", "1", "--max_train_images_per_class", "8"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ended in done.stdout
