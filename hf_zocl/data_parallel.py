@@ -39,6 +39,8 @@ class DataParallelTrainer(Trainer):
         # for the present one, within its training step.
         self._shares: list[float] = []
         self._share: float | None = None
+        # Labels that are hidden while items are counted.
+        self._uncounted: dict[str, torch.Tensor] = {}
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The Trainer's, without the examples that accelerate repeats to fill the last batch of every process."""
@@ -49,7 +51,11 @@ class DataParallelTrainer(Trainer):
         if self._shard is not None and not hasattr(shard.batch_sampler, "sampler"):
             shard.batch_sampler = _CountingBatchSampler.of(shard.batch_sampler)
         own_examples = partial(self._own_examples, items_of_all=self.args.average_tokens_across_devices)
-        return super().get_batch_samples(map(own_examples, epoch_iterator), num_batches, device)
+        batches, items = super().get_batch_samples(map(own_examples, epoch_iterator), num_batches, device)
+        if self._uncounted:  # of the epoch's last batch; a mean over no label at all would not be finite
+            batches[-1].update(self._uncounted)
+            self._uncounted = {}
+        return batches, items
 
     def training_step(
         self,
@@ -108,7 +114,10 @@ class DataParallelTrainer(Trainer):
                 share = own * count / sum(own_counts)
             elif own == 0:
                 # Such a loss is a sum divided by the items of all processes: it is in proportion already.
-                share, inputs["labels"] = 0.0, torch.full_like(labels, -100)
+                share = 0.0
+                names = [name for name in ("labels", "shift_labels") if name in inputs]
+                self._uncounted = {name: inputs[name] for name in names}
+                inputs.update({name: torch.full_like(inputs[name], -100) for name in names})
         self._shares.append(share)
         return inputs
 

@@ -76,6 +76,8 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         if not isinstance(args, ZOCLTrainingArguments):
             raise TypeError(f"args: expected ZOCLTrainingArguments, got {type(args).__name__}.")
         # By name, for another base may have arguments in between.
+        if len(positional) > len(_TRAINER_ARGUMENTS) - 2:
+            raise TypeError(f"{len(positional) + 2} positional arguments: Trainer takes {len(_TRAINER_ARGUMENTS)}.")
         named = dict(zip(_TRAINER_ARGUMENTS[2:], positional, strict=False))
         super().__init__(model=model, args=args, **named, **kwargs)
         self.split: ParameterSplit | None = None

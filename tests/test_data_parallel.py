@@ -10,8 +10,10 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import TrainingArguments
 
 from hf_zocl.data_parallel import DataParallelTrainer, _CountingBatchSampler, _last_round
+from tests.helpers import Mlp, arguments, rows
 
 
 class OfItsOwn:
@@ -111,6 +113,22 @@ def test_a_loss_that_counts_items_is_in_proportion_and_an_idle_process_counts_no
     (_, share), (second, nothing) = last_batch({"x": torch.arange(4.0), "labels": labels}, True, items_of_all=False)
     assert (share, nothing) == (2.0, 0.0)
     assert second["labels"].tolist() == [0]
+
+
+def test_hidden_labels_are_there_again_when_the_items_are_counted(tmp_path):
+    """A model that takes `**kwargs` and returns a plain mean would return NaN for labels that are all -100."""
+    trainer = DataParallelTrainer(model=Mlp(), args=arguments(tmp_path, cls=TrainingArguments), train_dataset=rows())
+    shard = BatchSamplerShard(regular(10, 4), 2, 1)
+    trainer.callback_handler.train_dataloader = SimpleNamespace(batch_sampler=shard)
+    ends = SimpleNamespace(end_of_dataloader=True)
+    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=1, gradient_state=ends)
+    trainer.model_accepts_loss_kwargs = True
+    labels = torch.arange(4) + 7
+    batches, items = trainer.get_batch_samples(iter([{"labels": labels, "x": torch.ones(4, 4)}]), 1, "cpu")
+    assert items == 0
+    assert batches[0]["labels"].tolist() == [7]
+    assert trainer._shares == [0.0]
+    assert trainer._uncounted == {}
 
 
 def test_what_has_no_row_for_every_example_stays_as_it_is():

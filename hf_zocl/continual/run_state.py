@@ -206,8 +206,8 @@ class RunFolder:
         began = results.get("processes", processes)
         if began != processes is not None:
             raise ResumeError(
-                f"resume: {file} is a run of {began} process(es), and {processes} would go on with other batches: "
-                f"expected {began}."
+                f"resume: {file} is a run of {began} process{'es' if began > 1 else ''}, and {processes} would go on "
+                f"with other batches: expected {began}."
             )
         if results["classes"] != list(class_names):
             raise ResumeError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
