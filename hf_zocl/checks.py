@@ -50,7 +50,8 @@ def check_texts(name: str, values: Any) -> None:
         WrongTypeError: If it is a text itself, or holds something else than texts.
         ValueError: If a text holds half a character (a lone surrogate), which no file can hold.
     """
-    if isinstance(values, str) or not isinstance(values, Sequence):
+    is_list = hasattr(values, "__len__") and hasattr(values, "__getitem__")  # an array is one, too
+    if isinstance(values, (str, bytes, dict)) or not is_list:
         raise WrongTypeError(f"{name}={shown(values)}: expected a list of texts, got {type(values).__name__}.")
     for position, value in enumerate(values):
         check_type(f"{name}[{position}]", value, str, "text")

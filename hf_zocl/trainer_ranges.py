@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from .checks import shown
 
 
+MAPPINGS = (
+    *("accelerator_config", "fsdp_config", "deepspeed", "lr_scheduler_kwargs"),
+    *("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+)
 SEEDS = 2**32 - 1  # numpy's
 # Argument → what is expected, and whether a value is that.
 RANGES = {
@@ -45,3 +50,7 @@ def check_ranges(arguments: Any) -> None:
         value = getattr(arguments, name, None)
         if value is not None and not is_right(value):
             raise ValueError(f"{name}={shown(value)}: expected {expected}.")
+    for name in MAPPINGS:
+        value = getattr(arguments, name, None)
+        if isinstance(value, str) and not value.strip().startswith("{") and not os.path.isfile(value):
+            raise ValueError(f"{name}={shown(value)}: expected a mapping, or a JSON file of one.")

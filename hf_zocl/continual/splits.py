@@ -261,7 +261,7 @@ def read_class_names(
             f"{train.name!r} ({listed(own or [])}): one label id would mean two classes."
         )
     if given is not None:
-        if not given or (own is not None and len(given) != len(own)):
+        if not len(given) or (own is not None and len(given) != len(own)):
             expected = len(own) if own is not None else "at least one"
             raise ValueError(f"class_names has {len(given)} names; expected {expected}, one for each class.")
         names, source = dict(enumerate(given)), "class_names"

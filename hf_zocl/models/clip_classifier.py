@@ -123,7 +123,7 @@ class CLIPClassifier(nn.Module):
     def _tokens(self, class_names: Sequence[str], templates: Sequence[str]) -> BatchEncoding:
         """The prompts' tokens, class by class; different for every two classes."""
         check_texts("class_names", class_names)
-        if not class_names:
+        if not len(class_names):
             raise ValueError("class_names is empty: expected at least one class.")
         length = self.clip.config.text_config.max_position_embeddings
         tokens = prompt_tokens(self.tokenizer, class_names, templates, length)

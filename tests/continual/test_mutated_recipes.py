@@ -4,16 +4,23 @@ import os
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from transformers import SchedulerType
 
+from hf_zocl.checks import alternatives
 from hf_zocl.commands import command
-from hf_zocl.continual.recipe import RunArguments, build_scheduler, parse_recipe
+from hf_zocl.continual.recipe import DTYPES, LEARNING, RunArguments, build_scheduler, parse_recipe
 from hf_zocl.models import AdapterArguments
 from hf_zocl.training_args import ZOCLTrainingArguments
+from hf_zocl.zo.assignment import BRANCHES
+from hf_zocl.zo.estimator import ESTIMATORS
+from hf_zocl.zo.optimizer import ZO_OPTIMIZERS
+from hf_zocl.zo.perturbation import DIRECTIONS
 
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "quickstart.yaml"
@@ -49,11 +56,50 @@ VALUES = st.sampled_from(
     "99999999999999999999999999 -99999999999999999999999999 hop-odd all none auto [] [1,2] [yes,null] {} {a:_1} "
     "'' 'x' 'a_{}' 'a_{}_{}' '{' '*(' \"\\ud800\" \"\\0\" !!python/none_x &a_1 '../..' /nowhere".split()
 ).map(lambda text: text.replace("_1", " 1").replace("_", " ") if "_000" not in text else text)
-KEYS = st.one_of(
-    st.sampled_from(ARGUMENTS),
-    st.sampled_from(["lora_rnk", "no", "1", "2024-01-01", "~", "[1]", "zo-branch", "<<", "include"]),
-)
-MUTATIONS = st.lists(st.tuples(KEYS, VALUES), min_size=1, max_size=3)
+WRONG_KEYS = st.sampled_from(["lora_rnk", "no", "1", "2024-01-01", "~", "[1]", "zo-branch", "<<", "include"])
+_HINTS = {
+    name: alternatives(hint)
+    for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments)
+    for name, hint in get_type_hints(cls).items()
+}
+# Of texts from closed sets; what an argument does not know is refused.
+WORDS = {
+    "zo_branch": BRANCHES,
+    "zo_layers": ("all", "hop-odd", "suffix-2", "2"),
+    "zo_estimator": ESTIMATORS,
+    "zo_optim": ZO_OPTIMIZERS,
+    "zo_direction": DIRECTIONS,
+    "adapter": ("lora", "moe"),
+    "scenario": ("class", "task"),
+    "learning": LEARNING,
+    "dtype": DTYPES,
+    "optim": ("adamw_torch", "sgd", "adafactor", "rmsprop"),
+    "lr_scheduler_type": [kind.value for kind in SchedulerType],
+}
+
+
+def plausible(key: str) -> st.SearchStrategy[str]:
+    """Values of the argument's own type, that reach further in."""
+    kinds = _HINTS[key]
+    if key in WORDS:
+        return st.sampled_from(list(WORDS[key]))
+    if bool in kinds:
+        return st.sampled_from(["true", "false"])
+    if int in kinds:
+        return st.sampled_from(["1", "2", "3", "5", "17"])
+    return st.sampled_from(["0.5", "1", "3", "1e-4"]) if float in kinds else VALUES
+
+
+@st.composite
+def mutation(draw) -> tuple[str, str]:
+    kind = draw(st.integers(0, 9))
+    if kind == 9:
+        return draw(WRONG_KEYS), draw(VALUES)
+    key = draw(st.sampled_from(ARGUMENTS))
+    return key, draw(VALUES if kind > 5 else plausible(key))
+
+
+MUTATIONS = st.lists(mutation(), min_size=1, max_size=3, unique_by=lambda one: one[0])
 RUNS = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
