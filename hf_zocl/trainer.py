@@ -168,7 +168,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             # A text tower may have prompts that all images share; they are cheap, and stay whole.
             sharing={"vision", None} if args.zo_share_batch else (),
         )
-        self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
+        perturbations = self._estimator.perturbations.values()
+        module = self.accelerator.unwrap_model(self.model)
+        self._plan = TowerPlan(module, perturbations, self._average_over_ranks)
         is_replayable = not self.split.fo and not self._estimator.is_streamed
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
@@ -208,6 +210,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         if not self.has_zo_parameters:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
+        model.train()
         evaluation = self._evaluation(model, inputs, num_items_in_batch)
         with self._counting_own_examples(), closing(evaluation):
             return self._hybrid_step(model, inputs, num_items_in_batch, evaluation)
@@ -223,9 +226,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         if self.split.fo:
             with evaluation.recording():
                 base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
-            evaluation.check(base_loss)
-        else:
-            model.train()
         processes = (self.accelerator.process_index, self.accelerator.num_processes)
         estimate = self._estimator.estimate(
             SharedQueries(evaluation, *processes) if self._shares_queries else evaluation,
@@ -285,7 +285,10 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
                 )
             return loss
 
-        before = ForwardState(self.args.device, model.buffers())
+        buffers = self._plan.buffers
+        if not buffers.is_watched:
+            buffers.watch(self.args.device, forward)
+        before = ForwardState(self.args.device, buffers)
         if not self._plan.towers:
             return PlainEvaluation(forward, before, batch_rows=batch_rows)
         context = self.accelerator.autocast
