@@ -187,9 +187,11 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             model=self.model if self._has_many_zo_parameters else None,
         )
         self._watch = DifferenceWatch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
-        self._plan = TowerPlan(self.accelerator.unwrap_model(self.model), self._estimator.perturbations.values())
+        perturbations = self._estimator.perturbations.values()
+        module = self.accelerator.unwrap_model(self.model)
+        self._plan = TowerPlan(module, perturbations, self._average_over_ranks)
         # What half precision rounds away of a move depends on ε, which a log does not have.
-        is_rounded = any(perturbation.is_rounded for perturbation in self._estimator.perturbations.values())
+        is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
         is_replayable = not self._has_first_order and not self._estimator.is_streamed and not is_rounded
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
@@ -215,6 +217,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         if not self.has_zo_parameters:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
+        model.train()
         evaluation = self._evaluation(model, inputs, num_items_in_batch)
         with self._counting_own_examples(), ExitStack() as stack:
             stack.callback(evaluation.close)
@@ -232,9 +235,6 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         if self._has_first_order:
             with evaluation.recording():
                 base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
-            evaluation.check(base_loss)
-        else:
-            model.train()
         make_finer = partial(self._finer_evaluation, model, evaluation, stack)
         if not self._watch.is_settled:
             self._measure_differences(model, inputs, evaluation, make_finer)
@@ -296,7 +296,10 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
                 )
             return loss
 
-        before = ForwardState(self.args.device, model.buffers())
+        buffers = self._plan.buffers
+        if not buffers.is_watched:
+            buffers.watch(self.args.device, forward)
+        before = ForwardState(self.args.device, buffers)
         if not self._plan.towers:
             return PlainEvaluation(forward, before)
         return TowerEvaluation(self._plan, forward, before, self.accelerator.autocast)

@@ -231,9 +231,15 @@ def test_language_queries_do_not_run_the_vision_tower(tmp_path, unmeasured):
         tower.encoder.layers[0].register_forward_pre_hook(
             lambda _, args, name=name: calls.__setitem__(name, calls[name] + len(args[0]))
         )
-    train(tmp_path, model, zo_branch="language", zo_layers="all", zo_queries=8, max_steps=1)
-    # Three prompts at θ; packed, they are one row: compared with them once, then eight candidates.
-    assert calls == {"vision_model": 8, "text_model": 3 + 1 + 8}
+
+    class CountAnew(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            calls.update(vision_model=0, text_model=0)
+
+    options = {"zo_branch": "language", "zo_layers": "all", "zo_queries": 8}
+    train(tmp_path, model, callbacks=[CountAnew()], max_steps=2, **options)  # the first checks the shortcuts
+    # Three prompts at θ; packed, they are one row of each of the eight candidates.
+    assert calls == {"vision_model": 8, "text_model": 3 + 8}
 
 
 def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
@@ -782,8 +788,13 @@ def test_bf16_autocast_holds_for_every_pass_of_a_step(tmp_path, unmeasured, laye
     seen, model = set(), mini_clip_classifier()
     for tower in (model.clip.base_model.model.vision_model, model.clip.base_model.model.text_model):
         tower.encoder.layers[1].mlp.fc1.register_forward_hook(lambda m, i, output: seen.add(output.dtype))
+
+    class SeeAnew(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            seen.clear()  # of the first step, where shortcuts are checked in float32
+
     options = {"zo_layers": layers, "zo_queries": 3, "bf16": True, "use_cpu": True}
-    log = training_logs(train(tmp_path, model, **options))[0]
+    log = training_logs(train(tmp_path, model, callbacks=[SeeAnew()], **options))[0]
     assert seen == {torch.bfloat16}
     full = training_logs(train(tmp_path, **{**options, "bf16": False}))[0]
     assert log["loss"] == pytest.approx(full["loss"], rel=0.02)

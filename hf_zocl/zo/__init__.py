@@ -2,15 +2,17 @@
 
 from .assignment import LayerAssignment, ParameterSplit, ZOGroup
 from .estimator import Estimate, Evaluation, Place, ZOEstimator
-from .evaluation import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
+from .evaluation import PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
 from .noise import Resolution, rounding_noise
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
 from .perturbation import Combination, Moments, Perturbation, direction_seed, draw_direction
+from .random_state import Buffers, ForwardState
 from .replay import ReplayLog, ReplaySettings
 from .streaming import StreamedPerturbation
 
 
 __all__ = [
+    "Buffers",
     "Combination",
     "Estimate",
     "Evaluation",

@@ -6,15 +6,13 @@ every perturbation of its own parameters, from layer k on; a loss is then the mo
 replayed. Several small candidates of one tower go through it as one batch.
 
 Nothing of the model is rewritten: for the length of a call, an attribute of a module (`forward`, `layers`, `weight`)
-is shadowed by another. Every loss equals that of the plain forward pass, to rounding.
+is shadowed by another. Every loss equals that of the plain forward pass, to rounding: each shortcut is compared with
+it once (see `SelfCheck`), and one that differs is switched off by name.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import random
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,8 +23,10 @@ import torch
 from torch import nn
 
 from .estimator import Point
-from .packing import PackedPrompts
+from .packing import PackedPrompts, Packing
 from .perturbation import Combination, Perturbation
+from .random_state import Buffers, ForwardState, uncounted
+from .self_check import SelfCheck, holding, without_autocast
 from .streaming import StreamedPerturbation
 
 
@@ -34,65 +34,6 @@ logger = logging.getLogger(__name__)
 
 # Elements of hidden state that a batch of candidates may always have; beyond it, as many as the largest tower has.
 MIN_BATCH_ELEMENTS = 1 << 20
-
-
-class ForwardState:
-    """What a forward pass reads and changes besides its parameters: global random generators, and a model's buffers.
-
-    The generators are torch's, Python's, and numpy's where it is loaded (SpecAugment draws its masks there).
-
-    Args:
-        device: Its generator is kept beside the CPU's.
-        buffers: For example the running statistics of batch normalisation.
-        earlier: A state of the same buffers, whose copies serve where nothing has changed since.
-    """
-
-    @torch.compiler.disable
-    def __init__(
-        self, device: torch.device, buffers: Iterable[torch.Tensor] = (), earlier: ForwardState | None = None
-    ):
-        self.device, self.buffers = device, list(buffers)
-        # Counted by torch at every change in place; comparing values would wait for the accelerator.
-        self.versions = [buffer._version for buffer in self.buffers]
-        known = [None] * len(self.buffers) if earlier is None else earlier.versions
-        self.values = [
-            earlier.values[number] if version == known[number] else self.buffers[number].clone()
-            for number, version in enumerate(self.versions)
-        ]
-        self.cpu, self.python = torch.get_rng_state(), random.getstate()
-        self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-    def now(self) -> ForwardState:
-        """The present state of the same generators and buffers."""
-        return ForwardState(self.device, self.buffers, earlier=self)
-
-    @torch.compiler.disable
-    def restore(self) -> None:
-        for number, (buffer, value) in enumerate(zip(self.buffers, self.values, strict=True)):
-            if buffer._version != self.versions[number]:
-                buffer.copy_(value)
-                self.versions[number] = buffer._version
-        torch.set_rng_state(self.cpu)
-        random.setstate(self.python)
-        if self.numpy is not None:
-            sys.modules["numpy"].random.set_state(self.numpy)
-        if self.accelerator is not None:
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
-
-    def same_buffers(self, other: ForwardState) -> bool:
-        return self.versions == other.versions
-
-    def same_random_state(self, other: ForwardState) -> bool:
-        if not torch.equal(self.cpu, other.cpu) or self.python != other.python:
-            return False
-        if self.numpy is not None and not all(map(_equal, self.numpy, other.numpy)):
-            return False
-        return self.accelerator is None or torch.equal(self.accelerator, other.accelerator)
-
-
-def _equal(some: Any, others: Any) -> bool:
-    return bool((some == others).all()) if hasattr(some, "all") else some == others
 
 
 class PlainEvaluation:
@@ -118,9 +59,6 @@ class PlainEvaluation:
         """Watch a whole forward pass at θ, such as the first-order one."""
         yield
         self.after = self.before.now()
-
-    def check(self, loss: torch.Tensor) -> None:
-        """There is no shortcut to check."""
 
     def finer(self, forward: Callable[[], torch.Tensor], *_: Any) -> PlainEvaluation:
         """The evaluation of the same micro-batch by another, finer forward pass."""
@@ -225,8 +163,14 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
     return towers
 
 
+# A shortcut: what it does, and in which tower.
+Shortcut = tuple[str, str | None]
+TOWERS, PACKING = ("the reuse of towers", None), ("the packing of prompts", "language")
+REST, LAYERS, STACKING = "weights left as they are", "the reuse of layers", "candidates side by side"
+
+
 class TowerPlan:
-    """What holds for all steps: which tower a perturbation runs, from which layer on, and whether in batches.
+    """What holds for all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
 
     Modules may say what they stand, by attributes: `couples_towers` of the model (its loss is not made of the towers'
     features alone; default: it is), `stackable` (its parameters may have a leading dimension of candidates, all of
@@ -235,26 +179,36 @@ class TowerPlan:
     Args:
         model: The model, unwrapped.
         perturbations: One per branch.
+        reduce: Averages a tensor of losses over data-parallel ranks.
+
+    Attributes:
+        used: The shortcuts that were seen to hold; None as long as none was looked at.
     """
 
-    def __init__(self, model: nn.Module, perturbations: Iterable[Perturbation]):
+    def __init__(
+        self,
+        model: nn.Module,
+        perturbations: Iterable[Perturbation],
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
+    ):
+        self.model, self.all_perturbations, self.reduce = model, list(perturbations), reduce
+        self.buffers = Buffers(model)
         self.towers = {} if getattr(model, "couples_towers", False) else find_towers(model)
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
         self.packing = Packing(model)
-        self.is_checked = False
+        self.used: set[Shortcut] | None = None
+        self.is_warned = False
         self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
         self.stacked: dict[str, list[tuple[nn.Module, str, int]] | None] = {}
         self.packable = all(
             getattr(module, "packable", True) for tower in self.towers.values() for module in tower.module.modules()
         )
         self.within_towers: set[Perturbation] = set()
-        # Of those, whose parameters the loss reads itself, and not by way of the tower alone.
-        self.read_directly: dict[Perturbation, bool] = {}
         owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 owners.setdefault(id(parameter), []).append((module, name))
-        for perturbation in perturbations:
+        for perturbation in self.all_perturbations:
             for name, tower in self.towers.items():
                 inside = {id(p) for p in tower.module.parameters()}
                 mine = [id(p) in inside for p in perturbation.parameters]
@@ -271,65 +225,28 @@ class TowerPlan:
                     self.within_towers.add(perturbation)
                     self.stacked[name] = _stackable(perturbation, tower.module, owners)
 
+    @property
+    def shortcuts(self) -> list[Shortcut]:
+        """Those that there are, the one first that the others build on."""
+        moved = [name for name, perturbation in self.perturbations.items() if perturbation is not None]
+        return [
+            TOWERS,
+            *((REST, name) for name in moved if self.perturbations[name] in self.within_towers),
+            *((LAYERS, name) for name in moved if self.first_layer[name]),
+            *([PACKING] if self.packable and PACKING[1] in moved else []),
+            *((STACKING, name) for name in moved if self.stacked.get(name) is not None),
+        ]
+
+    @property
+    def precision(self) -> float:
+        """The relative spacing of the coarsest numbers among the weights, of those in which anything is computed."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        widths = (torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1)
+        return max(widths, default=torch.finfo(torch.bfloat16).eps)
+
     def offset(self, name: str, point: Point) -> Combination | None:
         """Where the tower's parameters are at `point`: an offset, or None at θ."""
         return point.get(self.perturbations[name])
-
-
-class Packing:
-    """The packed prompts of the language tower, where they are buffers of the model and were seen to work.
-
-    A buffer stays the same from step to step, as a batch does not. Nothing is learned from earlier steps, so a run
-    that is resumed packs as one that never stopped, and gets the same rounding.
-
-    Args:
-        model: The model that the buffers are looked for in.
-    """
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._key: tuple[int, ...] | None = None
-        self._tensors: tuple[torch.Tensor, ...] = ()
-        self._values: tuple[torch.Tensor, ...] = ()
-        self._prompts: PackedPrompts | None = None
-        self._works: bool | None = None
-
-    def prompts(self, record: _TowerRecord, run: Callable[[PackedPrompts], Any]) -> PackedPrompts | None:
-        """The packed prompts of a step, or None where the tower runs them as they are.
-
-        Args:
-            record: Of the language tower, with the hidden states before its first perturbed layer.
-            run: The tower's output by way of packed prompts, where the recorded one was taken.
-        """
-        ids, mask = record.kwargs.get("input_ids"), record.kwargs.get("attention_mask")
-        if record.draws or record.hidden is None or mask is None or mask.dim() != 2:
-            return None
-        # How often each was changed in place, too. Both are kept, so that no other tensor takes their identity.
-        key = (id(ids), ids._version, id(mask), mask._version)
-        if key != self._key:
-            buffers = {id(buffer) for buffer in self._model.buffers()}
-            if not {id(ids), id(mask)} <= buffers:
-                return None
-            self._key, self._tensors = key, (ids, mask)
-            # Data-parallel wrappers write the same values into a buffer every step.
-            if not self._values or not all(map(torch.equal, self._values, self._tensors)):
-                self._values, self._prompts, self._works = (ids.clone(), mask.clone()), None, None
-        if self._works is False:
-            return None
-        if self._prompts is None:
-            self._prompts = PackedPrompts(ids, mask)
-        if not self._prompts.is_worthwhile:
-            return None
-        if self._works is None:
-            self._works = _is_close(run(self._prompts), next(iter(record.outputs.values())))
-        return self._prompts if self._works else None
-
-
-def _is_close(output: Any, expected: Any) -> bool:
-    """Equal up to rounding in the precision of the features; a tower that is not causal is far from it."""
-    mine, theirs = output["pooler_output"], expected["pooler_output"]
-    error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
-    return error.item() < min(10 * torch.finfo(theirs.dtype).eps ** 0.75, 0.05)
 
 
 def _stackable(
@@ -386,6 +303,7 @@ class TowerEvaluation:
         batch_candidates: Whether candidates may go through a tower as one batch.
         reuse_layers: Whether the layers below the first perturbed one may be skipped.
         pack_prompts: Whether prompts that begin alike may share their beginning.
+        used: The shortcuts to take; default: those of the plan, each seen to hold before any is taken.
     """
 
     def __init__(
@@ -397,9 +315,11 @@ class TowerEvaluation:
         batch_candidates: bool = True,
         reuse_layers: bool = True,
         pack_prompts: bool = True,
+        used: Collection[Shortcut] | None = None,
     ):
         self.plan, self.forward, self.before, self.context = plan, forward, before, context
         self.batch_candidates, self.reuse_layers, self.pack_prompts = batch_candidates, reuse_layers, pack_prompts
+        self._own_used = used
         self.records = {name: _TowerRecord() for name in plan.towers}
         self.after: ForwardState | None = None
         self.plain: PlainEvaluation | None = None
@@ -447,46 +367,58 @@ class TowerEvaluation:
             self.before.restore()
             with at(point), self._watching(point):
                 losses.append(self.forward())
-            self.check(losses[0], point)
+        if self.plain is None and self._used is None:
+            self._check_shortcuts()
         if self.plain is not None:
             return losses + self.plain.losses(points)
         for name in self.records:
             self._run_tower(name, dict.fromkeys(self.plan.offset(name, point) for point in points))
-        self._see_what_is_read(points)
         return losses + [self._combine(point) for point in points]
 
-    def check(self, loss: torch.Tensor, point: Point | None = None) -> None:
-        """See once whether replayed towers give the loss of the recorded pass; if not, passes are full from then on.
+    @property
+    def _used(self) -> Collection[Shortcut] | None:
+        return self.plan.used if self._own_used is None else self._own_used
 
-        A model that looks like a dual encoder may read more of its towers than their pooled features.
+    def _uses(self, shortcut: Shortcut) -> bool:
+        """Whether a shortcut is taken; as long as it is not known, what it needs is recorded."""
+        return self._used is None or shortcut in self._used
+
+    def _check_shortcuts(self) -> None:
+        """See once a training which shortcuts hold; where nothing can be seen, this micro-batch does without any.
+
+        In float32, where rounding hides the least. It leaves no trace: parameters, buffers and random numbers are as
+        they were, and what a model counts of its passes is not counted.
         """
-        if self.plan.is_checked or self.plain is not None:
-            return
-        self.plan.is_checked = True
-        try:
-            replayed, why = self._combine(point or {}), "another loss"
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            replayed, why = None, f"{type(error).__name__}: {error}"
-        if replayed is None or not torch.allclose(replayed.float(), loss.float(), rtol=1e-2, atol=1e-4):
-            logger.warning(f"The towers of this model cannot be replayed ({why}): every loss is a full forward pass.")
-            self.plan.towers, self.plain = {}, self._plain_evaluation()
+        plan, state = self.plan, self.before.now()
+        with uncounted(plan.model), without_autocast(self.before.device.type):
+            check = SelfCheck(PlainEvaluation(self.forward, self.before).losses, plan.precision, plan.reduce)
+            check.look(plan.all_perturbations)
+            faults = {}
+            if check.is_seen:
+                plan.used, faults = holding(plan.shortcuts, lambda used: check.fault(self._by(used)))
+        state.restore()
+        if not check.is_seen and not plan.is_warned:
+            plan.is_warned = True
+            logger.warning(
+                "The loss does not change with the weights by more than its rounding, so shortcuts cannot be compared "
+                "with full forward passes: these are taken until it does."
+            )
+        for (what, tower), fault in faults.items():
+            logger.warning(
+                f"Switched off: {what}{f' ({tower} tower)' if tower else ''}, for {fault}."
+                + (" Every loss is a full forward pass." if (what, tower) == TOWERS else "")
+            )
+        if TOWERS in faults:
+            plan.towers = {}
+        if not plan.used:
+            self.plain = self._plain_evaluation()
 
-    def _see_what_is_read(self, points: Sequence[Point]) -> None:
-        """See once whether the loss reads the parameters of a tower itself, as a penalty on the weights does (EWC).
-
-        Then they are moved while the towers are replayed. The features are those of finite parameters, so that with
-        NaN in their place only a loss that reads them is NaN, however small its part is at this step.
-        """
-        for perturbation in self.plan.within_towers - self.plan.read_directly.keys():
-            point = next((point for point in points if perturbation in point), {})
-            if not point:
-                continue
-            is_tangent = point[perturbation].is_tangent  # of a moment, and no place to put a NaN
-            self.plan.read_directly[perturbation] = is_tangent
-            if not is_tangent:
-                with perturbation.at(point[perturbation].scaled(math.nan)):
-                    loss = self._combine(point)
-                self.plan.read_directly[perturbation] = not bool(loss.isfinite())
+    def _by(self, used: Collection[Shortcut]) -> Callable[[Sequence[Point]], list[torch.Tensor]]:
+        """Losses by some shortcuts alone."""
+        options = self.batch_candidates, self.reuse_layers, self.pack_prompts
+        return lambda points: TowerEvaluation(
+            self.plan, self.forward, self.before, self.context, *options, used=used
+        ).losses(points)
 
     def _plain_evaluation(self) -> PlainEvaluation:
         return PlainEvaluation(self.forward, self.before, self.after)
@@ -540,9 +472,13 @@ class TowerEvaluation:
         first = self.plan.first_layer[name]
         if first is None or not self.reuse_layers:
             return False
+        if first > 0:
+            return self._uses((LAYERS, name))
         config = getattr(self.plan.towers[name].module, "config", None)
-        is_packable = name == "language" and getattr(config, "_attn_implementation", None) == "sdpa"
-        return first > 0 or (is_packable and self.pack_prompts and self.plan.packable)
+        return self._packs(name) and getattr(config, "_attn_implementation", None) == "sdpa"
+
+    def _packs(self, name: str) -> bool:
+        return name == PACKING[1] and self.pack_prompts and self.plan.packable and self._uses(PACKING)
 
     @contextmanager
     def _layers(self, tower: Tower, inserted: Callable, skip: int) -> Iterator[None]:
@@ -563,10 +499,10 @@ class TowerEvaluation:
             record.outputs[None] = self._tower_output(name)
         if not missing:
             return
-        can_pack = name == "language" and self.pack_prompts and self.plan.packable and record.outputs
-        if can_pack and not record.has_asked_for_packing:
+        if not record.has_asked_for_packing and self._packs(name) and self._keeps_hidden(name) and not record.draws:
             record.has_asked_for_packing = True
-            record.packed = self.plan.packing.prompts(record, lambda packed: self._recorded_again(name, packed))
+            kwargs = record.kwargs if record.hidden is not None else {}
+            record.packed = self.plan.packing.prompts(kwargs.get("input_ids"), kwargs.get("attention_mask"))
         size = self._batch_size(name, len(missing))
         for first in range(0, len(missing), size):
             chunk = missing[first : first + size]
@@ -575,29 +511,13 @@ class TowerEvaluation:
                     record.outputs[chunk[0]] = self._tower_output(name)
                 continue
             outputs = self._stacked_outputs(name, chunk)
-            if outputs is None:
-                return self._run_tower(name, missing)
             record.outputs.update(zip(chunk, outputs, strict=True))
 
-    def _stacked_outputs(self, name: str, offsets: Sequence[Combination]) -> list[Any] | None:
-        """The tower's output at every offset by one pass, of a copy of the batch for each.
-
-        None where the tower cannot hold the candidates' weights side by side; it is not tried again.
-        """
-        try:
-            with self._stacked(name, self.plan.perturbations[name].stack(offsets)):
-                output = self._tower_output(name, copies=len(offsets))
-        except (RuntimeError, TypeError) as error:
-            logger.warning(f"Candidates cannot go through the {name} tower as one batch ({error}): one by one.")
-            self.plan.stacked[name] = None
-            return None
+    def _stacked_outputs(self, name: str, offsets: Sequence[Combination]) -> list[Any]:
+        """The tower's output at every offset by one pass, of a copy of the batch for each."""
+        with self._stacked(name, self.plan.perturbations[name].stack(offsets)):
+            output = self._tower_output(name, copies=len(offsets))
         return _split(output, len(offsets))
-
-    def _recorded_again(self, name: str, packed: PackedPrompts) -> Any:
-        """The output where the record was taken, by way of packed prompts."""
-        offset = next(iter(self.records[name].outputs))
-        with nullcontext() if offset is None else self.plan.perturbations[name].at(offset):
-            return self._tower_output(name, packed=packed)
 
     def _batch_size(self, name: str, count: int) -> int:
         """How many candidates go through the tower at once: so many that no more memory is used than elsewhere.
@@ -606,9 +526,7 @@ class TowerEvaluation:
         random numbers are drawn, candidates go one by one, under the same masks.
         """
         record = self.records[name]
-        if count < 2 or not self.batch_candidates or self.plan.stacked.get(name) is None or not record.elements:
-            return 1
-        if record.draws:
+        if count < 2 or not self.batch_candidates or not self._stacks(name) or not record.elements or record.draws:
             return 1
         budget = max(MIN_BATCH_ELEMENTS, *(other.elements for other in self.records.values()))
         elements = record.elements
@@ -616,11 +534,14 @@ class TowerEvaluation:
             elements = record.packed.index.numel() * record.hidden.shape[-1]
         return max(1, budget // (elements + len(self.plan.perturbations[name])))
 
-    def _tower_output(self, name: str, copies: int = 1, packed: PackedPrompts | None = None) -> Any:
+    def _stacks(self, name: str) -> bool:
+        return self.plan.stacked.get(name) is not None and self._uses((STACKING, name))
+
+    def _tower_output(self, name: str, copies: int = 1) -> Any:
         """Run a tower on its recorded inputs, from the first perturbed layer on where that is possible."""
         tower, record = self.plan.towers[name], self.records[name]
-        kwargs, hidden, rows = record.kwargs, record.hidden, _rows((record.args, record.kwargs))
-        packed = packed or record.packed
+        kwargs, rows, packed = record.kwargs, _rows((record.args, record.kwargs)), record.packed
+        hidden = record.hidden if self._keeps_hidden(name) else None
         if packed is not None:
             kwargs = {**kwargs, "input_ids": packed.pack(kwargs["input_ids"]), "attention_mask": packed.mask}
             hidden, rows = packed.pack(hidden), len(packed.index)
@@ -655,8 +576,8 @@ class TowerEvaluation:
         Parameters outside the towers, such as a projection's, and those that the loss reads itself are where the point
         says.
         """
-        read, within = self.plan.read_directly, self.plan.within_towers
-        outside = {p: offset for p, offset in point.items() if p not in within or read.get(p, True)}
+        resting = {p for name, p in self.plan.perturbations.items() if self._uses((REST, name))}
+        outside = {p: offset for p, offset in point.items() if p not in resting & self.plan.within_towers}
         if self.draws:
             self.before.restore()
         with ExitStack() as stack:
@@ -740,11 +661,18 @@ def _pooled(output: Any) -> Any:
     """What a dual encoder reads of its tower's output: the pooled features; the hidden states would fill memory."""
     features = output["pooler_output"]
     # `detach` would also take a tangent away.
-    return type(output)(pooler_output=features.detach() if features.requires_grad else features)
+    return _with_features(output, features.detach() if features.requires_grad else features)
+
+
+def _with_features(output: Any, features: torch.Tensor) -> Any:
+    """Pooled features alone, as an output; at their place, for some models read it by number."""
+    states = output.get("last_hidden_state")
+    stand_in = {} if states is None else {"last_hidden_state": torch.empty(states.shape, device="meta")}
+    return type(output)(**stand_in, pooler_output=features)
 
 
 def _wide(output: Any) -> Any:
-    return type(output)(pooler_output=_widened(output["pooler_output"]))
+    return _with_features(output, _widened(output["pooler_output"]))
 
 
 def _widened(tensor: torch.Tensor) -> torch.Tensor:
@@ -752,7 +680,7 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _split(output: Any, parts: int) -> list[Any]:
-    return [type(output)(pooler_output=piece) for piece in output["pooler_output"].chunk(parts)]
+    return [_with_features(output, piece) for piece in output["pooler_output"].chunk(parts)]
 
 
 def _rows(value: Any) -> int | None:

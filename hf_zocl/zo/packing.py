@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 
 # Attention grows with the square of a row's length; about here a longer row stops paying.
@@ -62,3 +63,43 @@ class PackedPrompts:
         """The state of every prompt's last token: `(copies · rows, row tokens, d)` → `(copies · prompts, d)`."""
         flat = states.reshape(copies, -1, states.shape[-1])
         return flat[:, self.last].flatten(0, 1)
+
+
+class Packing:
+    """The packed prompts of a tower, where its prompts are buffers of the model.
+
+    A buffer stays the same from step to step, as a batch does not. Nothing is learned from earlier steps, so a run
+    that is resumed packs as one that never stopped, and gets the same rounding.
+
+    Args:
+        model: The model that the buffers are looked for in.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._key: tuple[int, ...] | None = None
+        self._tensors: tuple[torch.Tensor, ...] = ()
+        self._values: tuple[torch.Tensor, ...] = ()
+        self._prompts: PackedPrompts | None = None
+
+    def prompts(self, ids: torch.Tensor | None, mask: torch.Tensor | None) -> PackedPrompts | None:
+        """The packed prompts, or None where the tower should run them as they are."""
+        if ids is None or mask is None or mask.dim() != 2:
+            return None
+        # How often each was changed in place, too. Both are kept, so that no other tensor takes their identity.
+        key = (id(ids), ids._version, id(mask), mask._version)
+        if key != self._key:
+            buffers = {id(buffer) for buffer in self._model.buffers()}
+            if not {id(ids), id(mask)} <= buffers:
+                return None
+            self._key, self._tensors = key, (ids, mask)
+            # Data-parallel wrappers write the same values into a buffer every step.
+            if not self._values or not all(map(torch.equal, self._values, self._tensors)):
+                self._values = (ids.clone(), mask.clone())
+                self._prompts = PackedPrompts(ids, mask) if _is_padded_on_the_right(mask) else None
+        return self._prompts if self._prompts is not None and self._prompts.is_worthwhile else None
+
+
+def _is_padded_on_the_right(mask: torch.Tensor) -> bool:
+    mask = mask.long()
+    return bool(mask[:, 0].all()) and torch.equal(mask, mask.cumprod(dim=1))

@@ -1,0 +1,245 @@
+"""What a forward pass reads and changes besides its parameters: random generators, and a model's buffers."""
+
+from __future__ import annotations
+
+import random
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+# Of a buffer of up to so many bytes (statistics, counters, masks), a copy costs nothing.
+SMALL_BYTES = 1 << 20
+
+
+class Buffers:
+    """A model's buffers, and which of them a forward pass changes. Made once a training.
+
+    Small ones are copied always. Large ones are quantised weights as a rule, which a pass leaves alone, and a copy
+    would double the model's memory: of these, what a pass was seen to change is copied, such as a queue of features.
+
+    Args:
+        source: The model; or its buffers, if they stay the same objects.
+    """
+
+    def __init__(self, source: nn.Module | Iterable[torch.Tensor] = ()):
+        self._model = source if isinstance(source, nn.Module) else _holder(source)
+        self.changing: set[str] = set()
+        self.is_watched = False
+        self._checksums: dict[str, tuple[weakref.ref[torch.Tensor], int, int | None]] = {}
+
+    def places(self) -> dict[str, tuple[nn.Module, str]]:
+        """The module that holds each buffer, and its name there, by its full name."""
+        modules = [(f"{path}." if path else "", module) for path, module in self._model.named_modules()]
+        return {prefix + name: (module, name) for prefix, module in modules for name in module._buffers}
+
+    def is_copied(self, name: str, tensor: torch.Tensor) -> bool:
+        return tensor.nbytes <= SMALL_BYTES or name in self.changing
+
+    def watch(self, device: torch.device, run: Callable[[], Any]) -> None:
+        """Find out by a forward pass, `run`, which buffers it changes; whatever it changes is put back.
+
+        Small integers, such as a model's positions, are not worth a pass.
+        """
+        state = ForwardState(device, self)
+        self.is_watched = True
+        if all(name in state.values and not t.is_floating_point() for name, t in state.tensors.items()):
+            return
+        with _CopyBeforeWriting(state.tensors) as copies, uncounted(self._model):
+            run()
+        self.changing.update(copies)
+        state.values.update(copies)
+        state.restore()
+        for name in state.tensors.keys() - state.values.keys():
+            self.checksum(name, state.tensors[name])
+
+    def checksum(self, name: str, tensor: torch.Tensor) -> int | None:
+        """Of a large buffer that is not copied; None before it is known which are changed."""
+        if not self.is_watched:
+            return None
+        known, version, checksum = self._checksums.get(name, (lambda: None, 0, None))
+        if known() is not tensor or version != tensor._version:
+            checksum = _checksum(tensor)
+            self._checksums[name] = (weakref.ref(tensor), tensor._version, checksum)
+        return checksum
+
+
+class ForwardState:
+    """The random generators, and a model's buffers, as they are now.
+
+    The generators are torch's, Python's, and numpy's where it is loaded (SpecAugment draws its masks there). Of the
+    buffers there is a copy of every small one, and of those large ones that a pass changes (see `Buffers`).
+
+    Args:
+        device: Its generator is kept beside the CPU's.
+        buffers: A model's `Buffers`, or the buffers themselves: for example running statistics of batch normalisation.
+        earlier: A state of the same buffers, whose copies serve where nothing has changed since.
+    """
+
+    @torch.compiler.disable
+    def __init__(
+        self,
+        device: torch.device,
+        buffers: Buffers | Iterable[torch.Tensor] = (),
+        earlier: ForwardState | None = None,
+    ):
+        self.device = device
+        self.buffers = buffers if isinstance(buffers, Buffers) else Buffers(buffers)
+        self.places = self.buffers.places() if earlier is None else earlier.places
+        present = {name: module._buffers.get(key) for name, (module, key) in self.places.items()}
+        self.tensors = {name: tensor for name, tensor in present.items() if tensor is not None}
+        # A module that replaces a buffer may say in an attribute that it has.
+        self.attributes = {module: _plain_attributes(module) for module, _ in self.places.values()}
+        # Counted by torch at every change in place; comparing values would wait for the accelerator.
+        self.versions = {name: tensor._version for name, tensor in self.tensors.items()}
+        self.values: dict[str, torch.Tensor] = {}
+        self.checksums: dict[str, int | None] = {}
+        for name, tensor in self.tensors.items():
+            if not self.buffers.is_copied(name, tensor):
+                self.checksums[name] = self.buffers.checksum(name, tensor)
+            elif earlier is not None and self._same_buffer(name, earlier):
+                self.values[name] = earlier.values[name]
+            else:
+                self.values[name] = tensor.clone()
+        self.cpu, self.python = torch.get_rng_state(), random.getstate()
+        self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+    def now(self) -> ForwardState:
+        """The present state of the same generators and buffers."""
+        return ForwardState(self.device, self.buffers, earlier=self)
+
+    @torch.compiler.disable
+    def restore(self) -> None:
+        for name, (module, key) in self.places.items():
+            tensor = self.tensors.get(name)
+            if module._buffers.get(key) is not tensor:  # a pass has put another in its place
+                module._buffers[key] = tensor
+                vars(module).update(self.attributes[module])
+            if tensor is None or (tensor._version == self.versions[name] and name not in self.buffers.changing):
+                continue
+            if name in self.values:
+                tensor.copy_(self.values[name])
+            else:
+                self._see_that_it_holds_the_same(name, tensor)
+            self.versions[name] = tensor._version
+        torch.set_rng_state(self.cpu)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+        if self.accelerator is not None:
+            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+
+    def _see_that_it_holds_the_same(self, name: str, tensor: torch.Tensor) -> None:
+        """Of a large buffer that was written to: a broadcast among processes writes what was there."""
+        checksum = self.checksums[name]
+        if checksum is None or self.buffers.checksum(name, tensor) != checksum:
+            raise RuntimeError(
+                f"The buffer {name} ({tuple(tensor.shape)}, {tensor.nbytes >> 20} MB) was changed by a "
+                "forward pass, but not by the first one: it was not copied, and cannot be put back for the passes "
+                "that are compared. Have the model change it in every forward pass, or in none."
+            )
+
+    def same_buffers(self, other: ForwardState) -> bool:
+        return self.tensors.keys() == other.tensors.keys() and all(
+            self._same_buffer(name, other) for name in self.tensors
+        )
+
+    def _same_buffer(self, name: str, other: ForwardState) -> bool:
+        is_same = self.tensors[name] is other.tensors.get(name) and self.versions[name] == other.versions[name]
+        # What is written through `.data` is not counted.
+        return is_same and name not in self.buffers.changing
+
+    def same_random_state(self, other: ForwardState) -> bool:
+        if not torch.equal(self.cpu, other.cpu) or self.python != other.python:
+            return False
+        if self.numpy is not None and not all(map(_equal, self.numpy, other.numpy)):
+            return False
+        return self.accelerator is None or torch.equal(self.accelerator, other.accelerator)
+
+
+@contextmanager
+def uncounted(model: nn.Module | None) -> Iterator[None]:
+    """Inside, a model that counts what its forward passes do (`training_state`) counts nothing."""
+    counts = model.training_state() if hasattr(model, "training_state") else None
+    try:
+        yield
+    finally:
+        if counts is not None:
+            model.load_training_state(counts)
+
+
+class _CopyBeforeWriting(TorchDispatchMode):
+    """Copies a tensor just before the first operation that writes to it; entering it gives the copies, by name."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        super().__init__()
+        self._tensors, self._copies = tensors, {}
+        self._names: dict[int | None, list[str]] = {}
+        for name, tensor in tensors.items():
+            self._names.setdefault(_address(tensor), []).append(name)
+
+    def __enter__(self) -> dict[str, torch.Tensor]:
+        super().__enter__()
+        return self._copies
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        for number, argument in enumerate(schema.arguments if schema is not None else ()):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given = args[number] if number < len(args) else kwargs.get(argument.name)
+                for tensor in given if isinstance(given, (list, tuple)) else [given]:
+                    self._keep(tensor)
+        return func(*args, **kwargs)
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, torch.Tensor):
+            for name in self._names.get(_address(tensor), ()):
+                if name not in self._copies:
+                    self._copies[name] = self._tensors[name].clone()
+
+
+def _address(tensor: torch.Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # a quantised tensor may be made of others
+        return None
+
+
+def _checksum(tensor: torch.Tensor) -> int | None:
+    """A number that another content, or the same in another order, does not give; None if it cannot be read so."""
+    try:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    except (RuntimeError, NotImplementedError):
+        return None
+    whole = len(data) // 8 * 8 if data.storage_offset() % 8 == 0 else 0
+    total = torch.zeros((), dtype=torch.int64, device=data.device)
+    for piece in (data[:whole].view(torch.int64), data[whole:]):
+        for chunk in piece.split(1 << 20):
+            weights = 2 * torch.arange(len(chunk), dtype=torch.int64, device=data.device) + 1
+            total = total * 31 + (chunk * weights).sum()
+    return int(total)
+
+
+def _holder(tensors: Iterable[torch.Tensor]) -> nn.Module:
+    module = nn.Module()
+    for number, tensor in enumerate(tensors):
+        module.register_buffer(str(number), tensor)
+    return module
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, type(None)))}
+
+
+def _equal(some: Any, others: Any) -> bool:
+    return bool((some == others).all()) if hasattr(some, "all") else some == others

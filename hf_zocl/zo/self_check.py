@@ -1,0 +1,169 @@
+"""Whether a cheaper way to a loss gives the differences that plain passes give: seen before it is used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from .estimator import Point
+from .perturbation import Combination, Perturbation, direction_seed
+
+
+# A perturbation grows from ε by these, until the loss changes by so much of itself, and so many times its noise.
+SIZES = tuple(4.0**power for power in range(7))
+SEEN_PART, SEEN_NOISES = 5e-3, 3e4
+# A shortcut's loss is another where it is off by so much of the change, and so many times the noise.
+FAULT_PART, FAULT_NOISES = 3e-4, 10
+# Where less than this part of the change would go unnoticed, something is seen at all.
+NOTICED_PART = 0.1
+
+Losses = Callable[[Sequence[Point]], Sequence[torch.Tensor]]
+Key = TypeVar("Key")
+
+
+@dataclass
+class SelfCheck:
+    """Losses by plain passes, where perturbations are so large that they are seen; a shortcut's are held against them.
+
+    A fault of a shortcut grows with the perturbation, as the differences of losses do; the rounding noise does not. So
+    a part of a loss that only plain passes see is noticed where it makes more than 0.03 % of a difference.
+
+    Attributes:
+        plain: Gives the losses at points by plain passes.
+        precision: The relative spacing of the coarsest numbers among the model's weights.
+        reduce: Averages a tensor of losses over data-parallel ranks, so that all of them find the same.
+        points: Where losses are compared.
+        is_seen: Whether every perturbation changes the loss by so much that something can be said.
+    """
+
+    plain: Losses
+    precision: float
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+    points: list[Point] = field(default_factory=list)
+    is_seen: bool = True
+    _expected: list[float] = field(default_factory=list)
+    _tolerance: list[float] = field(default_factory=list)
+
+    def look(self, perturbations: Collection[Perturbation]) -> None:
+        """Find for every perturbation a size at which it is seen, and take the plain losses there."""
+        base = self._losses(self.plain, [{}])[0]
+        noises, halves = [], {}
+        for perturbation in perturbations:
+            size, loss, noise = self._seen(perturbation, base)
+            tolerance = max(FAULT_PART * abs(loss - base), FAULT_NOISES * noise)
+            if not tolerance < NOTICED_PART * abs(loss - base):
+                self.is_seen = False
+                return
+            noises.append(noise)
+            halves[perturbation] = _offset(perturbation, size / 2)
+            self._add([{perturbation: _offset(perturbation, size)}], [loss], tolerance)
+            self._add([{perturbation: halves[perturbation]}], None, tolerance)
+        if len(halves) > 1:
+            self._add([halves], None, max(self._tolerance))
+        # Twice: a shortcut takes the first of all passes in full.
+        self.points[:0], self._expected[:0] = [{}, {}], [base, base]
+        self._tolerance[:0] = [FAULT_NOISES * max(noises)] * 2
+
+    def fault(self, evaluate: Losses) -> str | None:
+        """What is wrong with the losses that `evaluate` gives; None if nothing is."""
+        try:
+            found = self._losses(evaluate, self.points)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        for mine, expected, tolerance in zip(found, self._expected, self._tolerance, strict=True):
+            if not abs(mine - expected) <= tolerance:
+                base = self._expected[0]
+                return f"a loss changes by {mine - base:.5g} where a plain pass has {expected - base:.5g}"
+        return None
+
+    def _add(self, points: list[Point], losses: list[float] | None, tolerance: float) -> None:
+        self.points += points
+        self._expected += self._losses(self.plain, points) if losses is None else losses
+        self._tolerance += [tolerance] * len(points)
+
+    def _losses(self, evaluate: Losses, points: Sequence[Point]) -> list[float]:
+        losses = torch.stack(list(evaluate(points)))
+        self._rounding = torch.finfo(losses.dtype).eps
+        return self.reduce(losses.to(torch.promote_types(losses.dtype, torch.float32))).tolist()
+
+    def _seen(self, perturbation: Perturbation, base: float) -> tuple[float, float, float]:
+        """The size at which the perturbation is seen best, or the largest with a finite loss; that loss, its noise."""
+        size, loss, seen = 0.0, base, []
+        for larger in SIZES:
+            try:
+                (found,) = self._losses(self.plain, [{perturbation: _offset(perturbation, larger)}])
+                change = abs(found - base)
+                if not math.isfinite(change):
+                    break
+                size, loss = larger, found
+                if change > SEEN_PART * abs(base):
+                    seen.append((size, loss, self._noise(perturbation, size, loss)))
+            except Exception:
+                if larger == SIZES[0]:
+                    raise
+                break  # a loss may refuse weights that make no sense
+            if seen and change > SEEN_NOISES * seen[-1][2]:
+                break
+        if not seen:
+            return size, loss, self._noise(perturbation, size, loss) if loss != base else 0.0
+        return max(seen, key=lambda found: abs(found[1] - base) / (found[2] or math.inf))
+
+    def _noise(self, perturbation: Perturbation, size: float, loss: float) -> float:
+        """How far rounding throws the loss: what is left of its changes over tiny steps without their trend."""
+        steps = [size * (1 + 8 * self.precision * number) for number in (1, 2, 3)]
+        near = self._losses(self.plain, [{perturbation: _offset(perturbation, step)} for step in steps])
+        bends = torch.tensor([loss, *near], dtype=torch.float64).diff(n=2).abs() / math.sqrt(6)
+        return max(float(bends.max()), self._rounding * abs(loss))
+
+
+def _offset(perturbation: Perturbation, size: float) -> Combination:
+    return perturbation.query(direction_seed(0, 0, 0, 0)).scaled(size)
+
+
+def holding(keys: Sequence[Key], fault: Callable[[Collection[Key]], str | None]) -> tuple[set[Key], Mapping[Key, str]]:
+    """Those shortcuts that hold, and what is wrong with each of the others.
+
+    Args:
+        keys: The shortcuts; the first is what the others build on.
+        fault: What is wrong with the losses by some of them together.
+    """
+    if fault(keys) is None:
+        return set(keys), {}
+    used: list[Key] = []
+    faults: dict[Key, str] = {}
+    for key in keys:
+        found = fault([*used, key])
+        if found is None:
+            used.append(key)
+            continue
+        faults[key] = found
+        if not used:
+            break
+    return set(used), faults
+
+
+@contextmanager
+def without_autocast(device_type: str) -> Iterator[None]:
+    """Inside, no autocast is on: neither one around this block, nor one that is entered within it."""
+    enter = torch.autocast.__enter__
+
+    def enter_disabled(context: torch.autocast):
+        enabled, context._enabled = context._enabled, False
+        try:
+            return enter(context)
+        finally:
+            context._enabled = enabled
+
+    with torch.autocast(device_type, enabled=False):
+        torch.autocast.__enter__ = enter_disabled
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__ = enter
