@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from transformers import AutoProcessor, CLIPModel, TrainerCallback
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl.data_parallel import leave_process_group
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import sample_path
@@ -292,4 +293,4 @@ if __name__ == "__main__":
     found = measure(counting)
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    dist.destroy_process_group()
+    leave_process_group()

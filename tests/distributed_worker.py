@@ -21,6 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_d
 
 from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.data_parallel import leave_process_group
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
 from tests.helpers import image_examples, mini_clip_classifier
 
@@ -268,7 +269,7 @@ def main() -> None:
         results["stream"] = run_stream(folder / f"run-of-rank-{rank}")
     if rank == 0:
         torch.save(results, folder / "results.pt")
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":
