@@ -105,6 +105,8 @@ class ContinualTaskScheduler:
                 "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that "
                 "follows: leave them off; bf16 or fp16 is in force while the scheduler evaluates, too."
             )
+        if args.label_names not in (None, ["labels"]):
+            raise ValueError(f"label_names={args.label_names}: a batch's labels are called labels; leave it out.")
         if args.prediction_loss_only:
             raise ValueError("prediction_loss_only=True leaves no predictions to measure: expected False.")
         self.model, self.processor, self.stream, self.args = model, processor, stream, args

@@ -30,7 +30,7 @@ def save(folder: Path, column: str = "img", splits=("train", "test"), images: in
     columns = {name: [row % feature.num_classes for row in range(count)] for name, feature in labels.items()}
     (folder / "data").mkdir(parents=True)
     for number, name in enumerate(splits):
-        images_ = {column: [PILImage.new("RGB", (2, 2), (number, 0, 0))] * count}
+        images_ = {column: [PILImage.new("RGB", (2, 2), (number, row % 256, row // 256)) for row in range(count)]}
         data = Dataset.from_dict({**images_, **columns}, features=Features({column: Image(), **labels}))
         data.to_parquet(str(folder / "data" / f"{name}-00000-of-00001.parquet"))
     return folder

@@ -559,12 +559,14 @@ before = peak()
 rows = 1_000_000
 features = Features({"image": Image(), "label": ClassLabel(num_classes=1000)})
 # Every image is made when it is asked for: its path names it, and there is no such file.
-paths = pa.array([f"lazy://{row}.png" for row in range(rows)])
-images = pa.StructArray.from_arrays([pa.nulls(rows, pa.binary()), paths], names=["bytes", "path"])
 labels = np.random.default_rng(0).integers(0, 1000, rows)
-split = Dataset(pa.table({"image": images, "label": labels}, schema=features.arrow_schema))
+def split(name):
+    paths = pa.array([f"{name}://{row}.png" for row in range(rows)])
+    images = pa.StructArray.from_arrays([pa.nulls(rows, pa.binary()), paths], names=["bytes", "path"])
+    return Dataset(pa.table({"image": images, "label": labels}, schema=features.arrow_schema))
+data = DatasetDict(train=split("train"), test=split("test"))
 started = time.process_time()
-stream = TaskStream.from_dataset(DatasetDict(train=split, test=split), increment=100, max_test_images_per_class=50)
+stream = TaskStream.from_dataset(data, increment=100, max_test_images_per_class=50)
 seconds = time.process_time() - started
 assert sum(len(task.train) for task in stream) == rows
 assert len(stream.evaluations(10)[0].test) == 50_000

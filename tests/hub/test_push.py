@@ -145,7 +145,9 @@ def test_each_task_is_a_commit_and_a_tag(client, hub, run):
 def test_a_revision_holds_the_tasks_checkpoint_and_nothing_else(client, hub, run):
     (run / "task-01" / "chat_template_of_task_one.jinja").write_text("{}")
     seal_task_checkpoint(run / "task-01")
+    (run / "task-01" / "notes_of_the_user.json").write_text("{}")
     push_all(run)
+    (run / "task-01" / "notes_of_the_user.json").unlink()
     for name in TASKS:
         there = set(hub.repository(REPO).files(name)) - {".gitattributes"}
         here = {path.relative_to(run / name).as_posix() for path in (run / name).rglob("*") if path.is_file()}
