@@ -50,6 +50,7 @@ from transformers import CLIPModel, CLIPProcessor
 from wordnet import ClassTree
 from words import cached_embeddings
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.sample import sample_path
 from hf_zocl.sample.pretraining import pretraining_rows
 
@@ -367,7 +368,7 @@ def export(run: Pretraining, model: CLIPModel) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, required=True, help="tiny-imagenet-32: a dataset folder with class_order.json")
     add("--cifar10", type=Path, required=True, help="a CIFAR-10 dataset folder, for measuring alone")
@@ -397,6 +398,7 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+@command
 def main() -> None:
     args = parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
