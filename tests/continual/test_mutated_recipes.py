@@ -20,7 +20,6 @@ from hf_zocl.training_args import ZOCLTrainingArguments
 from hf_zocl.zo.assignment import BRANCHES
 from hf_zocl.zo.estimator import ESTIMATORS
 from hf_zocl.zo.optimizer import ZO_OPTIMIZERS
-from hf_zocl.zo.perturbation import DIRECTIONS
 
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "quickstart.yaml"
@@ -40,6 +39,7 @@ LEFT_ALONE = {
     *("output_dir", "push_to_hub", "deepspeed", "fsdp", "fsdp_config", "report_to", "log_level", "log_level_replica"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode", "dataloader_num_workers", "use_liger_kernel"),
     *("dataset_name", "datasets", "model_name_or_path", "seeds", "num_seeds", "full_determinism", "disable_tqdm"),
+    "merge_into",
 }
 ARGUMENTS = sorted(
     {
@@ -68,7 +68,9 @@ WORDS = {
     "zo_layers": ("all", "hop-odd", "suffix-2", "2"),
     "zo_estimator": ESTIMATORS,
     "zo_optim": ZO_OPTIMIZERS,
-    "zo_direction": DIRECTIONS,
+    "zo_queries": ("1", "2", "vision=1,language=2", "{vision: 1}"),
+    "zo_eps": ("auto", "1e-2", "vision=auto,language=1e-3"),
+    "zo_learning_rate": ("1e-3", "{vision: 1e-4, language: 1e-3}"),
     "adapter": ("lora", "moe"),
     "scenario": ("class", "task"),
     "learning": LEARNING,
