@@ -77,7 +77,9 @@ def test_what_defines_a_run_is_compared(tmp_path, changes):
 
 
 # Where a run lies, how it is watched, how it is kept safe, and how fast it is.
-FREE = {"dataset_path", "image_cache_gb", "seeds", "num_seeds", "vary_class_order", "resume"}
+FREE = {
+    *("dataset_path", "image_cache_gb", "seeds", "num_seeds", "vary_class_order", "resume", "overwrite_output_dir"),
+}
 
 
 def test_every_argument_of_this_package_defines_the_run_or_is_known_not_to():
