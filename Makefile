@@ -30,8 +30,8 @@ train: $(VENV)/installed  ## learn the embedded sample's five tasks, or go on wi
 test: $(VENV)/installed  ## the tests, without the slow ones, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
-test-slow: $(VENV)/installed  ## the slow tests
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/installed  ## the slow tests, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(CORES) --dist worksteal
 
 check: $(VENV)/installed  ## lint, format and the import floors
 	$(BIN)/ruff check .
