@@ -128,7 +128,7 @@ class ZOCLTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         # Those that are read here may be given in several ways; HfArgumentParser gives None for `debug`.
-        check_fields(self, but=("zo_layers", "debug", *PER_TOWER, "zo_eps_vision", "zo_eps_language"))
+        check_fields(self, but=("zo_layers", "debug", "fsdp", *PER_TOWER, "zo_eps_vision", "zo_eps_language"))
         check_ranges(self)
         self.zo_layers = parse_layers(self.zo_layers)
         LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from hf_zocl import ZOCLTrainer
-from hf_zocl.resumable import ResumeError, SaveError, last_checkpoint
+from hf_zocl.resumable import MANIFEST_FILE, ResumeError, SaveError, _write_manifest, last_checkpoint
 from tests.helpers import Mlp, arguments, rows, train, training_logs
 
 
@@ -175,6 +175,9 @@ def other_processes(checkpoint: Path, recorded: bool, names: list[str]) -> None:
         (checkpoint / name).write_bytes(state)
     if recorded:
         save_file({**progress, "processes": torch.tensor(4)}, checkpoint / "progress.safetensors")
+        _write_manifest(checkpoint)
+    else:  # which another Trainer does not write
+        (checkpoint / MANIFEST_FILE).unlink()
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["of this trainer", "of another"])

@@ -202,7 +202,7 @@ def test_the_digest_of_a_stream_sees_images_and_labels_and_not_where_they_lie(tm
             for row, name in enumerate(names):
                 folder = tmp_path / place / split / name
                 folder.mkdir(parents=True)
-                (folder / "0.png").write_bytes(png(row))
+                (folder / "0.png").write_bytes(png(row + 2 * (split == "test")))
     moved = [stream_digest(TaskStream.from_dataset(str(tmp_path / p), increment=2)) for p in ("here", "there")]
     assert moved[0] == moved[1]
     file = tmp_path / "there" / "test" / "d" / "0.png"
