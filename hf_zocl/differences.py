@@ -96,7 +96,7 @@ class DifferenceWatch:
             if not is_seen[branch]:
                 logger.warning_once(f"{_of(branch)} {self._why_unseen(branch, resolution, why_flat)}")
         self.estimator.settle(found)
-        logger.info(f"Differences of losses: {found}")
+        logger.info("Zeroth-order passes: " + "; ".join(_described(*item) for item in found.items()) + ".")
 
     def see(self, estimate: Estimate) -> None:
         """Take note of a step's differences."""
@@ -167,6 +167,11 @@ class DifferenceWatch:
             f"{resolution.eps * resolution.slope:.1e}, and the rounding of a loss is {resolution.noise:.1e}. The loss "
             "is flat where the training begins, or computed too coarsely."
         )
+
+
+def _described(branch: str | None, resolution: Resolution) -> str:
+    precision = ", in float32" if resolution.finer else ""
+    return f"{branch or 'model'} ε {resolution.eps:.2g}, rounding noise {resolution.noise:.1e}{precision}"
 
 
 def _of(branch: str | None) -> str:
