@@ -47,6 +47,13 @@ from .tasks import Task, TaskStream
 
 logger = logging.get_logger(__name__)
 
+# Arguments of the Trainer that would leave no predictions to measure, or others than they are taken for.
+_NEEDED_TO_MEASURE = {
+    "prediction_loss_only": False,
+    "label_names": ["labels"],
+    "eval_do_concat_batches": True,
+    "batch_eval_metrics": False,
+}
 _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 
 
@@ -105,10 +112,9 @@ class ContinualTaskScheduler:
                 "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that "
                 "follows: leave them off; bf16 or fp16 is in force while the scheduler evaluates, too."
             )
-        if args.label_names not in (None, ["labels"]):
-            raise ValueError(f"label_names={args.label_names}: a batch's labels are called labels; leave it out.")
-        if args.prediction_loss_only:
-            raise ValueError("prediction_loss_only=True leaves no predictions to measure: expected False.")
+        for name, needed in _NEEDED_TO_MEASURE.items():
+            if getattr(args, name) not in (None, needed):
+                raise ValueError(f"{name}={getattr(args, name)!r}: a run is measured with {needed!r}; leave it out.")
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
