@@ -204,10 +204,15 @@ def images(setting: Setting, classes: int) -> list[dict[str, Any]]:
     return [{"pixel_values": image, "labels": i % classes} for i, image in enumerate(pixels)]
 
 
-def make_step(row: Row, setting: Setting, model: CLIPClassifier, steps: int) -> Callable[[], dict[str, float]]:
-    """`steps` training steps as a function that returns the last one's seconds, and those of its zeroth-order part."""
+def make_step(
+    row: Row, setting: Setting, model: CLIPClassifier, steps: int, at_step: Callable[[], None] = lambda: None
+) -> Callable[[], dict[str, float]]:
+    """`steps` training steps as a function that returns the last one's seconds, and those of its zeroth-order part.
+
+    `at_step` is called as each begins.
+    """
     if row.kind in ("fo", "zocl"):
-        return trainer_step(row, setting, model, steps)
+        return trainer_step(row, setting, model, steps, at_step)
     data = images(setting, row.classes)
     inputs: dict[str, torch.Tensor] = {}
     step = {"inference": inference_step, "mezo": mezo_step, "bare": bare_step}[row.kind](row, model, inputs)
@@ -218,6 +223,7 @@ def make_step(row: Row, setting: Setting, model: CLIPClassifier, steps: int) -> 
             # The batch is the step's own, as a Trainer's is; making it is not timed.
             inputs["pixel_values"] = torch.stack([example["pixel_values"] for example in data]).to(setting.device)
             inputs["labels"] = torch.tensor([example["labels"] for example in data], device=setting.device)
+            at_step()
             start = now(setting.device)
             with autocast:
                 step()
@@ -229,19 +235,22 @@ def make_step(row: Row, setting: Setting, model: CLIPClassifier, steps: int) -> 
 
 
 class StepTimer(TrainerCallback):
-    def __init__(self, device: str):
-        self.device, self.seconds = device, 0.0
+    def __init__(self, device: str, at_step: Callable[[], None]):
+        self.device, self.seconds, self.at_step = device, 0.0, at_step
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.at_step()
         self.start = now(self.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds = now(self.device) - self.start
 
 
-def trainer_step(row: Row, setting: Setting, model: CLIPClassifier, steps: int) -> Callable[[], dict[str, float]]:
+def trainer_step(
+    row: Row, setting: Setting, model: CLIPClassifier, steps: int, at_step: Callable[[], None]
+) -> Callable[[], dict[str, float]]:
     """A step of `transformers.Trainer` (FO) or of `ZOCLTrainer`, from the batch on the device to the new weights."""
-    timer, folder = StepTimer(setting.device), tempfile.mkdtemp(prefix="hf-zocl-benchmark-")
+    timer, folder = StepTimer(setting.device, at_step), tempfile.mkdtemp(prefix="hf-zocl-benchmark-")
     options = {
         "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": setting.batch, "report_to": "none",
         "save_strategy": "no", "disable_tqdm": True, "bf16": setting.bf16, "use_cpu": setting.device == "cpu",
@@ -410,15 +419,22 @@ def measure_here(row: Row, setting: Setting) -> dict[str, float]:
 
     torch.set_num_threads(setting.threads)
     model = build_model(setting, row.adapter, row.classes)
-    step = make_step(row, setting, model, steps=1)
+    counter, before = FlopCounterMode(display=False), 0
+
+    def at_step() -> None:
+        nonlocal before
+        before = counter.get_total_flops()
+
+    # A training's first step also measures the noise of the loss and compares its shortcuts with plain passes.
+    step = make_step(row, setting, model, steps=2, at_step=at_step)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     gc.collect()
-    start, counter = memory_now(setting.device), FlopCounterMode(display=False)
+    start = memory_now(setting.device)
     with counter:
         step()
     peak = peak_memory(setting.device)
     activations = peak - (weights if setting.device != "cpu" else start)
-    return {"peak_bytes": peak, "activation_bytes": activations, "flops": counter.get_total_flops()}
+    return {"peak_bytes": peak, "activation_bytes": activations, "flops": counter.get_total_flops() - before}
 
 
 def memory_now(device: str) -> int:

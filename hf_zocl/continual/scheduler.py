@@ -115,6 +115,11 @@ class ContinualTaskScheduler:
         for name, needed in _NEEDED_TO_MEASURE.items():
             if getattr(args, name) not in (None, needed):
                 raise ValueError(f"{name}={getattr(args, name)!r}: a run is measured with {needed!r}; leave it out.")
+        if args.neftune_noise_alpha is not None:
+            raise ValueError(
+                f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise goes into input embeddings of language "
+                "models, and a classifier of images has none; leave it out."
+            )
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
