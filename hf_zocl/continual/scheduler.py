@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import ProcessorMixin, TrainerCallback, get_scheduler
 from transformers.utils import logging
 
 from ..checks import check_type
@@ -120,6 +120,7 @@ class ContinualTaskScheduler:
                 f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise goes into input embeddings of language "
                 "models, and a classifier of images has none; leave it out."
             )
+        _check_schedule(args)
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
@@ -508,6 +509,16 @@ class _Trained:
     means: dict[str, float]
     replay_log: ReplayLog | None
     earlier_seconds: float
+
+
+def _check_schedule(args: ZOCLTrainingArguments) -> None:
+    """Make the learning rate's schedule once, so that one that lacks an argument fails before any work is done."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
+        raise ValueError(f"lr_scheduler_type={kind!r}, lr_scheduler_kwargs={options}: {error}.") from error
 
 
 def _means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:

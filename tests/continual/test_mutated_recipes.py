@@ -179,6 +179,22 @@ def test_300_mutated_recipes_run_their_first_step_or_end_in_one_line(tmp_path_fa
     assert len(ends) == 300 and 30 <= ends.count("ran") <= 270
 
 
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("lr_scheduler_type", "warmup_stable_decay"),
+        ("eval_do_concat_batches", "false"),
+        ("batch_eval_metrics", "true"),
+        ("prediction_loss_only", "true"),
+        ("label_names", "[x]"),
+        ("neftune_noise_alpha", "1"),
+    ],
+)
+def test_what_would_break_far_away_is_refused_before_any_work(tmp_path, argument, value):
+    line = try_recipe(tmp_path, [(argument, value)], "build")
+    assert line.startswith(f"error: {argument}=") and f"({argument}: {tmp_path}/recipe.yaml, line " in line
+
+
 def refusal(tmp_path: Path, text: str) -> str:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"include: {QUICKSTART}\n{text}\n", encoding="utf-8")
