@@ -37,6 +37,7 @@ from .zo import (
     ZOEstimator,
     build_zo_optimizer,
 )
+from .zo.random_state import uncounted
 
 
 logger = logging.get_logger(__name__)
@@ -333,12 +334,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         module = self.accelerator.unwrap_model(model)
         is_half = any(p.dtype.itemsize < 4 for p in module.parameters() if p.dtype.is_floating_point)
         has_finer = self.accelerator.mixed_precision in ("bf16", "fp16") and not is_half
-        counts = module.training_state() if hasattr(module, "training_state") else None
-        self._watch.settle(
-            evaluation, make_finer if has_finer else None, partial(self._why_flat, module, inputs, evaluation)
-        )
-        if counts is not None:
-            module.load_training_state(counts)
+        why_flat = partial(self._why_flat, module, inputs, evaluation)
+        with uncounted(module):
+            self._watch.settle(evaluation, make_finer if has_finer else None, why_flat)
 
     def _why_flat(
         self,
