@@ -10,11 +10,11 @@ It goes on where it stopped when it is started again with the same `--work_dir`.
 training images (`hf_zocl.sample.pretraining`); ten images a class of that half are held out, and what was chosen was
 chosen on them. CIFAR-10's training images draw the curve; test images are looked at once, for the card.
 
-The loss of an image is the cross-entropy between its label, mixed with the teacher's classes, and its similarity to
-the names of a random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The class vectors
-are a linear map of MiniLM's, so that words without an image ("deer") have their place among those with one; the text
-tower learns to give the same vector for a name in any prompt. In the last part of the training the learning rate falls
-to zero, the text tower's own vectors are learned with, and at the end all image tokens are there.
+An image's target is its label, mixed with the teacher's classes. It is told from 256 classes, and from the kinds of a
+random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The class vectors are a linear map
+of MiniLM's, so that words without an image ("deer") have their place among those with one; the text tower learns to
+give the same vector for a name in any prompt. In the last part of the training the learning rate falls to zero, the
+text tower's own vectors are learned with, and at the end all image tokens are there.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -45,9 +46,9 @@ from small_clip import (
 )
 from teacher import cached_features, load_teacher
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPModel, CLIPProcessor
-from wordnet import ClassTree
+from wordnet import ClassTree, Node
 from words import cached_embeddings
 
 from hf_zocl.commands import Parser, command
@@ -56,8 +57,9 @@ from hf_zocl.sample.pretraining import pretraining_rows
 
 
 HELD_OUT_PER_CLASS = 10
-CANDIDATES = 256  # names that an image is told from, at a step
-TEXTS = 192  # names that the text tower learns at a step
+CANDIDATES = 256  # classes that an image is told from, at a step, and the most kinds
+KINDS_WEIGHT = 0.5  # of the loss over kinds, beside the one over classes
+TEXTS = 160  # words that the text tower learns at a step, and as many of the step's own names
 STOP = 0.15  # the chance that a kind of WordNet is kept whole
 LABEL_WEIGHT = 0.5  # of the label, beside the teacher's classes
 TOKEN_DROP = 0.5
@@ -106,12 +108,14 @@ class Words:
         texts: All names and descriptions.
         vectors: Of each text, (texts, 384).
         vocabulary: The positions in `texts` of names, of classes and of other things.
+        labels: The numbers, of the 1,000, of the classes that have images, in the order of the images' labels.
     """
 
     tree: ClassTree
     texts: list[str]
     vectors: Tensor
     vocabulary: np.ndarray
+    labels: np.ndarray
 
     @classmethod
     def load(cls, order: dict, folder: Path, device: torch.device, max_words: int | None = None) -> Words:
@@ -120,7 +124,14 @@ class Words:
         vocabulary = tree.names() + tree.other_names()[:max_words]
         texts = vocabulary + sorted({text for node in tree.nodes for text in node.described})
         vectors = cached_embeddings(texts, folder, device).to(device)
-        return cls(tree, texts, vectors, np.arange(len(vocabulary)))
+        labels = np.array([tree.wnids.index(wnid) for wnid in order["wnid"]])
+        return cls(tree, texts, vectors, np.arange(len(vocabulary)), labels)
+
+    @cached_property
+    def leaves(self) -> list[Node]:
+        """The 1,000 classes, by number."""
+        single = {node.leaves[0]: node for node in self.tree.nodes if not node.children}
+        return [single[number] for number in range(len(single))]
 
     @cached_property
     def position(self) -> dict[str, int]:
@@ -132,6 +143,16 @@ class Words:
         for number, node in enumerate(nodes):
             owner[node.leaves] = number
         return owner
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """Return an exponential moving average that forgets the first steps faster, as `AveragedModel` wants it."""
+
+    @torch.no_grad()
+    def update(average: list[Tensor], present: list[Tensor], steps: Tensor) -> None:
+        torch._foreach_lerp_(average, present, 1 - min(decay, (1 + int(steps)) / (10 + int(steps))))
+
+    return update
 
 
 class Bridge(nn.Module):
@@ -158,7 +179,7 @@ class Pretraining:
             self.model.set_attn_implementation("eager")
         width, projection = args.width, self.model.config.projection_dim
         self.bridge = Bridge(projection, width, words.vectors.shape[1], seen.shape[1]).to(self.device)
-        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema_decay))
+        self.average = AveragedModel(self.model, multi_avg_fn=moving_average(args.ema_decay))
         self.normalize = Normalizer(self.processor, self.device)
         is_matrix = {n: p.ndim == 2 and "encoder.layers" in n for n, p in self.model.named_parameters()}
         matrices = [p for n, p in self.model.named_parameters() if is_matrix[n]]
@@ -190,27 +211,34 @@ class Pretraining:
         }
         return torch.stack([orders[int(e)][n] for e, n in zip(epochs, numbers % count, strict=True)])
 
-    def candidates(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor]:
-        """Draw the names of a step, and what each image is of them.
+    def classes(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor]:
+        """Draw the classes of a step: those that have images, and some of the others.
 
         Args:
             targets: Of the images, over the 1,000 classes: (N, 1000).
 
         Returns:
-            Positions in `words.texts`, and the targets (N, CANDIDATES), each row adding up to 1.
+            A name of each, as positions in `words.texts`, and the targets (N, CANDIDATES), each row adding up to 1.
         """
+        others = np.setdiff1d(np.arange(len(self.words.leaves)), self.words.labels)
+        labels = self.words.labels
+        drawn = np.concatenate([labels, rng.choice(others, CANDIDATES - len(labels), replace=False)])
+        mass = targets[:, torch.from_numpy(drawn).to(targets.device)]
+        return [self.name(self.words.leaves[number], rng) for number in drawn], mass / mass.sum(-1, keepdim=True)
+
+    def kinds(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor]:
+        """Draw the kinds of a step by a cut through the tree; arguments and what is returned as of `classes`."""
         nodes = self.words.tree.cut(rng, STOP)
         owner = self.words.membership(nodes).to(targets.device)
         mass = torch.zeros(len(targets), len(nodes), device=targets.device).index_add_(1, owner, targets)
         top = mass.sum(0).topk(min(CANDIDATES, len(nodes))).indices
         mass = mass[:, top]
-        texts = []
-        for number in top.tolist():
-            node = nodes[number]
-            own = node.described if rng.random() < 0.2 and self.decay == 1 else node.names
-            # The first names are the usual ones.
-            texts.append(own[min(int(rng.exponential(1.0)), len(own) - 1)])
-        return [self.words.position[text] for text in texts], mass / mass.sum(-1, keepdim=True)
+        return [self.name(nodes[number], rng) for number in top.tolist()], mass / mass.sum(-1, keepdim=True)
+
+    def name(self, node: Node, rng: np.random.Generator) -> int:
+        """Draw one of a class's or a kind's names; the first ones are the usual ones."""
+        own = node.described if rng.random() < 0.1 and self.decay == 1 else node.names
+        return self.words.position[own[min(int(rng.exponential(0.7)), len(own) - 1)]]
 
     def prompts(self, texts: list[int], rng: np.random.Generator) -> list[str]:
         return [TEMPLATES[rng.integers(len(TEMPLATES))].format(self.words.texts[text]) for text in texts]
@@ -228,8 +256,9 @@ class Pretraining:
                 group["lr"] = peak * factor
         rows = self.rows().to(self.device)
         pixels = self.normalize(augment(self.train_set.images[rows].float() / 255))
-        names, targets = self.candidates(self.soft[rows].float(), rng)
-        learned = rng.choice(self.words.vocabulary, TEXTS).tolist() + names[: TEXTS // 2]
+        soft = self.soft[rows].float()
+        (names, targets), (kinds, kind_targets) = self.classes(soft, rng), self.kinds(soft, rng)
+        learned = [*rng.choice(self.words.vocabulary, TEXTS), *rng.choice(names + kinds, TEXTS)]
         is_joint = self.decay < 1
         drop = TOKEN_DROP if self.decay > 0.5 else 0.0
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -237,19 +266,22 @@ class Pretraining:
             texts = text_features(self.model, self.processor, self.prompts(learned, rng))
             own = text_features(self.model, self.processor, self.prompts(names, rng)) if is_joint else None
             taught = self.bridge.teacher(pooled).float()
-        vectors = self.word_vectors(names)
-        scale = self.model.logit_scale.exp().clamp(max=100)
-        loss_words = F.cross_entropy(scale * images @ vectors.T, targets)
-        loss_image = loss_words if own is None else (loss_words + F.cross_entropy(scale * images @ own.T, targets)) / 2
+        images = self.model.logit_scale.exp().clamp(max=100) * images
+        loss_image = F.cross_entropy(images @ self.word_vectors(names).T, targets)
+        if own is not None:
+            loss_image = (loss_image + F.cross_entropy(images @ own.T, targets)) / 2
+        loss_kinds = F.cross_entropy(images @ self.word_vectors(kinds).T, kind_targets)
         loss_teacher = 1 - F.cosine_similarity(taught, self.teacher_features[rows].float(), dim=-1).mean()
         loss_text = 1 - (texts * self.word_vectors(learned).detach()).sum(-1).mean()
-        (loss_image + self.args.teacher_weight * loss_teacher + self.args.text_weight * loss_text).backward()
+        loss = loss_image + KINDS_WEIGHT * loss_kinds
+        (loss + self.args.teacher_weight * loss_teacher + self.args.text_weight * loss_text).backward()
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.average.update_parameters(self.model)
         self.step += 1
-        return {"image": loss_image.item(), "teacher": loss_teacher.item(), "text": loss_text.item()}
+        losses = {"image": loss_image, "kinds": loss_kinds, "teacher": loss_teacher, "text": loss_text}
+        return {name: value.item() for name, value in losses.items()}
 
     def save(self, file: Path) -> None:
         """Write all that the training needs to go on, beside the old state and then in its place."""
@@ -302,12 +334,12 @@ class Pretraining:
         return self.average.module
 
 
-def soft_targets(features: Tensor, labels: Tensor, order: dict, tree: ClassTree, device: torch.device) -> Tensor:
+def soft_targets(features: Tensor, labels: Tensor, words: Words, device: torch.device) -> Tensor:
     """Return each image's classes: its label and the teacher's probabilities of the 1,000 classes, in float16."""
     head = load_teacher(device)._fc
     with torch.inference_mode():
         soft = torch.cat([head(part.to(device).float()).softmax(-1).half() for part in features.split(5000)])
-    number = torch.tensor([tree.wnids.index(wnid) for wnid in order["wnid"]], device=device)[labels.to(device)]
+    number = torch.from_numpy(words.labels).to(device)[labels.to(device)]
     soft = (1 - LABEL_WEIGHT) * soft
     soft[torch.arange(len(soft), device=device), number] += LABEL_WEIGHT
     return soft
@@ -382,7 +414,7 @@ def parse_args() -> argparse.Namespace:
     add("--muon_learning_rate", type=float, default=0.02, help="of Muon: the matrices of the layers")
     add("--teacher_weight", type=float, default=1.0, help="of the loss by the teacher's features")
     add("--text_weight", type=float, default=2.0, help="of the loss by MiniLM's vectors")
-    add("--ema_decay", type=float, default=0.998, help="decay per step of the weights' moving average")
+    add("--ema_decay", type=float, default=0.995, help="decay per step of the weights' moving average")
     add("--width", type=int, default=192, help="width of the vision tower, a multiple of 32")
     add("--vision_layers", type=int, default=6)
     add("--text_width", type=int, default=160, help="width of the text tower, a multiple of 32")
@@ -408,7 +440,7 @@ def main() -> None:
     pool = images.part(torch.from_numpy(pretraining_rows(images.labels))[: args.max_images])
     features = cached_features(pool.images, args.work_dir, device)
     words = Words.load(order, args.work_dir, device, args.max_images)
-    soft = soft_targets(features, pool.labels, order, words.tree, device)
+    soft = soft_targets(features, pool.labels, words, device)
     # The rows of a class follow no order, so its first ones are as good as any.
     one_hot = F.one_hot(pool.labels, len(pool.class_names))
     is_held_out = (one_hot.cumsum(0) * one_hot).sum(-1) <= HELD_OUT_PER_CLASS
