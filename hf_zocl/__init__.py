@@ -1,14 +1,36 @@
 """Zeroth- and first-order optimisation mixed per layer, and continual learning of CLIP, on Hugging Face's Trainer."""
 
-from .continual import ContinualTaskScheduler, Task, TaskStream
-from .hub import load_task_checkpoint
-from .models import CLIPClassifier, MoEAdapterConfig, MoEAdapterModel
-from .trainer import ZOCLTrainer
-from .training_args import ZOCLTrainingArguments
-from .zo import LayerAssignment
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .continual import ContinualTaskScheduler, Task, TaskStream
+    from .hub import load_task_checkpoint
+    from .models import CLIPClassifier, MoEAdapterConfig, MoEAdapterModel
+    from .trainer import ZeroOrderArguments, ZeroOrderMixin, ZOCLTrainer, ZOCLTrainingArguments
+    from .zo import LayerAssignment
 
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: `hf_zocl.zo` needs torch alone.
+_HOMES = {
+    "CLIPClassifier": "models",
+    "ContinualTaskScheduler": "continual",
+    "LayerAssignment": "zo",
+    "MoEAdapterConfig": "models",
+    "MoEAdapterModel": "models",
+    "Task": "continual",
+    "TaskStream": "continual",
+    "ZOCLTrainer": "trainer",
+    "ZOCLTrainingArguments": "trainer",
+    "ZeroOrderArguments": "trainer",
+    "ZeroOrderMixin": "trainer",
+    "load_task_checkpoint": "hub",
+}
 
 __all__ = [
     "CLIPClassifier",
@@ -20,5 +42,19 @@ __all__ = [
     "TaskStream",
     "ZOCLTrainer",
     "ZOCLTrainingArguments",
+    "ZeroOrderArguments",
+    "ZeroOrderMixin",
     "load_task_checkpoint",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

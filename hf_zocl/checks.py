@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from enum import Enum
 from functools import cache
 from types import UnionType
@@ -80,13 +80,14 @@ def shown(value: Any, limit: int = 80) -> str:
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
-def check_fields(arguments: Any, but: Sequence[str] = ()) -> None:
+def check_fields(arguments: Any, names: Collection[str] | None = None, but: Sequence[str] = ()) -> None:
     """Check what a dataclass of arguments holds against its annotations: texts, numbers, flags, and lists of them.
 
     Fields of other types are left to whoever reads them.
 
     Args:
         arguments: The dataclass.
+        names: The fields to check; default: all.
         but: Fields that hold more than their annotation says.
 
     Raises:
@@ -96,7 +97,8 @@ def check_fields(arguments: Any, but: Sequence[str] = ()) -> None:
     hints = _hints(type(arguments))
     for field in dataclasses.fields(arguments):
         types = alternatives(hints[field.name])
-        if field.init and field.name not in but and all(_is_plain(each) for each in types):
+        is_asked = field.init and field.name not in but and (names is None or field.name in names)
+        if is_asked and all(_is_plain(each) for each in types):
             _check_value(field.name, getattr(arguments, field.name), types)
 
 

@@ -24,7 +24,8 @@ from hf_zocl.commands import Parser, command
 from hf_zocl.continual import TaskStream
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
-from hf_zocl.zo import ForwardState, LayerAssignment
+from hf_zocl.passes import ForwardState
+from hf_zocl.zo import LayerAssignment
 
 
 @command

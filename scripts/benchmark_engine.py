@@ -25,16 +25,9 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainerC
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
+from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan
 from hf_zocl.sample import sample_path
-from hf_zocl.zo import (
-    ForwardState,
-    LayerAssignment,
-    PlainEvaluation,
-    TowerEvaluation,
-    TowerPlan,
-    ZOEstimator,
-    build_zo_optimizer,
-)
+from hf_zocl.zo import LayerAssignment, ZOEstimator, build_zo_optimizer
 
 
 SHAPES = {

@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 from transformers import AutoProcessor, CLIPModel, TrainerCallback
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.data_parallel import leave_process_group
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import sample_path
+from hf_zocl.trainer.data_parallel import leave_process_group
 
 
 METHODS = {

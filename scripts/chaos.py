@@ -35,7 +35,7 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_zocl.continual import evaluation, recipe, scheduler
-from hf_zocl.folder_lock import LOCK_FILE
+from hf_zocl.continual.folder_lock import LOCK_FILE
 from hf_zocl.hub import push
 from hf_zocl.hub.commits import changes
 from hf_zocl.hub.public import public_files

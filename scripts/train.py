@@ -9,13 +9,13 @@ import psutil
 import torch.distributed as dist
 
 from hf_zocl.commands import command
+from hf_zocl.continual.folder_lock import FolderLock
 from hf_zocl.continual.processes import by_main_process
 from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.run_state import RunFolder, RunFolderError
-from hf_zocl.data_parallel import leave_process_group
-from hf_zocl.folder_lock import FolderLock
 from hf_zocl.hub.push import HubPusher
 from hf_zocl.report import COMPARISON_FILES, RESULTS_FILE, compare_groups, format_results, load_seeds
+from hf_zocl.trainer.data_parallel import leave_process_group
 
 
 @command

@@ -27,8 +27,9 @@ from transformers import TrainerCallback
 from hf_zocl.commands import Parser, command
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
+from hf_zocl.passes import ForwardState, TowerEvaluation, TowerPlan
 from hf_zocl.report.figures import save_figure
-from hf_zocl.zo import ForwardState, LayerAssignment, TowerEvaluation, TowerPlan, ZOEstimator
+from hf_zocl.zo import LayerAssignment, ZOEstimator
 
 
 BRANCHES = {"vision": ("#0072B2", "o", "-"), "language": ("#D55E00", "s", "--")}

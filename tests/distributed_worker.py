@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_d
 
 from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
-from hf_zocl.data_parallel import leave_process_group
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
+from hf_zocl.trainer.data_parallel import leave_process_group
 from tests.helpers import image_examples, mini_clip_classifier
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hf_zocl.continual.folder_lock import FolderInUseError
 from hf_zocl.continual.recipe import build_stream, parse_recipe
 from hf_zocl.continual.run_state import RunFolderError
-from hf_zocl.folder_lock import FolderInUseError
 from hf_zocl.report import RunGroup
 
 

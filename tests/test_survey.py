@@ -232,8 +232,8 @@ def directions(perturbation: Perturbation, seed: int) -> dict[torch.nn.Parameter
 
 @torch.no_grad()
 def assert_step_is_right(name: str, layers: str, streamed: bool, tmp_path, monkeypatch) -> Watched:
-    monkeypatch.setattr(hf_zocl.trainer, "STREAMED_PARAMETERS", 0 if streamed else 1 << 60)
-    monkeypatch.setattr(hf_zocl.trainer, "STREAMED_FRACTION", 0)
+    monkeypatch.setattr(hf_zocl.trainer.mixin, "STREAMED_PARAMETERS", 0 if streamed else 1 << 60)
+    monkeypatch.setattr(hf_zocl.trainer.mixin, "STREAMED_FRACTION", 0)
     family, options, inputs, prepare = EVERY[name]
     trained = build(family, options, prepare)
     batch = {key: value.to(trained.dtype) if value.is_floating_point() else value for key, value in inputs().items()}

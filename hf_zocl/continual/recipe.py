@@ -17,7 +17,7 @@ from ..checks import check_fields, shown
 from ..hub.pretrained import load_pretrained
 from ..models import AdapterArguments, CLIPClassifier
 from ..models.clip_classifier import check_templates
-from ..training_args import PER_TOWER, ZOCLTrainingArguments
+from ..trainer.arguments import PER_TOWER, ZOCLTrainingArguments
 from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from .images import DEFAULT_CACHE_GB
 from .recipe_file import Entry, read_recipe, with_place

@@ -13,7 +13,7 @@ from ..hub.checkpoint import read_adapter_weights, task_folder
 from ..hub.pretrained import load_pretrained
 from ..hub.task_file import read_json
 from ..models import AdapterArguments
-from ..replay_file import load_replay_log
+from ..trainer.replay_file import load_replay_log
 from ..zo import LayerAssignment
 from .run_state import RESULTS_FILE, RunFolder
 

@@ -23,8 +23,8 @@ from ..hub.public import public_recipe
 from ..hub.push_on_save import SCRATCH
 from ..hub.push_queue import QUEUE_FILE, is_task_name, task_number
 from ..hub.task_file import TASK_FILE, read_json, task_folder, write_json
-from ..resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
-from ..training_args import ZOCLTrainingArguments
+from ..trainer.arguments import ZOCLTrainingArguments
+from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
 
 
 logger = logging.get_logger(__name__)

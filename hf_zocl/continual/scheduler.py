@@ -21,7 +21,6 @@ from transformers import ProcessorMixin, TrainerCallback, get_scheduler
 from transformers.utils import logging
 
 from ..checks import check_type
-from ..folder_lock import FolderLock
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.push import HubPusher
@@ -29,14 +28,15 @@ from ..hub.push_on_save import PushOnSave
 from ..hub.push_queue import complete_tasks
 from ..hub.task_file import task_folder
 from ..models import CLIPClassifier, adapter_name, base_digest, check_trained_parameters, trained_adapter
-from ..replay_file import save_replay_log
 from ..report import plot_accuracy_matrix
-from ..resumable import saving
 from ..trainer import ZOCLTrainer
-from ..training_args import ZOCLTrainingArguments
+from ..trainer.arguments import ZOCLTrainingArguments
+from ..trainer.replay_file import save_replay_log
+from ..trainer.resumable import saving
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
 from .fingerprint import stream_digest
+from .folder_lock import FolderLock
 from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .processes import by_main_process

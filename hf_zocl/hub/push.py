@@ -25,7 +25,7 @@ from huggingface_hub.utils import (
 )
 from transformers.utils import logging
 
-from ..training_args import ZOCLTrainingArguments
+from ..trainer.arguments import ZOCLTrainingArguments
 from .client import REFUSALS, WAITS, answered, persistently, status_of
 from .commits import changes, foreign_names, push_files
 from .public import public_files, redact

@@ -85,7 +85,7 @@ class CLIPClassifier(nn.Module):
 
     @property
     def couples_towers(self) -> bool:
-        """Whether the loss has a part that is not made of the towers' features (read by `hf_zocl.zo.TowerPlan`)."""
+        """Whether the loss is not made of the towers' features alone (read by `hf_zocl.passes.TowerPlan`)."""
         return self.has_balance_loss
 
     @property

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from .assignment import ZOGroup
-from .estimator import Estimate, ZOEstimator
+from .directions import Combination
+from .estimator import ZOEstimator
+from .estimators import Estimate
 from .optimizer import build_zo_optimizer
-from .perturbation import Combination
 
 
 @dataclass(frozen=True)

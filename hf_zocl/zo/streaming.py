@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .assignment import ZOGroup
-from .perturbation import Combination, Moments, Perturbation, direction_seed
+from .directions import Combination, direction_seed
+from .perturbation import Moments, Perturbation
 
 
 logger = logging.getLogger(__name__)

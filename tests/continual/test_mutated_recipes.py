@@ -16,9 +16,9 @@ from hf_zocl.checks import alternatives
 from hf_zocl.commands import command
 from hf_zocl.continual.recipe import DTYPES, LEARNING, RunArguments, build_scheduler, parse_recipe
 from hf_zocl.models import AdapterArguments
-from hf_zocl.training_args import ZOCLTrainingArguments
+from hf_zocl.trainer.arguments import ZOCLTrainingArguments
+from hf_zocl.zo import ESTIMATORS
 from hf_zocl.zo.assignment import BRANCHES
-from hf_zocl.zo.estimator import ESTIMATORS
 from hf_zocl.zo.optimizer import ZO_OPTIMIZERS
 
 

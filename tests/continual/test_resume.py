@@ -17,7 +17,7 @@ from hf_zocl.continual import scheduler as scheduler_module
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.replay import rebuild_task
 from hf_zocl.continual.run_state import ResumeError
-from hf_zocl.resumable import SaveError, last_checkpoint
+from hf_zocl.trainer.resumable import SaveError, last_checkpoint
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_zocl.continual import scheduler as scheduler_module
+from hf_zocl.continual.folder_lock import FolderInUseError, FolderLock
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.run_state import ResumeError, RunFolderError
-from hf_zocl.folder_lock import FolderInUseError, FolderLock
 
 
 RUN = """

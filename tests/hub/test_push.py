@@ -30,7 +30,7 @@ from hf_zocl.hub.seal import seal_task_checkpoint
 from hf_zocl.hub.task_file import read_json
 from hf_zocl.models import AdapterArguments
 from hf_zocl.sample import sample_path
-from hf_zocl.training_args import HUB_STRATEGIES
+from hf_zocl.trainer.arguments import HUB_STRATEGIES
 
 from ..helpers import mini_clip_classifier
 from .checkpoints import save_checkpoint

@@ -4,16 +4,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 
+from hf_zocl.passes import PlainEvaluation
 from hf_zocl.zo import (
+    ESTIMATORS,
     LayerAssignment,
-    PlainEvaluation,
     Resolution,
     ZOEstimator,
     build_zo_optimizer,
     direction_seed,
     draw_direction,
 )
-from hf_zocl.zo.estimator import ESTIMATORS
 
 
 class Quadratic(nn.Module):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_zocl.zo import LayerAssignment, PlainEvaluation, ReplayLog, ReplaySettings, ZOEstimator, build_zo_optimizer
+from hf_zocl.passes import PlainEvaluation
+from hf_zocl.zo import LayerAssignment, ReplayLog, ReplaySettings, ZOEstimator, build_zo_optimizer
 
 
 def trained(

@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import hf_zocl.trainer
 import hf_zocl.zo
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.zo import LayerAssignment, PlainEvaluation, StreamedPerturbation, ZOEstimator
+from hf_zocl.passes import PlainEvaluation
+from hf_zocl.zo import LayerAssignment, StreamedPerturbation, ZOEstimator
 
 
 def language_model() -> GPT2LMHeadModel:
@@ -338,7 +339,7 @@ def test_the_streamed_gradient_is_the_sum_of_its_directions(estimator):
 
 @pytest.mark.parametrize("options", [{}, {"zo_optim": "adamw"}, {"zo_sign": True}, {"zo_max_grad_norm": 30.0}])
 def test_a_whole_model_learns_by_streamed_forward_passes_alone(tmp_path, monkeypatch, options):
-    monkeypatch.setattr(hf_zocl.trainer, "STREAMED_PARAMETERS", 0)
+    monkeypatch.setattr(hf_zocl.trainer.mixin, "STREAMED_PARAMETERS", 0)
     arguments = {
         "zo_layers": "all", "zo_estimator": "two-sided", "zo_queries": 4, "zo_learning_rate": 2e-3, "max_steps": 40,
         "lr_scheduler_type": "constant", "logging_steps": 1, "report_to": "none", "save_strategy": "no",

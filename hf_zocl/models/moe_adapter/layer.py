@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ...zo import stacked_linear as linear
+from ...passes import stacked_linear as linear
 from .config import MoEAdapterConfig
 
 
@@ -218,7 +218,7 @@ class MoEAdapter(nn.Module):
 
     @property
     def stackable(self) -> bool:
-        """Whether candidates' experts may be evaluated side by side (see `hf_zocl.zo.TowerPlan`)."""
+        """Whether candidates' experts may be evaluated side by side (see `hf_zocl.passes.TowerPlan`)."""
         return self.config.top_k == self.config.num_experts
 
     @property

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hf_zocl.zo import Buffers, ForwardState
-from hf_zocl.zo.random_state import SMALL_BYTES
+from hf_zocl.passes import Buffers, ForwardState
+from hf_zocl.passes.random_state import SMALL_BYTES
 from tests.helpers import Mlp, rows, train
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_zocl.zo import packing
-from hf_zocl.zo.packing import PackedPrompts
+from hf_zocl.passes import prompts as packing
+from hf_zocl.passes.prompts import PackedPrompts
 
 
 IDS = torch.tensor([[1, 5, 6, 7, 9, 0], [1, 5, 6, 8, 8, 9], [1, 5, 6, 9, 0, 0]])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,10 +12,9 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .files import written_whole
-from .zo import Combination, Estimate, Evaluation, Resolution, ZOEstimator, direction_seed
-from .zo.evaluation import shadowed
-from .zo.noise import Line, measure, two_sided_would_do
+from ..files import written_whole
+from ..zo import Combination, Estimate, Evaluation, Resolution, ZOEstimator, direction_seed
+from ..zo.noise import Line, measure, two_sided_would_do
 
 
 logger = logging.get_logger(__name__)
@@ -32,17 +30,6 @@ ENOUGH = 32
 MakeFiner = Callable[[set[str | None]], Evaluation]
 
 
-@contextmanager
-def full_precision(model: nn.Module, device_type: str) -> Iterator[None]:
-    """Inside, the model runs without autocast, also where accelerate has wrapped its forward pass in one."""
-    original = vars(model).get("_original_forward")
-    with ExitStack() as stack:
-        if original is not None:
-            stack.enter_context(shadowed(model, forward=original, _compiled_call_impl=None))
-        stack.enter_context(torch.autocast(device_type, enabled=False))
-        yield
-
-
 class DifferenceWatch:
     """Chooses ε and the precision of the zeroth-order passes, and says where nothing is seen.
 
@@ -55,7 +42,7 @@ class DifferenceWatch:
     def __init__(self, estimator: ZOEstimator, eps: Mapping[str | None, float | None], precision: str):
         self.estimator, self.precision = estimator, precision
         self.eps = {branch: eps[branch] for branch in estimator.queries}
-        self.tries = TRIES if estimator.estimator != "forward-gradient" else 0  # which has no ε
+        self.tries = TRIES if estimator.formula.has_eps else 0
         self._seen: dict[str | None, tuple[torch.Tensor | float, int]] = {}
 
     @property
@@ -72,7 +59,7 @@ class DifferenceWatch:
             make_finer: Makes an evaluation in which some branches are perturbed in full precision, if there can be.
             why_flat: A reason for a loss that no perturbation of a branch changes.
         """
-        is_two_sided, found = self.estimator.estimator == "two-sided", {}
+        is_two_sided, found = self.estimator.formula.is_two_sided, {}
         for branch, eps in self.eps.items():
             line, finer = self._line(evaluation, branch), None
             if make_finer is not None:
@@ -176,3 +163,44 @@ def _described(branch: str | None, resolution: Resolution) -> str:
 
 def _of(branch: str | None) -> str:
     return f"The {branch} tower" if branch else "The model"
+
+
+def why_flat(
+    module: nn.Module, parameters: Sequence[nn.Parameter], loss_with_gradient: Callable[[], torch.Tensor]
+) -> str:
+    """Why no perturbation of some parameters changes the loss.
+
+    Args:
+        module: The model.
+        parameters: Those that were perturbed.
+        loss_with_gradient: The loss, as a backward pass needs it.
+    """
+    mine = {id(parameter) for parameter in parameters}
+    for name, layer in module.named_modules():
+        if mine.isdisjoint(id(parameter) for parameter in layer.parameters()):
+            continue
+        for state, undo in (("merged", "unmerge it"), ("disable_adapters", "enable it")):
+            if getattr(layer, state, False) is True:
+                what = "merged into the weights" if state == "merged" else "disabled"
+                return f"The adapter of {name} is {what}: {undo} to train it."
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    value, gradients = None, ()
+    try:
+        loss = loss_with_gradient()
+        value = float(loss)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    except RuntimeError as error:  # no memory for a backward pass, or an operation without one
+        logger.info(f"No gradient to compare the differences with: {error}")
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+    if any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients):
+        return (
+            "Backpropagation has a gradient there: the loss compares the model with itself as it is, as an on-policy "
+            "loss does (GRPO with num_iterations=1), and so is the same wherever the weights are."
+        )
+    if value == 0:
+        return "The loss is 0 whatever the weights are, as it is of a task with a single class."
+    return "The loss does not depend on these weights at all."

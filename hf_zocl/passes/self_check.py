@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from .estimator import Point
-from .perturbation import Combination, Perturbation, direction_seed
+from ..zo.directions import Combination, direction_seed
+from ..zo.estimators import Point
+from ..zo.perturbation import Perturbation
 
 
 # A perturbation grows from ε by these, until the loss changes by so much of itself, and so many times its noise.
@@ -147,23 +147,3 @@ def holding(keys: Sequence[Key], fault: Callable[[Collection[Key]], str | None])
         if not used:
             break
     return set(used), faults
-
-
-@contextmanager
-def without_autocast(device_type: str) -> Iterator[None]:
-    """Inside, no autocast is on: neither one around this block, nor one that is entered within it."""
-    enter = torch.autocast.__enter__
-
-    def enter_disabled(context: torch.autocast):
-        enabled, context._enabled = context._enabled, False
-        try:
-            return enter(context)
-        finally:
-            context._enabled = enabled
-
-    with torch.autocast(device_type, enabled=False):
-        torch.autocast.__enter__ = enter_disabled
-        try:
-            yield
-        finally:
-            torch.autocast.__enter__ = enter

@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from .files import written_whole
-from .zo import ReplayLog, ReplaySettings
+from ..files import written_whole
+from ..zo import ReplayLog, ReplaySettings
 
 
 def save_replay_log(log: ReplayLog, path: Path) -> None:

@@ -1,43 +1,37 @@
-"""`ZOCLTrainer`: a `transformers.Trainer` that trains some layers by forward passes alone."""
+"""`ZeroOrderMixin`: any `transformers.Trainer`, with some layers trained by forward passes alone."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from copy import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .data_parallel import DataParallelTrainer
-from .differences import DEFAULT_EPS, DifferenceWatch, full_precision
-from .replay_file import load_replay_log, save_replay_log
-from .resumable import ResumableTrainer
-from .training_args import ZOCLTrainingArguments
-from .zo import (
+from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan
+from ..passes.structure import shadowed
+from ..zo import (
+    ESTIMATORS,
     Estimate,
-    Evaluation,
-    ForwardState,
     HybridOptimizer,
     Moments,
     ParameterSplit,
     Place,
-    PlainEvaluation,
     ReplayLog,
     ReplaySettings,
-    TowerEvaluation,
-    TowerPlan,
     ZOEstimator,
     build_zo_optimizer,
 )
-from .zo.random_state import uncounted
+from .arguments import ZeroOrderArguments
+from .data_parallel import DataParallelTrainer
+from .differences import DEFAULT_EPS, DifferenceWatch
+from .micro_batch import MicroBatch
+from .replay_file import load_replay_log, save_replay_log
+from .resumable import ResumableTrainer
 
 
 logger = logging.get_logger(__name__)
@@ -46,15 +40,22 @@ logger = logging.get_logger(__name__)
 STREAMED_PARAMETERS = 1 << 24
 STREAMED_FRACTION = 0.1
 REPLAY_FILE = "zo_replay.safetensors"
-_TRAINER_ARGUMENTS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 
 
-class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
+class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     """Trains the zeroth-order layers by loss differences, and all other trainable parameters by backpropagation.
 
-    `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is a gradient: it goes into
-    `.grad`, and accumulation, schedulers, callbacks and checkpoints are the `Trainer`'s own. With `zo_branch="none"`
-    this is a `Trainer`. It takes the arguments of `Trainer`, with `args` a `ZOCLTrainingArguments`.
+    A base class beside any Trainer, in either order, with arguments that have `ZeroOrderArguments` as a base:
+
+        class ZOSFTTrainer(ZeroOrderMixin, SFTTrainer): ...
+
+        @dataclass
+        class ZOSFTConfig(ZeroOrderArguments, SFTConfig): ...
+
+    `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is a gradient: it is made where
+    the host calls for the backward pass and goes into `.grad`, and accumulation, schedulers, callbacks and checkpoints
+    are the host's own. Its `training_step`, `compute_loss` and metrics run once a micro-batch. With `zo_branch="none"`
+    it trains as the host does.
 
     Parameters that a subclass's optimizer trains and the model lacks, such as a loss's own classifier, are first-order
     whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with.
@@ -63,24 +64,19 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
     one that never stopped (`ResumableTrainer`).
 
     Attributes:
+        split: Which parameters are zeroth-order and which first-order; None with `zo_branch="none"`.
         replay_log: Where all is zeroth-order, the steps so far (see `ReplayLog`); else None.
 
     Raises:
+        TypeError: If `args` has no `ZeroOrderArguments` as a base.
         ValueError: If the assignment does not fit the model, or an optimizer is passed in (choose `optim` and
             `zo_optim` instead).
     """
 
-    def __init__(
-        self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, *positional, **kwargs
-    ):
-        args = args if args is not None else ZOCLTrainingArguments(output_dir="tmp_trainer")
-        if not isinstance(args, ZOCLTrainingArguments):
-            raise TypeError(f"args: expected ZOCLTrainingArguments, got {type(args).__name__}.")
-        # By name, for another base may have arguments in between.
-        if len(positional) > len(_TRAINER_ARGUMENTS) - 2:
-            raise TypeError(f"{len(positional) + 2} positional arguments: Trainer takes {len(_TRAINER_ARGUMENTS)}.")
-        named = dict(zip(_TRAINER_ARGUMENTS[2:], positional, strict=False))
-        super().__init__(model=model, args=args, **named, **kwargs)
+    def __init__(self, model: nn.Module | None = None, args: ZeroOrderArguments | None = None, *more, **kwargs):
+        if not isinstance(args, ZeroOrderArguments):
+            raise TypeError(f"args: expected {self._expected_arguments}, got {type(args).__name__}.")
+        super().__init__(model, args, *more, **kwargs)
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         self._watch: DifferenceWatch | None = None
@@ -95,7 +91,9 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         if args.zo_branch == "none":
             return
         if self.optimizer is not None:
-            raise ValueError("ZOCLTrainer builds its optimizer over both groups: pass optim and zo_optim, not one.")
+            raise ValueError(
+                f"{type(self).__name__} builds its optimizer over both groups: pass optim and zo_optim, not one."
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot have zeroth-order layers: start one "
@@ -106,11 +104,15 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
                 "A model spread over several devices (device_map) cannot have zeroth-order layers: its random masks "
                 "would differ between the passes that are compared. Load it onto one device."
             )
-        if model is not None and any(parameter.requires_grad for parameter in model.parameters()):
+        # A host may have made it, or wrapped it in an adapter.
+        if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             self._assign_layers()  # fail before any work
         self.add_callback(_InstallEstimate(self))
         callbacks = self.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())  # what looks at the gradients is to see the estimate
+
+    # For an error message: what `args` should be.
+    _expected_arguments = "arguments with ZeroOrderArguments as a base"
 
     @property
     def _has_many_zo_parameters(self) -> bool:
@@ -141,7 +143,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         self._is_detached = value
 
     def _assign_layers(self) -> None:
-        args: ZOCLTrainingArguments = self.args
+        args: ZeroOrderArguments = self.args
         # Where ε is to be measured, it is so at the first step.
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
         self.split = args.layer_assignment.split(self.model, eps[None], eps["vision"], eps["language"])
@@ -182,7 +184,7 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
             estimator=args.zo_estimator,
             queries=args.queries_by_branch,
             # What is judged must be what will be applied.
-            sign=args.zo_sign or (args.zo_estimator == "conservative" and args.zo_optim == "sign"),
+            sign=args.zo_sign or (ESTIMATORS[args.zo_estimator].judges_steps and args.zo_optim == "sign"),
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
@@ -210,53 +212,48 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """One micro-batch: backpropagation for the first-order parameters, then the zeroth-order estimate.
+        """The host's training step, with the zeroth-order estimate made where it calls for the backward pass.
+
+        So the host prepares its inputs, computes its loss and collects its metrics once a micro-batch. The further
+        losses of the estimate leave no trace in the Trainer.
 
         Returns:
-            The loss at θ, scaled for accumulation as the Trainer scales it; detached.
+            The loss at θ, scaled for accumulation as the host scales it; detached.
+
+        Raises:
+            RuntimeError: If the host does not go by `compute_loss` and `accelerator.backward`, once each.
         """
         if not self.has_zo_parameters:
             return super().training_step(model, inputs, num_items_in_batch)
-        inputs = self._prepare_inputs(inputs)
-        model.train()
-        evaluation = self._evaluation(model, inputs, num_items_in_batch)
-        with self._counting_own_examples(), ExitStack() as stack:
-            stack.callback(evaluation.close)
-            return self._hybrid_step(model, inputs, num_items_in_batch, evaluation, stack)
+        with ExitStack() as stack:
+            micro_batch = MicroBatch(self, stack, self.compute_loss, self.accelerator.backward)
+            stack.enter_context(shadowed(self, compute_loss=micro_batch.compute_loss))
+            stack.enter_context(shadowed(self.accelerator, backward=micro_batch.backward))
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if micro_batch.estimate is None:
+            raise self._no_estimate()
+        self._take(micro_batch.estimate, self._loss_scale(num_items_in_batch))
+        return loss
 
-    def _hybrid_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        num_items_in_batch: torch.Tensor | int | None,
-        evaluation: PlainEvaluation | TowerEvaluation,
-        stack: ExitStack,
-    ) -> torch.Tensor:
-        scale, base_loss = self._loss_scale(num_items_in_batch), None
-        if self._has_first_order:
-            with evaluation.recording():
-                base_loss = super().training_step(model, inputs, num_items_in_batch) / scale
-        make_finer = partial(self._finer_evaluation, model, evaluation, stack)
-        if not self._watch.is_settled:
-            self._measure_differences(model, inputs, evaluation, make_finer)
-        finer = {branch for branch, own in self._estimator.resolutions.items() if own.finer}
-        estimate = self._estimator.estimate(
-            evaluation,
-            step=self.state.global_step,
-            micro_step=len(self._estimates),
-            base_loss=base_loss,
-            learning_rate=self._zo_learning_rates,
-            finer=partial(make_finer, finer),
+    def _no_estimate(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self).__name__}: its training_step made no zeroth-order estimate. A training_step of its own "
+            "calls super().training_step, or self.compute_loss and self.accelerator.backward once each."
         )
+
+    def _evaluation(self, micro_batch: MicroBatch) -> PlainEvaluation | TowerEvaluation:
+        return micro_batch.make_evaluation()
+
+    def _measure_differences(self, micro_batch: MicroBatch) -> None:
+        micro_batch.measure_differences()
+
+    def _take(self, estimate: Estimate, scale: float) -> None:
+        """Keep a micro-batch's estimate until the optimizer's step."""
         self._watch.see(estimate)
-        # FZOO's quotient of losses has no scale of its own.
-        is_quotient = self.args.zo_estimator == "fzoo"
-        self._estimates.append((estimate, 1.0 / self.current_gradient_accumulation_steps if is_quotient else scale))
+        # A quotient of losses has no scale of its own.
+        own_scale = scale if self._estimator.formula.has_scale else 1.0 / self.current_gradient_accumulation_steps
+        self._estimates.append((estimate, own_scale))
         self._zo_logs["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
-        loss = estimate.loss if base_loss is None else base_loss
-        if self.accelerator.scaler is not None and not self._has_first_order:
-            self._give_scaler_something_to_see(loss)
-        return loss * scale
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the zeroth-order figures and the model's own `extra_logs` beside the training loss.
@@ -275,118 +272,14 @@ class ZOCLTrainer(ResumableTrainer, DataParallelTrainer):
         if is_of_training:
             self.state.log_history[-1].update({name: float(value) for name, value in self._layer_logs.items()})
 
-    def _evaluation(
-        self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], num_items_in_batch: torch.Tensor | int | None
-    ) -> PlainEvaluation | TowerEvaluation:
-        """The way to L(θ + d): by the towers in a dual encoder, else by full forward passes."""
-        module = model
-        if self._plan.towers:
-            # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
-            module = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        elif isinstance(model, DistributedDataParallel):
-            module = model.module  # a pass of the wrapper sends all buffers
-
-        def forward() -> torch.Tensor:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss = self.compute_loss(module, copy(inputs), num_items_in_batch=num_items_in_batch).mean()
-            if loss.dtype.itemsize < 4:
-                logger.warning_once(
-                    f"The loss is {loss.dtype}, in which small differences vanish, and zeroth-order layers learn from "
-                    "nothing else. Load the model in float32 (dtype=torch.float32) and train with bf16=True or "
-                    "fp16=True, or compute the loss from logits.float()."
-                )
-            return loss
-
-        buffers = self._plan.buffers
-        if not buffers.is_watched:
-            buffers.watch(self.args.device, forward)
-        before = ForwardState(self.args.device, buffers)
-        if not self._plan.towers:
-            return PlainEvaluation(forward, before)
-        return TowerEvaluation(self._plan, forward, before, self.accelerator.autocast)
-
-    def _finer_evaluation(
-        self,
-        model: nn.Module,
-        evaluation: PlainEvaluation | TowerEvaluation,
-        stack: ExitStack,
-        towers: set[str | None],
-    ) -> Evaluation:
-        """The way to the losses of the same micro-batch in float32, where these towers are perturbed."""
-        module, device = self.accelerator.unwrap_model(model, keep_torch_compile=False), self.args.device.type
-
-        def forward() -> torch.Tensor:
-            with full_precision(module, device):
-                return evaluation.forward()
-
-        finer = evaluation.finer(forward, partial(torch.autocast, device, enabled=False), towers)
-        stack.callback(finer.close)
-        return finer
-
-    def _measure_differences(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        evaluation: PlainEvaluation | TowerEvaluation,
-        make_finer: Callable[[set[str | None]], Evaluation],
-    ) -> None:
-        """Choose ε and the precision of the zeroth-order passes on this micro-batch."""
-        module = self.accelerator.unwrap_model(model)
-        is_half = any(p.dtype.itemsize < 4 for p in module.parameters() if p.dtype.is_floating_point)
-        has_finer = self.accelerator.mixed_precision in ("bf16", "fp16") and not is_half
-        why_flat = partial(self._why_flat, module, inputs, evaluation)
-        with uncounted(module):
-            self._watch.settle(evaluation, make_finer if has_finer else None, why_flat)
-
-    def _why_flat(
-        self,
-        module: nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
-        evaluation: PlainEvaluation | TowerEvaluation,
-        branch: str | None,
-    ) -> str:
-        """Why no perturbation of a branch changes the loss."""
-        parameters = self._estimator.perturbations[branch].parameters
-        mine = {id(parameter) for parameter in parameters}
-        for name, layer in module.named_modules():
-            if mine.isdisjoint(id(parameter) for parameter in layer.parameters()):
-                continue
-            for state, undo in (("merged", "unmerge it"), ("disable_adapters", "enable it")):
-                if getattr(layer, state, False) is True:
-                    what = "merged into the weights" if state == "merged" else "disabled"
-                    return f"The adapter of {name} is {what}: {undo} to train it."
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        try:
-            with torch.enable_grad():
-                loss = self.compute_loss(module, copy(inputs))
-            gradients = torch.autograd.grad(loss.mean(), parameters, allow_unused=True) if loss.requires_grad else ()
-        except RuntimeError:  # no memory for a backward pass, or an operation without one
-            gradients = ()
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
-        if any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients):
-            return (
-                "Backpropagation has a gradient there: the loss compares the model with itself as it is, as an "
-                "on-policy loss does (GRPO with num_iterations=1), and so is the same wherever the weights are."
-            )
-        if float(evaluation.losses([{}])[0]) == 0:
-            return "The loss is 0 whatever the weights are, as it is of a task with a single class."
-        return "The loss does not depend on these weights at all."
-
-    def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
-        """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
-        self.accelerator.scaler.scale(loss)
-        parameter = self.split.zo_parameters[0]
-        parameter.grad = torch.zeros_like(parameter)
-
     def _forget_estimates(self) -> None:
         self._estimates.clear()
 
     def _install_estimates(self) -> None:
         """Hand the estimate to the optimizer: normalised and clipped apart from the first-order gradients."""
         estimates, limit = list(self._estimates), self.args.zo_max_grad_norm
+        if not estimates:
+            raise self._no_estimate()
         self._forget_estimates()
         if self.replay_log is not None:
             self.replay_log.record(self.state.global_step, estimates, list(self._zo_learning_rates.values()))
@@ -511,10 +404,15 @@ def _log_name(figure: str, branch: str | None, layer: int | str | None = None) -
 class _InstallEstimate(TrainerCallback):
     """Installs the estimate between the Trainer's clipping, which must not see it, and `optimizer.step`."""
 
-    def __init__(self, trainer: ZOCLTrainer):
+    def __init__(self, trainer: ZeroOrderMixin):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.has_zo_parameters and self.trainer._hybrid is None:
+            raise RuntimeError(
+                f"{type(self.trainer).__name__}: its create_optimizer does not call super().create_optimizer, which "
+                "adds the zeroth-order rule."
+            )
         self._clear_foreign_gradients()
 
     def on_step_begin(self, args, state, control, **kwargs):

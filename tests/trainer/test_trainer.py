@@ -19,9 +19,8 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.zo import ReplayLog
-from hf_zocl.zo.estimator import ESTIMATORS
+from hf_zocl import ZeroOrderArguments, ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl.zo import ESTIMATORS, ReplayLog
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
 
@@ -592,7 +591,7 @@ def test_bad_arguments_are_named_before_anything_else(tmp_path, options, message
     ],
 )
 def test_layers_are_read_as_recipes_and_command_lines_write_them(given, expected):
-    from hf_zocl.training_args import parse_layers
+    from hf_zocl.trainer.arguments import parse_layers
 
     assert parse_layers(given) == expected
 
@@ -719,17 +718,17 @@ class HostArguments(TrainingArguments):
 
 
 @dataclass
-class ZOFirst(ZOCLTrainingArguments, HostArguments):
+class ZOFirst(ZeroOrderArguments, HostArguments):
     pass
 
 
 @dataclass
-class HostArgumentsFirst(HostArguments, ZOCLTrainingArguments):
+class HostArgumentsFirst(HostArguments, ZeroOrderArguments):
     pass
 
 
 @dataclass
-class Own(ZOCLTrainingArguments, HostArguments):
+class Own(ZeroOrderArguments, HostArguments):
     logging_steps: float = 3
 
 
@@ -738,12 +737,19 @@ def test_another_bases_defaults_hold_in_either_order(tmp_path):
     plain, ours = HostArguments(**given).to_dict(), ZOCLTrainingArguments(**given).to_dict()
     for cls in (ZOFirst, HostArgumentsFirst):
         both = cls(**given).to_dict()
-        assert {name for name in plain if both[name] != plain[name]} == {"hub_strategy"}
+        assert {name for name in plain if both[name] != plain[name]} == set()
         assert {name: both[name] for name in ours if name not in plain} == {
             name: ours[name] for name in ours if name not in plain
         }
     assert (Own(**given).logging_steps, Own(**given).learning_rate) == (3, 2e-5)
     assert ZOFirst(**given, learning_rate=0.5).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("cls", [ZOFirst, HostArgumentsFirst, Own])
+def test_zeroth_order_arguments_are_checked_in_either_order(tmp_path, cls):
+    assert cls(str(tmp_path), zo_layers="2,4", zo_queries="vision=2,language=16").zo_layers == [2, 4]
+    with pytest.raises(ValueError, match="zo_branch='left' is unknown"):
+        cls(str(tmp_path), zo_branch="left")
 
 
 class CountGraphs(TrainerCallback):

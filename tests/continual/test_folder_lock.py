@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hf_zocl.folder_lock import LOCK_FILE, FolderInUseError, FolderLock
+from hf_zocl.continual.folder_lock import LOCK_FILE, FolderInUseError, FolderLock
 
 
 HOLD = """
 import sys, time
-from hf_zocl.folder_lock import FolderLock
+from hf_zocl.continual.folder_lock import FolderLock
 with FolderLock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -80,7 +80,7 @@ def test_a_folder_that_was_made_for_the_lock_alone_goes_with_it(tmp_path):
 def test_where_nothing_can_be_locked_there_is_a_warning(tmp_path, monkeypatch, caplog):
     import logging
 
-    from hf_zocl import folder_lock
+    from hf_zocl.continual import folder_lock
 
     def unable(*_):
         raise OSError(95, "Operation not supported")

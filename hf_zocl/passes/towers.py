@@ -20,253 +20,23 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
 
-from .estimator import Point
-from .packing import PackedPrompts, Packing
-from .perturbation import Combination, Perturbation
-from .random_state import Buffers, ForwardState, uncounted
-from .self_check import SelfCheck, holding, without_autocast
-from .streaming import StreamedPerturbation
+from ..zo.directions import Combination
+from ..zo.estimators import Point
+from .autocast import without_autocast
+from .candidates import repeat, rows_of, stacked
+from .plain import PlainEvaluation, at, watch
+from .plan import LAYERS, PACKING, REST, STACKING, TOWERS, Shortcut, TowerPlan
+from .prompts import PackedPrompts
+from .random_state import ForwardState, uncounted
+from .self_check import SelfCheck, holding
+from .structure import Tower, forward_of, shadowed
 
 
 logger = logging.getLogger(__name__)
 
 # Elements of hidden state that a batch of candidates may always have; beyond it, as many as the largest tower has.
 MIN_BATCH_ELEMENTS = 1 << 20
-
-
-class PlainEvaluation:
-    """Every loss by one full forward pass, all of them from the same state, so that dropout masks do not differ.
-
-    Args:
-        forward: Returns the loss, a scalar, at the present parameters.
-        before: The state in which the step's first forward pass started: every evaluation starts there too.
-        after: The state that a single pass leaves behind, to which `close` returns, so that the number of queries does
-            not change what the next step draws; by default, the state after the first evaluation.
-    """
-
-    def __init__(
-        self,
-        forward: Callable[[], torch.Tensor],
-        before: ForwardState | None = None,
-        after: ForwardState | None = None,
-    ):
-        self.forward, self.before, self.after = forward, before, after
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Watch a whole forward pass at θ, such as the first-order one."""
-        yield
-        self.after = self.before.now()
-
-    def finer(self, forward: Callable[[], torch.Tensor], *_: Any) -> PlainEvaluation:
-        """The evaluation of the same micro-batch by another, finer forward pass."""
-        return PlainEvaluation(forward, self.before, self.after)
-
-    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
-        """The loss at every point; scalars."""
-        watch(points, lambda: self._loss({}))
-        losses = []
-        for point in points:
-            loss = self._loss(point)
-            while _was_missed(point):
-                loss = self._loss(point)
-            losses.append(loss)
-        return losses
-
-    def _loss(self, point: Point) -> torch.Tensor:
-        if self.before is not None:
-            self.before.restore()
-        with at(point):
-            loss = self.forward()
-        if self.after is None and self.before is not None:
-            self.after = self.before.now()
-        return loss
-
-    def close(self) -> None:
-        if self.after is not None:
-            self.after.restore()
-
-
-@contextmanager
-def at(point: Point) -> Iterator[None]:
-    """All perturbations of the point at once."""
-    with ExitStack() as stack:
-        for perturbation, offset in point.items():
-            stack.enter_context(perturbation.at(offset))
-        yield
-
-
-def watch(points: Iterable[Point], full_pass: Callable[[], Any]) -> None:
-    """See once, in a full pass at θ, where streamed parameters are read (`StreamedPerturbation.watching`)."""
-    unseen = {perturbation for point in points for perturbation in _streamed(point) if not perturbation.is_watched}
-    if unseen:
-        with ExitStack() as stack:
-            for perturbation in unseen:
-                stack.enter_context(perturbation.watching())
-            full_pass()
-
-
-def _streamed(point: Point) -> list[StreamedPerturbation]:
-    return [perturbation for perturbation in point if isinstance(perturbation, StreamedPerturbation)]
-
-
-def _was_missed(point: Point) -> bool:
-    """Whether the last pass may have read streamed parameters at θ: then the next one moves them for longer."""
-    missed = [perturbation for perturbation in _streamed(point) if perturbation.widen()]
-    return bool(missed)
-
-
-@dataclass(frozen=True)
-class Tower:
-    """One half of a dual encoder, as transformers builds it (`CLIPModel`, `SiglipModel` and their kin).
-
-    Attributes:
-        name: `vision` or `language`.
-        module: What the model calls.
-        layers: Its stack of layers, run in order; None where it is built otherwise.
-    """
-
-    name: str
-    module: nn.Module
-    layers: nn.ModuleList | None
-
-    def first_layer_of(self, perturbation: Perturbation) -> int | None:
-        """The index of the first layer with a parameter of `perturbation`; None if one lies outside the layers."""
-        mine = {id(parameter) for parameter in perturbation.parameters} & {id(p) for p in self.module.parameters()}
-        if self.layers is None:
-            return None
-        of_layer = [{id(p) for p in layer.parameters()} & mine for layer in self.layers]
-        if len(set().union(*of_layer)) < len(mine):
-            return None
-        return next(index for index, parameters in enumerate(of_layer) if parameters)
-
-
-def find_towers(model: nn.Module) -> dict[str, Tower]:
-    """The towers of the dual encoder in `model`, by structure; none if there is no dual encoder, or several."""
-    attributes = {"vision": "vision_model", "language": "text_model"}
-    found = [
-        module
-        for module in model.modules()
-        if all(isinstance(module._modules.get(name), nn.Module) for name in attributes.values())
-        and isinstance(module._parameters.get("logit_scale"), torch.Tensor)
-    ]
-    if len(found) != 1:
-        return {}
-    towers = {}
-    for name, attribute in attributes.items():
-        module = found[0].get_submodule(attribute)
-        encoder = module._modules.get("encoder")
-        layers = encoder._modules.get("layers") if encoder is not None and "embeddings" in module._modules else None
-        towers[name] = Tower(name, module, layers if isinstance(layers, nn.ModuleList) else None)
-    return towers
-
-
-# A shortcut: what it does, and in which tower.
-Shortcut = tuple[str, str | None]
-TOWERS, PACKING = ("the reuse of towers", None), ("the packing of prompts", "language")
-REST, LAYERS, STACKING = "weights left as they are", "the reuse of layers", "candidates side by side"
-
-
-class TowerPlan:
-    """What holds for all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
-
-    Modules may say what they stand, by attributes: `couples_towers` of the model (its loss is not made of the towers'
-    features alone; default: it is), `stackable` (its parameters may have a leading dimension of candidates, all of
-    them together; default: a linear layer's may) and `packable` (a row may hold several prompts; default: it may).
-
-    Args:
-        model: The model, unwrapped.
-        perturbations: One per branch.
-        reduce: Averages a tensor of losses over data-parallel ranks.
-
-    Attributes:
-        used: The shortcuts that were seen to hold; None as long as none was looked at.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        perturbations: Iterable[Perturbation],
-        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
-    ):
-        self.model, self.all_perturbations, self.reduce = model, list(perturbations), reduce
-        self.buffers = Buffers(model)
-        self.towers = {} if getattr(model, "couples_towers", False) else find_towers(model)
-        self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
-        self.packing = Packing(model)
-        self.used: set[Shortcut] | None = None
-        self.is_warned = False
-        self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
-        self.stacked: dict[str, list[tuple[nn.Module, str, int]] | None] = {}
-        self.packable = all(
-            getattr(module, "packable", True) for tower in self.towers.values() for module in tower.module.modules()
-        )
-        self.within_towers: set[Perturbation] = set()
-        owners: dict[int, list[tuple[nn.Module, str]]] = {}
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                owners.setdefault(id(parameter), []).append((module, name))
-        for perturbation in self.all_perturbations:
-            for name, tower in self.towers.items():
-                inside = {id(p) for p in tower.module.parameters()}
-                mine = [id(p) in inside for p in perturbation.parameters]
-                if not any(mine):
-                    continue
-                units = perturbation.units if isinstance(perturbation, StreamedPerturbation) else []
-                moves_with_tower = any(tower.module in scope for unit in units for scope in unit.scopes)
-                if self.perturbations[name] is not None or moves_with_tower:  # two branches in one tower, or its call
-                    self.towers = {}
-                    return
-                self.perturbations[name] = perturbation
-                self.first_layer[name] = tower.first_layer_of(perturbation)
-                if all(mine):
-                    self.within_towers.add(perturbation)
-                    self.stacked[name] = _stackable(perturbation, tower.module, owners)
-
-    @property
-    def shortcuts(self) -> list[Shortcut]:
-        """Those that there are, the one first that the others build on."""
-        moved = [name for name, perturbation in self.perturbations.items() if perturbation is not None]
-        return [
-            TOWERS,
-            *((REST, name) for name in moved if self.perturbations[name] in self.within_towers),
-            *((LAYERS, name) for name in moved if self.first_layer[name]),
-            *([PACKING] if self.packable and PACKING[1] in moved else []),
-            *((STACKING, name) for name in moved if self.stacked.get(name) is not None),
-        ]
-
-    @property
-    def precision(self) -> float:
-        """The relative spacing of the coarsest numbers among the weights, of those in which anything is computed."""
-        dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
-        widths = (torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1)
-        return max(widths, default=torch.finfo(torch.bfloat16).eps)
-
-    def offset(self, name: str, point: Point) -> Combination | None:
-        """Where the tower's parameters are at `point`: an offset, or None at θ."""
-        return point.get(self.perturbations[name])
-
-
-def _stackable(
-    perturbation: Perturbation, tower: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]]
-) -> list[tuple[nn.Module, str, int]] | None:
-    """The module that holds each parameter, and its name there; None if one cannot hold candidates' side by side."""
-    if isinstance(perturbation, StreamedPerturbation):
-        return None
-    mine = {id(parameter) for parameter in perturbation.parameters}
-    for module in tower.modules():
-        inside = [id(parameter) in mine for parameter in module.parameters()]
-        if hasattr(module, "stackable") and any(inside) and not (module.stackable and all(inside)):
-            return None
-    holders = [owners[id(parameter)] for parameter in perturbation.parameters]
-    if any(len(holder) > 1 for holder in holders):  # tied weights
-        return None
-    found = [(*holder[0], index) for index, holder in enumerate(holders)]
-    # A subclass may have its weight read by another module, as `nn.MultiheadAttention` does.
-    is_able = all(type(module) is nn.Linear or hasattr(module, "stackable") for module, _, _ in found)
-    return found if is_able else None
 
 
 @dataclass
@@ -464,7 +234,7 @@ class TowerEvaluation:
                     record.hidden, record.resume = hidden.detach(), ForwardState(device)
             return hidden
 
-        with _forward_of(tower.module, watched):
+        with forward_of(tower.module, watched):
             yield
 
     def _keeps_hidden(self, name: str) -> bool:
@@ -515,7 +285,7 @@ class TowerEvaluation:
 
     def _stacked_outputs(self, name: str, offsets: Sequence[Combination]) -> list[Any]:
         """The tower's output at every offset by one pass, of a copy of the batch for each."""
-        with self._stacked(name, self.plan.perturbations[name].stack(offsets)):
+        with stacked(self.plan.stacked[name], self.plan.perturbations[name].stack(offsets)):
             output = self._tower_output(name, copies=len(offsets))
         return _split(output, len(offsets))
 
@@ -540,12 +310,12 @@ class TowerEvaluation:
     def _tower_output(self, name: str, copies: int = 1) -> Any:
         """Run a tower on its recorded inputs, from the first perturbed layer on where that is possible."""
         tower, record = self.plan.towers[name], self.records[name]
-        kwargs, rows, packed = record.kwargs, _rows((record.args, record.kwargs)), record.packed
+        kwargs, rows, packed = record.kwargs, rows_of((record.args, record.kwargs)), record.packed
         hidden = record.hidden if self._keeps_hidden(name) else None
         if packed is not None:
             kwargs = {**kwargs, "input_ids": packed.pack(kwargs["input_ids"]), "attention_mask": packed.mask}
             hidden, rows = packed.pack(hidden), len(packed.index)
-        hidden = _repeat(hidden, copies, rows)
+        hidden = repeat(hidden, copies, rows)
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(self.context())
@@ -555,20 +325,10 @@ class TowerEvaluation:
             if record.draws:
                 (record.entry if hidden is None else record.resume).restore()
             # What was recorded has been through the module's hooks, and its output will go through them.
-            output = tower.module.forward(*_repeat(record.args, copies, rows), **_repeat(kwargs, copies, rows))
+            output = tower.module.forward(*repeat(record.args, copies, rows), **repeat(kwargs, copies, rows))
             if packed is not None:
                 output.pooler_output = packed.last_states(output.last_hidden_state, copies)
             return _pooled(output)
-
-    @contextmanager
-    def _stacked(self, name: str, stacks: Sequence[torch.Tensor]) -> Iterator[None]:
-        """Every perturbed module holds the weights of all candidates, and maps each one's rows by its own."""
-        with ExitStack() as stack:
-            for module, parameter, index in self.plan.stacked[name]:
-                stack.enter_context(shadowed(module, **{parameter: stacks[index]}))
-            for module in {module for module, _, _ in self.plan.stacked[name] if isinstance(module, nn.Linear)}:
-                stack.enter_context(shadowed(module, forward=_StackedForward(module)))
-            yield
 
     def _combine(self, point: Point) -> torch.Tensor:
         """The loss from the towers' outputs: the model's forward pass with both of them replayed.
@@ -585,60 +345,8 @@ class TowerEvaluation:
             for name, record in self.records.items():
                 offset = self.plan.offset(name, point)
                 replay = _Replay(record.outputs[offset], record.exit if self.draws else None)
-                stack.enter_context(_forward_of(self.plan.towers[name].module, replay))
+                stack.enter_context(forward_of(self.plan.towers[name].module, replay))
             return self.forward()
-
-
-@contextmanager
-def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Let attributes of a module be others for a while: an instance's own come before its class's."""
-    own = vars(module)
-    saved = {name: own[name] for name in attributes if name in own}
-    own.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del own[name]
-        own.update(saved)
-
-
-def _forward_of(module: nn.Module, forward: Callable) -> AbstractContextManager:
-    """Let `forward` stand in for the module's own, also where `module.compile()` was called."""
-    return shadowed(module, forward=forward, _compiled_call_impl=None)
-
-
-class _StackedForward:
-    """A linear layer's forward pass while its weights are stacked."""
-
-    def __init__(self, module: nn.Linear):
-        self.module = module
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return stacked_linear(inputs, self.module.weight, self.module.bias)
-
-
-def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, also for stacked weights.
-
-    Args:
-        inputs: `(rows, …, in)`; for stacked weights the rows are those of candidate 1, then of candidate 2, ….
-        weight: `(out, in)`, or `(candidates, out, in)`.
-        bias: `(out,)`, or `(candidates, out)`.
-
-    Returns:
-        `(rows, …, out)`.
-    """
-    if weight.dim() == 2:
-        if bias is None or bias.dim() == 1:
-            return nn.functional.linear(inputs, weight, bias)
-        weight = weight.expand(len(bias), -1, -1)  # a bias of every candidate beside the weight of all
-    rows = inputs.reshape(len(weight), -1, inputs.shape[-1])
-    if bias is None:
-        outputs = torch.bmm(rows, weight.mT)
-    else:
-        outputs = torch.baddbmm(bias.view(-1, 1, bias.shape[-1]), rows, weight.mT)
-    return outputs.view(*inputs.shape[:-1], weight.shape[1])
 
 
 class _Replay:
@@ -681,24 +389,3 @@ def _widened(tensor: torch.Tensor) -> torch.Tensor:
 
 def _split(output: Any, parts: int) -> list[Any]:
     return [_with_features(output, piece) for piece in output["pooler_output"].chunk(parts)]
-
-
-def _rows(value: Any) -> int | None:
-    """The rows of the first tensor that is found in a tower's inputs."""
-    if isinstance(value, torch.Tensor):
-        return len(value) if value.dim() else None
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    return next((rows for rows in map(_rows, items) if rows is not None), None)
-
-
-def _repeat(value: Any, copies: int, rows: int | None) -> Any:
-    """Tensors with the rows of a batch once per candidate, in candidate order; anything else as it is."""
-    if copies == 1:
-        return value
-    if isinstance(value, torch.Tensor):
-        return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() and len(value) == rows else value
-    if isinstance(value, tuple):
-        return tuple(_repeat(item, copies, rows) for item in value)
-    if isinstance(value, dict):
-        return {name: _repeat(item, copies, rows) for name, item in value.items()}
-    return value

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
 from hf_zocl import ZOCLTrainer
-from hf_zocl.resumable import MANIFEST_FILE, ResumeError, SaveError, _write_manifest, last_checkpoint
+from hf_zocl.trainer.resumable import MANIFEST_FILE, ResumeError, SaveError, _write_manifest, last_checkpoint
 from tests.helpers import Mlp, arguments, rows, train, training_logs
 
 

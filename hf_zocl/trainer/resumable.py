@@ -21,7 +21,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .files import NO_ROOM, existing_folder, fingerprint, room_error, written_whole
+from ..files import NO_ROOM, existing_folder, fingerprint, room_error, written_whole
 
 
 logger = logging.get_logger(__name__)

@@ -1,24 +1,22 @@
-"""The arguments of `ZOCLTrainer`: those of `transformers.TrainingArguments`, and the zeroth-order side."""
+"""The zeroth-order arguments, beside those of any Trainer; and together with those of `transformers.Trainer`."""
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 from collections.abc import Mapping
-from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
-from .checks import WrongTypeError, check_fields, check_finite, shown
-from .trainer_ranges import check_ranges
-from .zo import LayerAssignment
-from .zo.assignment import BRANCHES, LAYER_SCHEMES
-from .zo.estimator import ESTIMATORS
-from .zo.optimizer import ZO_OPTIMIZERS
+from ..checks import WrongTypeError, check_fields, check_finite, shown
+from ..zo import LayerAssignment
+from ..zo.assignment import BRANCHES, LAYER_SCHEMES
+from ..zo.estimator import ESTIMATORS
+from ..zo.optimizer import ZO_OPTIMIZERS
+from .ranges import check_ranges
 
 
 HUB_STRATEGIES = ("every_task", "end", "every_save", "checkpoint", "all_checkpoints")
@@ -45,10 +43,13 @@ _WHY_NOT = {
 
 
 @dataclass(repr=False)  # the one of TrainingArguments shows no token
-class ZOCLTrainingArguments(TrainingArguments):
-    """Arguments of a run that mixes zeroth-order (ZO) and first-order (FO) optimisation.
+class ZeroOrderArguments:
+    """Arguments of the zeroth-order (ZO) side of a training, a base beside any `TrainingArguments`.
 
-    `learning_rate`, `optim`, `weight_decay`, `max_grad_norm` and their like rule the first-order parameters, the
+        @dataclass
+        class ZOSFTConfig(ZeroOrderArguments, SFTConfig): ...
+
+    `learning_rate`, `optim`, `weight_decay`, `max_grad_norm` and their like rule the first-order (FO) parameters, the
     arguments below the zeroth-order ones; `lr_scheduler_type` and `warmup_steps` drive both.
 
     Args:
@@ -110,26 +111,25 @@ class ZOCLTrainingArguments(TrainingArguments):
     zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
     zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
-    hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
 
     def __init_subclass__(cls, **kwargs: Any):
-        """Let defaults that another base has changed hold, in whichever order the bases stand.
-
-        A dataclass takes a field as its first base has it, and this one has all of `TrainingArguments`.
-        """
+        """Check these arguments first, wherever this class stands among the bases: a host's may not call `super`."""
         super().__init_subclass__(**kwargs)
-        own = inspect.get_annotations(cls)
-        for name in {f.name for f in fields(TrainingArguments)} - own.keys():
-            declaring = next(base for base in cls.__mro__[1:] if name in inspect.get_annotations(base))
-            if declaring is not TrainingArguments:
-                own[name] = declaring.__dataclass_fields__[name].type
-                setattr(cls, name, copy(declaring.__dataclass_fields__[name]))
-        cls.__annotations__ = own
+        own = vars(cls).get("__post_init__")
 
-    def __post_init__(self):
-        # Those that are read here may be given in several ways; HfArgumentParser gives None for `debug`.
-        check_fields(self, but=("zo_layers", "debug", "fsdp", *PER_TOWER, "zo_eps_vision", "zo_eps_language"))
-        check_ranges(self)
+        def __post_init__(self) -> None:
+            self._check_zero_order()
+            if own is not None:
+                own(self)
+            elif hasattr(super(cls, self), "__post_init__"):
+                super(cls, self).__post_init__()
+
+        cls.__post_init__ = __post_init__
+
+    def _check_zero_order(self) -> None:
+        """Read what may be given in several ways, and refuse what cannot be; may be called again."""
+        own = [each.name for each in fields(ZeroOrderArguments)]
+        check_fields(self, own, but=("zo_layers", *PER_TOWER, "zo_eps_vision", "zo_eps_language"))
         self.zo_layers = parse_layers(self.zo_layers)
         LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
@@ -140,7 +140,7 @@ class ZOCLTrainingArguments(TrainingArguments):
         for name in ("zo_queries", "zo_queries_vision", "zo_queries_language"):
             value = getattr(self, name)
             is_default = name == "zo_queries" and None not in own  # every tower has its own number
-            least = 2 if self.zo_estimator == "fzoo" and not is_default else 1
+            least = 1 if is_default else ESTIMATORS[self.zo_estimator].least_queries
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(
                     f"{name}={value!r}: zo_estimator={self.zo_estimator!r} takes an integer from {least}."
@@ -154,26 +154,14 @@ class ZOCLTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}={value}: expected 0 or more.")
-        if self.zo_branch != "none" and self.zo_estimator == "conservative":
-            self._check_conservative()
+        if self.zo_branch != "none" and ESTIMATORS[self.zo_estimator].judges_steps:
+            self._check_judged_step()
         if self.zo_branch != "none" and self.sharding is not None:
             raise ValueError(
                 f"{self.sharding} cannot train zeroth-order layers (zo_branch={self.zo_branch!r}): "
                 f"{_WHY_NOT[self.sharding]} Use data parallelism, which sends a few numbers a step and keeps no state "
                 "of the frozen weights (docs/scaling.md), or zo_branch='none'."
             )
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        is_on_cpu = self.use_cpu or _is_on("ACCELERATE_USE_CPU")
-        if started > 1 and not is_on_cpu and not torch.accelerator.is_available():
-            raise ValueError(
-                f"{started} processes were started, but without an accelerator they would train {started} models that "
-                "do not know of one another: on CPUs, pass --use_cpu."
-            )
-        hub_strategy = self.hub_strategy
-        _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)
-        self.hub_strategy = "every_save"  # the Trainer's own enumeration is closed, and compares as text
-        super().__post_init__()
-        self.hub_strategy = str(getattr(hub_strategy, "value", hub_strategy))
         if self.zo_branch != "none" and ("lomo" in self.optim or "layerwise" in self.optim):
             raise ValueError(f"optim={self.optim!r} steps within the backward pass, before the zeroth-order losses.")
 
@@ -211,7 +199,7 @@ class ZOCLTrainingArguments(TrainingArguments):
             value = value if value is None else _number(f"{name}_{tower}", value, kind, words)
             setattr(self, f"{name}_{tower}", value)
 
-    def _check_conservative(self) -> None:
+    def _check_judged_step(self) -> None:
         """The estimator judges plain SGD steps along one micro-batch's estimate; others it cannot answer for."""
         others = {
             "zo_max_grad_norm": (0.0, "it judges its steps unclipped"),
@@ -254,6 +242,34 @@ class ZOCLTrainingArguments(TrainingArguments):
     @property
     def layer_assignment(self) -> LayerAssignment:
         return LayerAssignment(self.zo_branch, self.zo_layers)
+
+
+@dataclass(repr=False)
+class ZOCLTrainingArguments(ZeroOrderArguments, TrainingArguments):
+    """Arguments of a run that mixes zeroth-order and first-order optimisation: both bases' together.
+
+    Args:
+        hub_strategy: What `push_to_hub` pushes: `every_task`, `end`, or one of the Trainer's own.
+    """
+
+    hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})
+
+    def __post_init__(self):
+        # HfArgumentParser gives None for `debug`.
+        check_fields(self, but=("debug", "fsdp", *(each.name for each in fields(ZeroOrderArguments))))
+        check_ranges(self)
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        is_on_cpu = self.use_cpu or _is_on("ACCELERATE_USE_CPU")
+        if started > 1 and not is_on_cpu and not torch.accelerator.is_available():
+            raise ValueError(
+                f"{started} processes were started, but without an accelerator they would train {started} models that "
+                "do not know of one another: on CPUs, pass --use_cpu."
+            )
+        hub_strategy = self.hub_strategy
+        _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)
+        self.hub_strategy = "every_save"  # the Trainer's own enumeration is closed, and compares as text
+        super().__post_init__()
+        self.hub_strategy = str(getattr(hub_strategy, "value", hub_strategy))
 
 
 def _number(name: str, value: Any, kind: type, words: tuple[str, ...]) -> Any:

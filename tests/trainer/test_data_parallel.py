@@ -12,7 +12,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import TrainingArguments
 
-from hf_zocl.data_parallel import DataParallelTrainer, _CountingBatchSampler, _last_round
+from hf_zocl.trainer.data_parallel import DataParallelTrainer, _CountingBatchSampler, _last_round
 from tests.helpers import Mlp, arguments, rows
 
 
@@ -145,7 +145,7 @@ atexit.register(sum, range(5 * 10**7))
 import os, tempfile, time
 import torch
 import torch.distributed as dist
-from hf_zocl.data_parallel import leave_process_group
+from hf_zocl.trainer.data_parallel import leave_process_group
 
 class Trainer:
     def __init__(self, group):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from .checks import shown
+from ..checks import shown
 
 
 MAPPINGS = (

@@ -21,18 +21,9 @@ from transformers import (
 )
 
 from hf_zocl.models import CLIPClassifierOutput
-from hf_zocl.zo import (
-    ForwardState,
-    LayerAssignment,
-    PlainEvaluation,
-    TowerEvaluation,
-    TowerPlan,
-    ZOEstimator,
-    find_towers,
-    packing,
-    stacked_linear,
-)
-from hf_zocl.zo.estimator import ESTIMATORS
+from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
+from hf_zocl.passes import prompts as packing
+from hf_zocl.zo import ESTIMATORS, LayerAssignment, ZOEstimator
 from tests.helpers import image_batch, mini_clip_classifier
 
 
@@ -201,7 +192,7 @@ def test_dual_encoders_of_transformers_work_by_structure(kind, branch, layers):
 @pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])
 @pytest.mark.parametrize("layers", ["all", "hop-even", "suffix-2"])
 def test_packed_prompts_give_the_plain_losses_and_gradients(estimator, layers, monkeypatch):
-    monkeypatch.setattr("hf_zocl.zo.packing.MAX_ROW_TOKENS", 24)
+    monkeypatch.setattr("hf_zocl.passes.prompts.MAX_ROW_TOKENS", 24)
     model, inputs = classifier()
     model.set_classes(MANY_CLASSES)
     rows = count_calls(model.clip.base_model.model.text_model.encoder.layers[-1])

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf_zocl import ZOCLTrainer
-from hf_zocl.differences import NOISE_FILE
 from hf_zocl.models import in_training_dtype
+from hf_zocl.trainer.differences import NOISE_FILE
 from hf_zocl.zo import draw_direction
 from tests.helpers import Mlp, arguments, image_batch, mini_clip_classifier, rows, train, training_logs
 

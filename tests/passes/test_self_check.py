@@ -9,18 +9,11 @@ from torch import nn
 
 from hf_zocl import ZOCLTrainer
 from hf_zocl.models import CLIPClassifierOutput
-from hf_zocl.zo import (
-    ForwardState,
-    LayerAssignment,
-    PlainEvaluation,
-    TowerEvaluation,
-    TowerPlan,
-    ZOEstimator,
-    evaluation,
-    find_towers,
-    packing,
-)
-from hf_zocl.zo.self_check import without_autocast
+from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, candidates, find_towers
+from hf_zocl.passes import prompts as packing
+from hf_zocl.passes import towers as evaluation
+from hf_zocl.passes.autocast import without_autocast
+from hf_zocl.zo import LayerAssignment, ZOEstimator
 from tests.helpers import arguments, image_batch, image_examples, mini_clip_classifier
 from tests.zo.test_evaluation import (
     MANY_CLASSES,
@@ -51,8 +44,8 @@ def wrong_layers(monkeypatch):
 
 
 def wrong_candidates(monkeypatch):
-    linear = evaluation.stacked_linear
-    monkeypatch.setattr(evaluation, "stacked_linear", lambda x, weight, bias=None: linear(x, weight.flip(0), bias))
+    linear = candidates.stacked_linear
+    monkeypatch.setattr(candidates, "stacked_linear", lambda x, weight, bias=None: linear(x, weight.flip(0), bias))
 
 
 def wrong_prompts(monkeypatch):

@@ -1,0 +1,20 @@
+"""The cheapest way to a loss under a perturbation."""
+
+from .candidates import stacked_linear
+from .plain import PlainEvaluation
+from .plan import TowerPlan
+from .random_state import Buffers, ForwardState
+from .structure import Tower, find_towers
+from .towers import TowerEvaluation
+
+
+__all__ = [
+    "Buffers",
+    "ForwardState",
+    "PlainEvaluation",
+    "Tower",
+    "TowerEvaluation",
+    "TowerPlan",
+    "find_towers",
+    "stacked_linear",
+]

@@ -1,0 +1,103 @@
+"""Candidates of one step, through a tower as one batch: weights stacked, rows repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..zo.perturbation import Perturbation
+from ..zo.streaming import StreamedPerturbation
+from .structure import shadowed
+
+
+# A module that holds a parameter, the parameter's name there, and its number among the perturbed ones.
+Holder = tuple[nn.Module, str, int]
+
+
+def stackable(
+    perturbation: Perturbation, tower: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]]
+) -> list[Holder] | None:
+    """The module that holds each parameter, and its name there; None if one cannot hold candidates' side by side."""
+    if isinstance(perturbation, StreamedPerturbation):
+        return None
+    mine = {id(parameter) for parameter in perturbation.parameters}
+    for module in tower.modules():
+        inside = [id(parameter) in mine for parameter in module.parameters()]
+        if hasattr(module, "stackable") and any(inside) and not (module.stackable and all(inside)):
+            return None
+    holders = [owners[id(parameter)] for parameter in perturbation.parameters]
+    if any(len(holder) > 1 for holder in holders):  # tied weights
+        return None
+    found = [(*holder[0], index) for index, holder in enumerate(holders)]
+    # A subclass may have its weight read by another module, as `nn.MultiheadAttention` does.
+    is_able = all(type(module) is nn.Linear or hasattr(module, "stackable") for module, _, _ in found)
+    return found if is_able else None
+
+
+@contextmanager
+def stacked(holders: Sequence[Holder], stacks: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Inside, every perturbed module holds the weights of all candidates, and maps each one's rows by its own."""
+    with ExitStack() as stack:
+        for module, parameter, index in holders:
+            stack.enter_context(shadowed(module, **{parameter: stacks[index]}))
+        for module in {module for module, _, _ in holders if isinstance(module, nn.Linear)}:
+            stack.enter_context(shadowed(module, forward=_StackedForward(module)))
+        yield
+
+
+class _StackedForward:
+    """A linear layer's forward pass while its weights are stacked."""
+
+    def __init__(self, module: nn.Linear):
+        self.module = module
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return stacked_linear(inputs, self.module.weight, self.module.bias)
+
+
+def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, also for stacked weights.
+
+    Args:
+        inputs: `(rows, …, in)`; for stacked weights the rows are those of candidate 1, then of candidate 2, ….
+        weight: `(out, in)`, or `(candidates, out, in)`.
+        bias: `(out,)`, or `(candidates, out)`.
+
+    Returns:
+        `(rows, …, out)`.
+    """
+    if weight.dim() == 2:
+        if bias is None or bias.dim() == 1:
+            return nn.functional.linear(inputs, weight, bias)
+        weight = weight.expand(len(bias), -1, -1)  # a bias of every candidate beside the weight of all
+    rows = inputs.reshape(len(weight), -1, inputs.shape[-1])
+    if bias is None:
+        outputs = torch.bmm(rows, weight.mT)
+    else:
+        outputs = torch.baddbmm(bias.view(-1, 1, bias.shape[-1]), rows, weight.mT)
+    return outputs.view(*inputs.shape[:-1], weight.shape[1])
+
+
+def rows_of(value: Any) -> int | None:
+    """The rows of the first tensor that is found in a tower's inputs."""
+    if isinstance(value, torch.Tensor):
+        return len(value) if value.dim() else None
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return next((rows for rows in map(rows_of, items) if rows is not None), None)
+
+
+def repeat(value: Any, copies: int, rows: int | None) -> Any:
+    """Tensors with the rows of a batch once per candidate, in candidate order; anything else as it is."""
+    if copies == 1:
+        return value
+    if isinstance(value, torch.Tensor):
+        return value.repeat(copies, *[1] * (value.dim() - 1)) if value.dim() and len(value) == rows else value
+    if isinstance(value, tuple):
+        return tuple(repeat(item, copies, rows) for item in value)
+    if isinstance(value, dict):
+        return {name: repeat(item, copies, rows) for name, item in value.items()}
+    return value

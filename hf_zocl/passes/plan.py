@@ -1,0 +1,103 @@
+"""What of a dual encoder's passes may be left out: found once a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from ..zo.directions import Combination
+from ..zo.estimators import Point
+from ..zo.perturbation import Perturbation
+from ..zo.streaming import StreamedPerturbation
+from .candidates import Holder, stackable
+from .prompts import Packing
+from .random_state import Buffers
+from .structure import find_towers
+
+
+# A shortcut: what it does, and in which tower.
+Shortcut = tuple[str, str | None]
+TOWERS, PACKING = ("the reuse of towers", None), ("the packing of prompts", "language")
+REST, LAYERS, STACKING = "weights left as they are", "the reuse of layers", "candidates side by side"
+
+
+class TowerPlan:
+    """What holds for all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
+
+    Modules may say what they stand, by attributes: `couples_towers` of the model (its loss is not made of the towers'
+    features alone; default: it is), `stackable` (its parameters may have a leading dimension of candidates, all of
+    them together; default: a linear layer's may) and `packable` (a row may hold several prompts; default: it may).
+
+    Args:
+        model: The model, unwrapped.
+        perturbations: One per branch.
+        reduce: Averages a tensor of losses over data-parallel ranks.
+
+    Attributes:
+        used: The shortcuts that were seen to hold; None as long as none was looked at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        perturbations: Iterable[Perturbation],
+        reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
+    ):
+        self.model, self.all_perturbations, self.reduce = model, list(perturbations), reduce
+        self.buffers = Buffers(model)
+        self.towers = {} if getattr(model, "couples_towers", False) else find_towers(model)
+        self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
+        self.packing = Packing(model)
+        self.used: set[Shortcut] | None = None
+        self.is_warned = False
+        self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
+        self.stacked: dict[str, list[Holder] | None] = {}
+        self.packable = all(
+            getattr(module, "packable", True) for tower in self.towers.values() for module in tower.module.modules()
+        )
+        self.within_towers: set[Perturbation] = set()
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                owners.setdefault(id(parameter), []).append((module, name))
+        for perturbation in self.all_perturbations:
+            for name, tower in self.towers.items():
+                inside = {id(p) for p in tower.module.parameters()}
+                mine = [id(p) in inside for p in perturbation.parameters]
+                if not any(mine):
+                    continue
+                units = perturbation.units if isinstance(perturbation, StreamedPerturbation) else []
+                moves_with_tower = any(tower.module in scope for unit in units for scope in unit.scopes)
+                if self.perturbations[name] is not None or moves_with_tower:  # two branches in one tower, or its call
+                    self.towers = {}
+                    return
+                self.perturbations[name] = perturbation
+                self.first_layer[name] = tower.first_layer_of(perturbation)
+                if all(mine):
+                    self.within_towers.add(perturbation)
+                    self.stacked[name] = stackable(perturbation, tower.module, owners)
+
+    @property
+    def shortcuts(self) -> list[Shortcut]:
+        """Those that there are, the one first that the others build on."""
+        moved = [name for name, perturbation in self.perturbations.items() if perturbation is not None]
+        return [
+            TOWERS,
+            *((REST, name) for name in moved if self.perturbations[name] in self.within_towers),
+            *((LAYERS, name) for name in moved if self.first_layer[name]),
+            *([PACKING] if self.packable and PACKING[1] in moved else []),
+            *((STACKING, name) for name in moved if self.stacked.get(name) is not None),
+        ]
+
+    @property
+    def precision(self) -> float:
+        """The relative spacing of the coarsest numbers among the weights, of those in which anything is computed."""
+        dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
+        widths = (torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1)
+        return max(widths, default=torch.finfo(torch.bfloat16).eps)
+
+    def offset(self, name: str, point: Point) -> Combination | None:
+        """Where the tower's parameters are at `point`: an offset, or None at θ."""
+        return point.get(self.perturbations[name])

@@ -1,0 +1,77 @@
+"""How a model is built, its towers and their layers; and attributes that stand in for its own for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..zo.perturbation import Perturbation
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One half of a dual encoder, as transformers builds it (`CLIPModel`, `SiglipModel` and their kin).
+
+    Attributes:
+        name: `vision` or `language`.
+        module: What the model calls.
+        layers: Its stack of layers, run in order; None where it is built otherwise.
+    """
+
+    name: str
+    module: nn.Module
+    layers: nn.ModuleList | None
+
+    def first_layer_of(self, perturbation: Perturbation) -> int | None:
+        """The index of the first layer with a parameter of `perturbation`; None if one lies outside the layers."""
+        mine = {id(parameter) for parameter in perturbation.parameters} & {id(p) for p in self.module.parameters()}
+        if self.layers is None:
+            return None
+        of_layer = [{id(p) for p in layer.parameters()} & mine for layer in self.layers]
+        if len(set().union(*of_layer)) < len(mine):
+            return None
+        return next(index for index, parameters in enumerate(of_layer) if parameters)
+
+
+def find_towers(model: nn.Module) -> dict[str, Tower]:
+    """The towers of the dual encoder in `model`, by structure; none if there is no dual encoder, or several."""
+    attributes = {"vision": "vision_model", "language": "text_model"}
+    found = [
+        module
+        for module in model.modules()
+        if all(isinstance(module._modules.get(name), nn.Module) for name in attributes.values())
+        and isinstance(module._parameters.get("logit_scale"), torch.Tensor)
+    ]
+    if len(found) != 1:
+        return {}
+    towers = {}
+    for name, attribute in attributes.items():
+        module = found[0].get_submodule(attribute)
+        encoder = module._modules.get("encoder")
+        layers = encoder._modules.get("layers") if encoder is not None and "embeddings" in module._modules else None
+        towers[name] = Tower(name, module, layers if isinstance(layers, nn.ModuleList) else None)
+    return towers
+
+
+@contextmanager
+def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Let attributes of a module be others for a while: an instance's own come before its class's."""
+    own = vars(module)
+    saved = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del own[name]
+        own.update(saved)
+
+
+def forward_of(module: nn.Module, forward: Callable) -> AbstractContextManager:
+    """Let `forward` stand in for the module's own, also where `module.compile()` was called."""
+    return shadowed(module, forward=forward, _compiled_call_impl=None)

@@ -1,0 +1,8 @@
+"""Zeroth-order training in any `transformers.Trainer`."""
+
+from .arguments import ZeroOrderArguments, ZOCLTrainingArguments
+from .mixin import ZeroOrderMixin
+from .zocl_trainer import ZOCLTrainer
+
+
+__all__ = ["ZOCLTrainer", "ZOCLTrainingArguments", "ZeroOrderArguments", "ZeroOrderMixin"]

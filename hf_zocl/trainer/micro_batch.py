@@ -1,0 +1,193 @@
+"""One micro-batch of a training step: its loss as the host computes it, and the further losses of the estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from copy import copy
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import logging
+
+from ..passes import ForwardState, PlainEvaluation, TowerEvaluation
+from ..passes.autocast import without_autocast
+from ..passes.random_state import uncounted
+from ..zo import Estimate, Evaluation
+from .differences import why_flat
+from .quiet import leaving_no_trace
+
+
+logger = logging.get_logger(__name__)
+
+
+class MicroBatch:
+    """Stands in for the host's loss and backward pass, for one call of its `training_step`.
+
+    Where there are first-order parameters, the host's loss is recorded and backpropagated, and the estimate is made
+    after that, when the activations are gone. Else the first pass of the estimate is the host's own.
+
+    Args:
+        trainer: The host, a `ZeroOrderMixin`.
+        stack: What is to be undone after the step.
+        loss: The host's `compute_loss`.
+        backward: The accelerator's.
+
+    Attributes:
+        estimate: None until it is made.
+    """
+
+    def __init__(
+        self,
+        trainer: Any,
+        stack: ExitStack,
+        loss: Callable[..., Any],
+        backward: Callable[..., None],
+    ):
+        self.trainer, self.stack = trainer, stack
+        self.estimate: Estimate | None = None
+        self._loss, self._backward = loss, backward
+        self._base_loss: torch.Tensor | None = None
+        self._recording = stack.enter_context(ExitStack())
+        self._has_begun = self._is_passed_back = self._is_hosts_own = False
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> Any:
+        """In the place of the host's `compute_loss`."""
+        if self._has_begun:
+            return self._loss(model, inputs, *args, **kwargs)
+        self._has_begun = True
+        self.model, self.inputs, self._args, self._kwargs = model, copy(inputs), args, kwargs
+        if not self.trainer._has_first_order:
+            with torch.autocast(self.device.type, enabled=False):
+                self._begin()
+                self._make_estimate()
+            return (self.estimate.loss, None) if kwargs.get("return_outputs") else self.estimate.loss
+        self._begin()
+        self._recording.enter_context(self.evaluation.recording())
+        result = self._loss(model, inputs, *args, **kwargs)
+        self._base_loss = _scalar(result).detach()
+        return result
+
+    def backward(self, loss: torch.Tensor, **kwargs) -> None:
+        """In the place of the accelerator's `backward`."""
+        if not self._has_begun or self._is_passed_back:
+            raise RuntimeError(
+                f"{type(self.trainer).__name__}: its training_step calls accelerator.backward "
+                f"{'twice' if self._is_passed_back else 'without compute_loss'}, and a zeroth-order estimate needs to "
+                "know which loss it is of: one call of each for a micro-batch."
+            )
+        self._is_passed_back = True
+        if self.trainer._has_first_order:
+            self._backward(loss, **kwargs)
+            self._recording.close()
+            self._make_estimate()
+        elif self.trainer.accelerator.scaler is not None:
+            self._give_scaler_something_to_see(loss)
+
+    @property
+    def device(self) -> torch.device:
+        return self.trainer.args.device
+
+    @property
+    def module(self) -> nn.Module:
+        """What the further losses are taken of."""
+        if self.trainer._plan.towers:
+            # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
+            return self._unwrapped(keep_torch_compile=False)
+        # A pass of the data-parallel wrapper sends all buffers.
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    def _unwrapped(self, **kwargs: Any) -> nn.Module:
+        return self.trainer.accelerator.unwrap_model(self.model, **kwargs)
+
+    def _begin(self) -> None:
+        self.evaluation = self.trainer._evaluation(self)
+        self.stack.callback(self.evaluation.close)
+
+    def _make_estimate(self) -> None:
+        trainer = self.trainer
+        if not trainer._watch.is_settled:
+            trainer._measure_differences(self)
+        finer = {branch for branch, own in trainer._estimator.resolutions.items() if own.finer}
+        self._is_hosts_own = self._base_loss is None
+        self.estimate = trainer._estimator.estimate(
+            self.evaluation,
+            step=trainer.state.global_step,
+            micro_step=len(trainer._estimates),
+            base_loss=self._base_loss,
+            learning_rate=trainer._zo_learning_rates,
+            finer=partial(self._finer, finer),
+        )
+
+    def forward(self) -> torch.Tensor:
+        """The loss, a scalar, at the present parameters."""
+        if self._is_hosts_own:
+            self._is_hosts_own = False
+            return self._loss_without_gradient(self.module)
+        with leaving_no_trace(self.trainer):
+            return self._loss_without_gradient(self.module)
+
+    def _loss_without_gradient(self, module: nn.Module) -> torch.Tensor:
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            loss = _scalar(self._loss(module, copy(self.inputs), *self._args, **self._kwargs))
+        if loss.dtype.itemsize < 4:
+            logger.warning_once(
+                f"The loss is {loss.dtype}, in which small differences vanish, and zeroth-order layers learn from "
+                "nothing else. Load the model in float32 (dtype=torch.float32) and train with bf16=True or "
+                "fp16=True, or compute the loss from logits.float()."
+            )
+        return loss
+
+    def make_evaluation(self) -> PlainEvaluation | TowerEvaluation:
+        """The way to L(θ + d): by the towers in a dual encoder, else by full forward passes."""
+        trainer, plan = self.trainer, self.trainer._plan
+        if not plan.buffers.is_watched:
+            plan.buffers.watch(self.device, self.forward)
+        before = ForwardState(self.device, plan.buffers)
+        if not plan.towers:
+            return PlainEvaluation(self.forward, before)
+        return TowerEvaluation(plan, self.forward, before, trainer.accelerator.autocast)
+
+    def _finer(self, towers: set[str | None]) -> Evaluation:
+        """The way to the losses of the same micro-batch in float32, where these towers are perturbed."""
+        in_float32 = partial(without_autocast, self.device.type)
+        module = self._unwrapped(keep_torch_compile=False)
+
+        def forward() -> torch.Tensor:
+            with in_float32(), leaving_no_trace(self.trainer):
+                return self._loss_without_gradient(module)
+
+        finer = self.evaluation.finer(forward, in_float32, towers)
+        self.stack.callback(finer.close)
+        return finer
+
+    def measure_differences(self) -> None:
+        """Choose ε and the precision of the zeroth-order passes."""
+        trainer, module = self.trainer, self._unwrapped()
+        is_half = any(p.dtype.itemsize < 4 for p in module.parameters() if p.dtype.is_floating_point)
+        has_finer = trainer.accelerator.mixed_precision in ("bf16", "fp16") and not is_half
+
+        def why(branch: str | None) -> str:
+            parameters = trainer._estimator.perturbations[branch].parameters
+            return why_flat(module, parameters, lambda: self._loss_with_gradient(module))
+
+        with uncounted(module):
+            trainer._watch.settle(self.evaluation, self._finer if has_finer else None, why)
+
+    def _loss_with_gradient(self, module: nn.Module) -> torch.Tensor:
+        with torch.enable_grad(), leaving_no_trace(self.trainer):
+            return _scalar(self._loss(module, copy(self.inputs), *self._args, **self._kwargs))
+
+    def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
+        """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
+        self.trainer.accelerator.scaler.scale(loss)
+        parameter = self.trainer.split.zo_parameters[0]
+        parameter.grad = torch.zeros_like(parameter)
+
+
+def _scalar(result: Any) -> torch.Tensor:
+    """The loss, of what `compute_loss` returns."""
+    return (result[0] if isinstance(result, tuple) else result).mean()

@@ -1,0 +1,119 @@
+"""What all estimators share: a step's question, its answer, and the losses in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from ..directions import Combination
+from ..perturbation import Perturbation
+
+
+# Where a loss is asked for: the perturbations that are not at θ, and their offsets. Empty: L(θ).
+Point = Mapping[Perturbation, Combination]
+
+
+class Evaluation(Protocol):
+    """The way to a loss; see `hf_zocl.passes`."""
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point; scalars."""
+
+
+@dataclass
+class Estimate:
+    """One estimate, by branch: a few numbers, from which `ZOEstimator.write` makes the gradient.
+
+    Attributes:
+        gradient: Σᵢ wᵢ·Δᵢ.
+        differences: The q loss differences, shape `(q,)`: L(θ+εΔ) − L(θ), or half of L(θ+εΔ) − L(θ−εΔ); for
+            `forward-gradient` the derivatives ∇L·Δ.
+        loss: L(θ); for `two-sided`, which does without it, the mean of its losses, equal up to O(ε²).
+    """
+
+    gradient: dict[str | None, Combination] = field(default_factory=dict)
+    differences: dict[str | None, torch.Tensor] = field(default_factory=dict)
+    loss: torch.Tensor | None = None
+
+
+@dataclass
+class Way:
+    """Branches whose losses are compared with one another, and their evaluation, made when it is first used.
+
+    Attributes:
+        branches: By name.
+        make: Makes the evaluation.
+        base_loss: L(θ) by it, where that is known.
+    """
+
+    branches: list[str | None]
+    make: Callable[[], Evaluation]
+    base_loss: torch.Tensor | None = None
+
+    @cached_property
+    def evaluation(self) -> Evaluation:
+        return self.make()
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """In float32 at least: a difference of two losses needs it."""
+        return [wide(loss) for loss in self.evaluation.losses(points)]
+
+
+@dataclass
+class Step:
+    """What an estimator is asked: a gradient from losses of one micro-batch along these directions.
+
+    Attributes:
+        perturbations: By branch.
+        seeds: Of the directions of every branch.
+        ways: Which branches are evaluated how.
+        reduce: Averages a tensor of losses over data-parallel ranks.
+        noise: By branch, the standard deviation of a loss's rounding, where it was measured.
+        learning_rates: By branch, the size of the step that will be taken.
+        sign: Whether it will be taken along the sign of the estimate.
+    """
+
+    perturbations: Mapping[str | None, Perturbation]
+    seeds: Mapping[str | None, tuple[int, ...]]
+    ways: Sequence[Way]
+    reduce: Callable[[torch.Tensor], torch.Tensor]
+    noise: Mapping[str | None, float]
+    learning_rates: Mapping[str | None, float]
+    sign: bool
+
+
+class Estimator:
+    """A formula: which losses it asks for, and what they say of each direction.
+
+    Attributes:
+        name: Of the argument `zo_estimator`.
+        least_queries: How many directions of a branch it needs.
+        is_two_sided: Whether it compares both sides of θ, so that truncation is of third order.
+        has_eps: Whether it moves the parameters by ε; else it differentiates.
+        has_scale: Whether the estimate is as large as the gradient, and so as the loss.
+        judges_steps: Whether it chooses among plain SGD steps by the loss after each.
+    """
+
+    name: str
+    least_queries = 1
+    is_two_sided = False
+    has_eps = True
+    has_scale = True
+    judges_steps = False
+
+    def estimate(self, step: Step) -> Estimate:
+        raise NotImplementedError
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor in float32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def finite(weights: torch.Tensor) -> torch.Tensor:
+    """Weights with 0 for what is not finite: such a query counts for nothing."""
+    return torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)

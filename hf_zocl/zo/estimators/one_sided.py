@@ -1,0 +1,44 @@
+"""One-sided differences, with Δᵢ the direction of query i and q queries:
+
+g = 1/q · Σᵢ [L(θ+εΔᵢ) − L(θ)] / ε · Δᵢ        (equation 2 of arXiv 2506.12409)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..directions import Combination
+from .base import Estimate, Estimator, Point, Step, finite, wide
+
+
+class OneSided(Estimator):
+    name = "one-sided"
+
+    def estimate(self, step: Step) -> Estimate:
+        return self.estimate_and_bases(step)[0]
+
+    def estimate_and_bases(self, step: Step) -> tuple[Estimate, dict[str | None, torch.Tensor]]:
+        """The estimate, and L(θ) of every branch, by the passes of its own."""
+        losses: list[torch.Tensor] = []
+        for way in step.ways:
+            points: list[Point] = [] if way.base_loss is not None else [{}]
+            for branch in way.branches:
+                perturbation = step.perturbations[branch]
+                points += [{perturbation: perturbation.query(seed)} for seed in step.seeds[branch]]
+            known = [] if way.base_loss is None else [wide(way.base_loss)]
+            losses += known + way.losses(points)
+        rest = step.reduce(torch.stack(losses))
+        estimate, bases = Estimate(loss=rest[0]), {}
+        for way in step.ways:
+            base_loss, rest = rest[0], rest[1:]
+            for branch in way.branches:
+                seeds, eps = step.seeds[branch], step.perturbations[branch].eps
+                mine, rest = rest.tensor_split([len(seeds)])
+                bases[branch], estimate.differences[branch] = base_loss, mine - base_loss
+                weights = finite(self.quotients(mine, base_loss, eps, step.noise.get(branch, 0.0))) / len(mine)
+                estimate.gradient[branch] = Combination(seeds, weights, moved=(eps, 0.0))
+        return estimate, bases
+
+    def quotients(self, losses: torch.Tensor, base_loss: torch.Tensor, eps: float, noise: float) -> torch.Tensor:
+        """What each loss says of its direction, shape `(q,)`."""
+        return (losses - base_loss) / eps

@@ -1,0 +1,113 @@
+"""`ZeroOrderMixin` beside Trainers with a step, a loss and metrics of their own."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_zocl import ZeroOrderMixin, ZOCLTrainer
+from tests.helpers import Mlp, arguments, rows
+
+
+class Host(Trainer):
+    """A Trainer as TRL's are: it makes its inputs itself, and counts and collects in its loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.prepared = self.tokens = 0
+        self.metrics = {"train": defaultdict(list)}
+
+    def _prepare_inputs(self, inputs):
+        self.prepared += 1
+        return super()._prepare_inputs(inputs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.tokens += len(inputs["x"])
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.metrics["train"]["loss"].append(loss.detach().mean())
+        return (loss, outputs) if return_outputs else loss
+
+
+class ZOFirst(ZeroOrderMixin, Host):
+    pass
+
+
+class HostFirst(Host, ZeroOrderMixin):
+    pass
+
+
+def training(folder, cls, **options):
+    torch.manual_seed(0)
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, **options}
+    trainer = cls(model=Mlp(), args=arguments(folder, **options), train_dataset=rows())
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("layers", ["all", "hop-even"])
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "forward-gradient"])
+@pytest.mark.parametrize("cls", [ZOFirst, HostFirst])
+def test_a_hosts_hooks_run_once_a_micro_batch(tmp_path, cls, estimator, layers):
+    control = training(tmp_path / "control", Host, zo_branch="none")
+    trainer = training(tmp_path / "zo", cls, zo_layers=layers, zo_estimator=estimator, zo_queries=3)
+    assert (trainer.prepared, trainer.tokens) == (control.prepared, control.tokens)
+    found, expected = trainer.metrics["train"]["loss"], control.metrics["train"]["loss"]
+    assert len(found) == len(expected) == 8
+    # Two-sided differences have no pass at θ: the host sees the first of theirs.
+    assert torch.allclose(found[0], expected[0], atol=1e-2 if estimator == "two-sided" else 1e-6)
+
+
+@pytest.mark.parametrize("cls", [ZOFirst, HostFirst])
+def test_beside_a_host_it_trains_as_alone(tmp_path, cls):
+    alone = training(tmp_path / "alone", ZOCLTrainer, zo_layers="hop-even", zo_learning_rate=1e-2)
+    beside = training(tmp_path / "beside", cls, zo_layers="hop-even", zo_learning_rate=1e-2)
+    pairs = zip(alone.model.parameters(), beside.model.parameters(), strict=True)
+    assert all(torch.equal(mine, other) for mine, other in pairs)
+
+
+class OwnBackward(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        if loss.requires_grad:
+            loss.backward()
+        return loss.detach()
+
+
+class Twice(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        halves = [{name: value[part] for name, value in inputs.items()} for part in (slice(0, 4), slice(4, 8))]
+        losses = [self.compute_loss(model, self._prepare_inputs(half)) for half in halves]
+        for loss in losses:
+            self.accelerator.backward(loss)
+        return sum(losses).detach()
+
+
+class NoStep(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return torch.zeros(())
+
+
+class OwnOptimizer(Trainer):
+    def create_optimizer(self, model=None):
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        return self.optimizer
+
+
+@pytest.mark.parametrize(
+    ("host", "mixin_first", "message"),
+    [
+        (OwnBackward, True, "OwnBackward: its training_step made no zeroth-order estimate"),
+        (OwnBackward, False, "OwnBackward: its training_step made no zeroth-order estimate"),
+        (NoStep, True, "NoStep: its training_step made no zeroth-order estimate"),
+        (NoStep, False, "NoStep: its training_step made no zeroth-order estimate"),
+        (Twice, True, "Twice: its training_step calls accelerator.backward twice"),
+        (Twice, False, "Twice: its training_step made no zeroth-order estimate"),
+        (OwnOptimizer, False, "OwnOptimizer: its create_optimizer does not call super"),
+    ],
+)
+def test_a_host_that_leaves_no_room_for_the_estimate_is_refused(tmp_path, host, mixin_first, message):
+    bases = (ZeroOrderMixin, host) if mixin_first else (host, ZeroOrderMixin)
+    cls = type(f"ZO{host.__name__}", bases, {})
+    with pytest.raises(RuntimeError, match=message):
+        training(tmp_path, cls, zo_layers="hop-even", gradient_accumulation_steps=1)
