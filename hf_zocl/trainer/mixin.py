@@ -73,10 +73,11 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             `zo_optim` instead).
     """
 
-    def __init__(self, model: nn.Module | None = None, args: ZeroOrderArguments | None = None, *more, **kwargs):
+    def __init__(self, *positional, **kwargs):
+        super().__init__(*positional, **kwargs)  # a host's own order of arguments
+        args = self.args
         if not isinstance(args, ZeroOrderArguments):
-            raise TypeError(f"args: expected {self._expected_arguments}, got {type(args).__name__}.")
-        super().__init__(model, args, *more, **kwargs)
+            raise TypeError(f"args: expected arguments with ZeroOrderArguments as a base, got {type(args).__name__}.")
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         self._watch: DifferenceWatch | None = None
@@ -110,9 +111,6 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self.add_callback(_InstallEstimate(self))
         callbacks = self.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())  # what looks at the gradients is to see the estimate
-
-    # For an error message: what `args` should be.
-    _expected_arguments = "arguments with ZeroOrderArguments as a base"
 
     @property
     def _has_many_zo_parameters(self) -> bool:

@@ -7,7 +7,7 @@ import inspect
 from torch import nn
 from transformers import Trainer
 
-from .arguments import ZOCLTrainingArguments
+from .arguments import ZeroOrderArguments, ZOCLTrainingArguments
 from .mixin import ZeroOrderMixin
 
 
@@ -21,8 +21,6 @@ class ZOCLTrainer(ZeroOrderMixin, Trainer):
     `ZeroOrderMixin`'s; with `zo_branch="none"` this is a `Trainer`.
     """
 
-    _expected_arguments = "ZOCLTrainingArguments"
-
     def __init__(
         self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, *positional, **kwargs
     ):
@@ -31,4 +29,6 @@ class ZOCLTrainer(ZeroOrderMixin, Trainer):
             raise TypeError(f"{len(positional) + 2} positional arguments: Trainer takes {len(_TRAINER_ARGUMENTS)}.")
         named = dict(zip(_TRAINER_ARGUMENTS[2:], positional, strict=False))
         args = args if args is not None else ZOCLTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, ZeroOrderArguments):
+            raise TypeError(f"args: expected ZOCLTrainingArguments, got {type(args).__name__}.")
         super().__init__(model=model, args=args, **named, **kwargs)

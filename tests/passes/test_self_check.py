@@ -15,7 +15,7 @@ from hf_zocl.passes import towers as evaluation
 from hf_zocl.passes.autocast import without_autocast
 from hf_zocl.zo import LayerAssignment, ZOEstimator
 from tests.helpers import arguments, image_batch, image_examples, mini_clip_classifier
-from tests.zo.test_evaluation import (
+from tests.passes.test_towers import (
     MANY_CLASSES,
     assert_same,
     checked,
