@@ -188,7 +188,7 @@ def why_flat(
     value, gradients = None, ()
     try:
         loss = loss_with_gradient()
-        value = float(loss)
+        value = float(loss.detach())
         if loss.requires_grad:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     except RuntimeError as error:  # no memory for a backward pass, or an operation without one
