@@ -47,7 +47,7 @@ RECIPE = f"""
 --recipe {SCRIPTS / "recipes" / "quickstart.yaml"} --class_order 3 8 0 1 --partial_order true
 --num_train_epochs 2 --logging_steps 4 --save_strategy steps --save_steps 2 --save_total_limit 2
 --max_train_images_per_class 24 --max_test_images_per_class 10 --per_device_train_batch_size 16
---zo_queries_language 2 --lora_dropout 0.1 --disable_tqdm true --use_cpu true
+--zo_queries vision=2,language=2 --lora_dropout 0.1 --disable_tqdm true --use_cpu true
 """.split()
 # What a run may be in the middle of, and the function in which it is.
 PHASES = {

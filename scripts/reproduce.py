@@ -143,8 +143,8 @@ def layer_cells(config: CLIPConfig) -> dict[str, Cell]:
 def mozo_cells(config: CLIPConfig) -> dict[str, Cell]:
     """Dual/hop-even without the sign and with one ε, the language tower's; with either; with both."""
     common = assigned("dual", "hop-even", "--zo_optim", "sgd", "--zo_momentum", "0.9").arguments
-    one_eps = ("--zo_eps_vision", "1e-2", "--zo_eps_language", "1e-2")
-    two_eps = ("--zo_eps_vision", "5e-3", "--zo_eps_language", "1e-2")
+    one_eps = ("--zo_eps", "1e-2")
+    two_eps = ("--zo_eps", "vision=5e-3,language=1e-2")
     magnitude = (("--zo_sign", "false"), ("3e-3", "1e-2", "3e-2"))
     sign = (("--zo_sign", "true"), ("3e-4", "1e-3", "3e-3"))
     return {
@@ -160,9 +160,9 @@ def mozo_cells(config: CLIPConfig) -> dict[str, Cell]:
 
 def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
     """Steps without momentum, two queries in each tower, so that the estimators differ in nothing else."""
-    common = assigned("dual", "all", "--zo_queries_vision", "2", "--zo_queries_language", "2").arguments
+    common = assigned("dual", "all", "--zo_queries", "2").arguments
     plain = (*common, "--zo_sign", "false", "--zo_momentum", "0", "--zo_optim")
-    single = ("--zo_queries_vision", "1", "--zo_queries_language", "1")
+    single = ("--zo_queries", "1")
     by_magnitude = ("3e-2", "5e-2", "7e-2", "1e-1")
     return {
         "aggressive": Cell((*plain, "sgd", *single), by_magnitude),
@@ -175,7 +175,7 @@ def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
 
 
 def passes_cells(config: CLIPConfig) -> dict[str, Cell]:
-    cells = {f"dual/all, q={q}": assigned("dual", "all", "--zo_queries_vision", str(q)) for q in PASSES}
+    cells = {f"dual/all, q={q}": assigned("dual", "all", "--zo_queries", f"vision={q},language=32") for q in PASSES}
     return {"FO": assigned("none"), **cells}
 
 

@@ -245,7 +245,7 @@ def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
     recipe = ["--recipe", str(ROOT / "scripts/recipes/quickstart.yaml"), "--output_dir", str(output_dir)]
     recipe += ["--initial_increment", "5", "--increment", "5", "--max_steps", "2", "--zo_sign", "false"]
     # Within a task every process saves its own random state.
-    recipe += ["--zo_queries_language", "2", "--zo_queries_vision", "1", "--save_strategy", "no"]
+    recipe += ["--zo_queries", "vision=1,language=2", "--save_strategy", "no"]
     recipe += ["--zo_optim", "sgd", "--zo_momentum", "0", "--max_test_images_per_class", "7"]
     recipe += ["--per_device_train_batch_size", str(32 // PROCESSES), "--per_device_eval_batch_size", "9"]
     return build_scheduler(parse_recipe([*recipe, "--disable_tqdm", "true", *arguments])).run()

@@ -37,8 +37,8 @@ def test_a_step_with_few_queries_is_mostly_noise_and_measuring_changes_no_bit(sc
     measured, alone = mini_clip_classifier(), mini_clip_classifier()
     options = {"zo_layers": "all", "zo_learning_rate": 1e-3, "max_steps": 3, "data": image_examples(8)}
     probe = script("alignment")["Probe"](measured, every=1, batches=1)
-    train(tmp_path, measured, callbacks=[probe], zo_queries_vision=1, zo_queries_language=64, **options)
-    train(tmp_path, alone, zo_queries_vision=1, zo_queries_language=64, **options)
+    train(tmp_path, measured, callbacks=[probe], zo_queries={"vision": 1, "language": 64}, **options)
+    train(tmp_path, alone, zo_queries={"vision": 1, "language": 64}, **options)
     assert all(torch.equal(a, b) for a, b in zip(measured.parameters(), alone.parameters(), strict=True))
     mean = {branch: sum(values) / len(values) for branch, values in cosines(probe).items()}
     # One query has a cosine of about √(1/d), 64 of √(64/d): 0.009 and 0.09.

@@ -42,7 +42,7 @@ _WHY_NOT = {
 }
 
 
-@dataclass(repr=False)  # the one of TrainingArguments shows no token
+@dataclass(repr=False, kw_only=True)  # the repr of TrainingArguments shows no token
 class ZeroOrderArguments:
     """Arguments of the zeroth-order (ZO) side of a training, a base beside any `TrainingArguments`.
 
@@ -59,30 +59,22 @@ class ZeroOrderArguments:
             (`LayerAssignment`).
         zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative`, `fzoo` or
             `forward-gradient` (the derivative along the direction, without ε; twice the memory of inference).
-        zo_queries: Directions per branch and step; their estimates are averaged. This, `zo_eps` and `zo_learning_rate`
-            take one value, or one for each tower: `vision=2,language=16`, or a mapping.
-        zo_queries_vision, zo_queries_language: `zo_queries` of one tower: many where a forward pass is cheap.
+        zo_queries: Directions per branch and step; their estimates are averaged. Many where a pass is cheap: this,
+            `zo_eps` and `zo_learning_rate` take one value, or one for each tower, `vision=2,language=16` or a mapping.
         zo_eps: ε, the size of the perturbation; `auto` measures the rounding noise of the loss as a training begins,
             and takes the ε at which truncation and rounding are least.
-        zo_eps_vision, zo_eps_language: ε of one tower; default `zo_eps`.
         zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO).
         zo_optim: `sgd`, `sign` or `adamw`.
         zo_learning_rate: The peak learning rate of the zeroth-order parameters.
-        zo_learning_rate_vision, zo_learning_rate_language: That of one tower: small where the queries are few and the
-            parameters many, for most of such a step is noise; default `zo_learning_rate`.
         zo_momentum: Momentum of `sgd` and `sign`.
         zo_weight_decay: Weight decay of the zeroth-order parameters.
         zo_max_grad_norm: Clips the zeroth-order estimate, apart from the gradient; 0 does not clip.
         zo_seed: Keys the directions; default `seed`.
-        hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of `every_task`, the
-            last one alone (`end`), or, besides every task's, what is saved within a task, as the Trainer does:
-            `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
 
     Raises:
         TypeError: If a value has a type that it cannot have.
-        ValueError: On an unknown choice or a number out of its range, which it names; if a launcher asks for FSDP,
-            DeepSpeed or another sharding of the model, which zeroth-order layers cannot have; or if several processes
-            were started that do not know of one another.
+        ValueError: On an unknown choice or a number out of its range, which it names; or if a launcher asks for
+            FSDP, DeepSpeed or another sharding of the model, which zeroth-order layers cannot have.
     """
 
     zo_branch: str = field(default="dual", metadata={"help": f"Zeroth-order branch: {', '.join(BRANCHES)}."})
@@ -93,20 +85,10 @@ class ZeroOrderArguments:
     zo_estimator: str = field(default="one-sided", metadata={"help": f"Estimator: {', '.join(ESTIMATORS)}."})
     # Texts to HfArgumentParser, for a command line may say "auto" or "vision=2,language=16"; numbers once parsed.
     zo_queries: str = field(default=1, metadata={"help": "Directions per branch and step; or vision=2,language=16."})
-    zo_queries_vision: int | None = field(default=None, metadata={"help": "zo_queries of the vision tower."})
-    zo_queries_language: int | None = field(default=None, metadata={"help": "zo_queries of the text tower."})
     zo_eps: str = field(default="auto", metadata={"help": "Size of the perturbation, or auto: measured."})
-    zo_eps_vision: str | None = field(default=None, metadata={"help": "zo_eps of the vision tower."})
-    zo_eps_language: str | None = field(default=None, metadata={"help": "zo_eps of the text tower."})
     zo_sign: bool = field(default=False, metadata={"help": "Step by the sign of the estimate (MoZO)."})
     zo_optim: str = field(default="sgd", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
     zo_learning_rate: str = field(default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."})
-    zo_learning_rate_vision: float | None = field(
-        default=None, metadata={"help": "zo_learning_rate of the vision tower."}
-    )
-    zo_learning_rate_language: float | None = field(
-        default=None, metadata={"help": "zo_learning_rate of the text tower."}
-    )
     zo_momentum: float = field(default=0.0, metadata={"help": "Momentum of zo_optim=sgd and sign."})
     zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
@@ -135,24 +117,19 @@ class ZeroOrderArguments:
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
         _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
         for name in PER_TOWER:
-            self._read_per_tower(name)
-        own = (self.zo_queries_vision, self.zo_queries_language)
-        for name in ("zo_queries", "zo_queries_vision", "zo_queries_language"):
-            value = getattr(self, name)
-            is_default = name == "zo_queries" and None not in own  # every tower has its own number
-            least = 1 if is_default else ESTIMATORS[self.zo_estimator].least_queries
-            if value is not None and (not isinstance(value, int) or value < least):
+            setattr(self, name, self._per_tower(name))
+        least = ESTIMATORS[self.zo_estimator].least_queries
+        for name, value in self._values("zo_queries"):
+            if value < least:
                 raise ValueError(
                     f"{name}={value!r}: zo_estimator={self.zo_estimator!r} takes an integer from {least}."
                 )
-        for name in ("zo_eps", "zo_eps_vision", "zo_eps_language"):
-            value = getattr(self, name)
-            if value not in (None, "auto") and not 0 < value < float("inf"):
+        for name, value in self._values("zo_eps"):
+            if value != "auto" and not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value}: the size of the perturbation must be greater than 0.")
-        rates = ("zo_learning_rate", "zo_learning_rate_vision", "zo_learning_rate_language")
-        for name in (*rates, "zo_momentum", "zo_weight_decay", "zo_max_grad_norm"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
+        others = [(name, getattr(self, name)) for name in ("zo_momentum", "zo_weight_decay", "zo_max_grad_norm")]
+        for name, value in [*self._values("zo_learning_rate"), *others]:
+            if not value >= 0:
                 raise ValueError(f"{name}={value}: expected 0 or more.")
         if self.zo_branch != "none" and ESTIMATORS[self.zo_estimator].judges_steps:
             self._check_judged_step()
@@ -175,29 +152,27 @@ class ZeroOrderArguments:
         }
         return next((name for name, value in asked.items() if value), None)
 
-    def _read_per_tower(self, name: str) -> None:
-        """Take a value for each tower apart into the towers' own arguments, and texts into numbers."""
+    def _per_tower(self, name: str) -> Any:
+        """Read one value, or one for each tower as a mapping; a tower that is not named has the default."""
         given, kind, words = getattr(self, name), PER_TOWER[name], ("auto",) if name == "zo_eps" else ()
-        by_tower = {tower: getattr(self, f"{name}_{tower}") for tower in TOWERS}
+        by_tower = given
         if isinstance(given, str) and "=" in given:
-            given = dict(part.strip().split("=", 1) for part in given.split(",") if "=" in part) | {
-                part: None for part in given.split(",") if "=" not in part
-            }
-        if isinstance(given, Mapping):
-            for tower, value in given.items():
-                if tower not in TOWERS or value is None:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r}: expected one value, or one for each tower, such as "
-                        "vision=…,language=…."
-                    )
-                if by_tower[tower] not in (None, value):
-                    raise ValueError(f"{name}={given!r} and {name}_{tower}={by_tower[tower]!r}: pass one of them.")
-                by_tower[tower] = value
-            given = type(self).__dataclass_fields__[name].default
-        setattr(self, name, _number(name, given, kind, words))
-        for tower, value in by_tower.items():
-            value = value if value is None else _number(f"{name}_{tower}", value, kind, words)
-            setattr(self, f"{name}_{tower}", value)
+            by_tower = dict(part.strip().split("=", 1) if "=" in part else (part, None) for part in given.split(","))
+        if not isinstance(by_tower, Mapping):
+            return _number(name, given, kind, words)
+        if not by_tower or set(by_tower) - set(TOWERS) or None in by_tower.values():
+            raise ValueError(
+                f"{name}={shown(given)}: expected one value, or one for each tower, such as vision=…,language=…."
+            )
+        default = ZeroOrderArguments.__dataclass_fields__[name].default
+        return {tower: _number(f"{name} ({tower})", by_tower.get(tower, default), kind, words) for tower in TOWERS}
+
+    def _values(self, name: str) -> list[tuple[str, Any]]:
+        """The values of an argument that may have one for each tower, with their names."""
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            return [(name, value)]
+        return [(f"{name} ({tower})", own) for tower, own in value.items()]
 
     def _check_judged_step(self) -> None:
         """The estimator judges plain SGD steps along one micro-batch's estimate; others it cannot answer for."""
@@ -235,9 +210,10 @@ class ZeroOrderArguments:
         return self._by_branch("zo_learning_rate")
 
     def _by_branch(self, name: str) -> dict[str | None, Any]:
-        own = {branch: getattr(self, f"{name}_{branch}") for branch in TOWERS}
-        common = getattr(self, name)
-        return {None: common, **{branch: common if value is None else value for branch, value in own.items()}}
+        value = getattr(self, name)
+        if not isinstance(value, Mapping):
+            return dict.fromkeys((None, *TOWERS), value)
+        return {None: ZeroOrderArguments.__dataclass_fields__[name].default, **value}
 
     @property
     def layer_assignment(self) -> LayerAssignment:
@@ -249,7 +225,13 @@ class ZOCLTrainingArguments(ZeroOrderArguments, TrainingArguments):
     """Arguments of a run that mixes zeroth-order and first-order optimisation: both bases' together.
 
     Args:
-        hub_strategy: What `push_to_hub` pushes: `every_task`, `end`, or one of the Trainer's own.
+        hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of `every_task`, the
+            last one alone (`end`), or, besides every task's, what is saved within a task, as the Trainer does:
+            `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
+
+    Raises:
+        TypeError: If a value has a type that it cannot have.
+        ValueError: As `ZeroOrderArguments`; or if several processes were started that do not know of one another.
     """
 
     hub_strategy: str = field(default="every_task", metadata={"help": f"What to push: {', '.join(HUB_STRATEGIES)}."})

@@ -144,7 +144,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         args: ZeroOrderArguments = self.args
         # Where ε is to be measured, it is so at the first step.
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
-        self.split = args.layer_assignment.split(self.model, eps[None], eps["vision"], eps["language"])
+        self.split = args.layer_assignment.split(self.model, eps)
 
     def train(self, *args, **kwargs):
         """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""

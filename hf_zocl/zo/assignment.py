@@ -155,28 +155,16 @@ class LayerAssignment:
         else:
             self._check_list()
 
-    def split(
-        self,
-        model: nn.Module,
-        eps: float = 1e-3,
-        eps_vision: float | None = None,
-        eps_language: float | None = None,
-    ) -> ParameterSplit:
+    def split(self, model: nn.Module, eps: float | Mapping[str | None, float] = 1e-3) -> ParameterSplit:
         """Split the parameters of `model` that require a gradient.
 
         Args:
             model: Any module; towers and layers are read off its parameters' names.
-            eps: The perturbation's size (the paper's 0.001), unless the branch has its own.
-            eps_vision, eps_language: The sizes for the two towers (the paper: ε_v < ε_l).
+            eps: The perturbation's size (the paper's 0.001); one number, or one per branch (the paper: ε_v < ε_l).
 
         Raises:
             ValueError: If a size is not positive, a layer lies beyond the model, or nothing matches.
         """
-        sizes = {
-            None: _positive("zo_eps", eps),
-            "vision": _positive("zo_eps_vision", eps if eps_vision is None else eps_vision),
-            "language": _positive("zo_eps_language", eps if eps_language is None else eps_language),
-        }
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if self.branch == "none":
             return ParameterSplit(fo=trainable, zo=())
@@ -190,7 +178,14 @@ class LayerAssignment:
         if not groups:
             raise ValueError(f"{self} matches no trainable parameter. {_inventory(trainable)}")
         zo = tuple(
-            ZOGroup(branch, layer, sizes[branch], tuple(names), tuple(trainable[name] for name in names), stack)
+            ZOGroup(
+                branch,
+                layer,
+                _positive(in_branch(eps, branch), branch),
+                tuple(names),
+                tuple(trainable[name] for name in names),
+                stack,
+            )
             for (branch, stack, layer), names in groups.items()
         )
         chosen = {name for group in zo for name in group.names}
@@ -275,10 +270,11 @@ def _depths(names: Iterable[str]) -> dict[str, int]:
     return depths
 
 
-def _positive(name: str, value: float) -> float:
-    if not value > 0:
-        raise ValueError(f"{name}={value!r}: the size of the perturbation must be greater than 0.")
-    return float(value)
+def _positive(eps: float, branch: str | None) -> float:
+    if not eps > 0:
+        name = "zo_eps" + (f" ({branch})" if branch else "")
+        raise ValueError(f"{name}={eps!r}: the size of the perturbation must be greater than 0.")
+    return float(eps)
 
 
 def _inventory(trainable: dict[str, nn.Parameter]) -> str:

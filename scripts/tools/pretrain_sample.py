@@ -260,7 +260,7 @@ class Pretraining:
         (names, targets), (kinds, kind_targets) = self.classes(soft, rng), self.kinds(soft, rng)
         learned = [*rng.choice(self.words.vocabulary, TEXTS), *rng.choice(names + kinds, TEXTS)]
         is_joint = self.decay < 1
-        drop = TOKEN_DROP if self.decay > 0.5 else 0.0
+        drop = TOKEN_DROP if self.decay > 0.25 else 0.0
         with torch.autocast(self.device.type, torch.bfloat16):
             images, pooled = image_features(self.model, pixels, drop)
             texts = text_features(self.model, self.processor, self.prompts(learned, rng))

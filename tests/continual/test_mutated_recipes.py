@@ -29,8 +29,7 @@ SMALL = {
     "max_train_images_per_class": 2,
     "max_test_images_per_class": 2,
     "max_steps": 1,
-    "zo_queries_language": 2,
-    "zo_queries_vision": 1,
+    "zo_queries": {"vision": 1, "language": 2},
     "disable_tqdm": True,
     "save_strategy": "no",
 }
@@ -66,7 +65,7 @@ _HINTS = {
 WORDS = {
     "zo_branch": BRANCHES,
     "zo_layers": ("all", "hop-odd", "suffix-2", "2"),
-    "zo_estimator": ESTIMATORS,
+    "zo_estimator": tuple(ESTIMATORS),
     "zo_optim": ZO_OPTIMIZERS,
     "zo_queries": ("1", "2", "vision=1,language=2", "{vision: 1}"),
     "zo_eps": ("auto", "1e-2", "vision=auto,language=1e-3"),

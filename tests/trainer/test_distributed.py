@@ -245,7 +245,7 @@ def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, monkeyp
 def test_a_run_goes_on_when_a_process_is_killed(tmp_path):
     """torchrun starts both processes anew, and the run ends as if nothing had happened."""
     sizes = ["--initial_increment", "5", "--increment", "5", "--max_steps", "30", "--max_test_images_per_class", "20"]
-    sizes += ["--per_device_train_batch_size", "8", "--zo_queries_language", "2", "--zo_queries_vision", "1"]
+    sizes += ["--per_device_train_batch_size", "8", "--zo_queries", "vision=1,language=2"]
     script = ["scripts/train.py", "--recipe", "scripts/recipes/quickstart.yaml", "--use_cpu", "true", *sizes]
     elastic = [*TORCHRUN, "--nproc_per_node", "2", "--max_restarts", "1", *script]
     whole, killed = tmp_path / "whole", tmp_path / "killed"

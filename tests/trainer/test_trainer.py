@@ -255,7 +255,7 @@ def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
 def test_a_tower_may_have_a_learning_rate_of_its_own(tmp_path, estimator):
     model, rates = mini_clip_classifier(), {"vision": 1e-3, "language": 5e-3}
     start, again = trainable(model), mini_clip_classifier()
-    options = {"zo_layers": "all", "zo_optim": "sign", "zo_learning_rate_vision": 1e-3, "zo_learning_rate": 5e-3}
+    options = {"zo_layers": "all", "zo_optim": "sign", "zo_learning_rate": {"vision": 1e-3, "language": 5e-3}}
     trainer = train(tmp_path, model, zo_estimator=estimator, max_steps=1, **options)
     for group in trainer.split.zo:
         for name, parameter in zip(group.names, group.parameters, strict=True):
@@ -548,14 +548,14 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
         ({"zo_branch": "both"}, "zo_branch='both'"),
         ({"zo_layers": "every-other"}, "zo_layers='every-other'"),
         ({"zo_eps": 0.0}, "zo_eps=0.0"),
-        ({"zo_eps_vision": -1.0}, "zo_eps_vision=-1.0"),
+        ({"zo_eps": {"vision": -1.0}}, r"zo_eps \(vision\)=-1.0"),
         ({"zo_queries": 0}, "zo_queries=0"),
-        ({"zo_queries_vision": 2.5}, "zo_queries_vision=2.5"),
+        ({"zo_queries": "vision=2.5"}, r"zo_queries \(vision\)='2.5'"),
         ({"zo_estimator": "fzoo"}, "zo_queries=1: zo_estimator='fzoo' takes an integer from 2"),
         ({"zo_estimator": "forward"}, "zo_estimator='forward'"),
         ({"zo_optim": "lion"}, "zo_optim='lion'"),
         ({"zo_learning_rate": -1.0}, "zo_learning_rate=-1.0"),
-        ({"zo_learning_rate_vision": -1.0}, "zo_learning_rate_vision=-1.0"),
+        ({"zo_learning_rate": {"vision": -1.0}}, r"zo_learning_rate \(vision\)=-1.0"),
         ({"zo_estimator": "conservative", "zo_max_grad_norm": 1.0}, "'conservative' .*it judges its steps unclipped"),
         ({"zo_estimator": "conservative", "zo_momentum": 0.9}, "zo_momentum=0.9: zo_estimator='conservative' applies"),
         ({"zo_estimator": "conservative", "zo_weight_decay": 0.1}, "zo_weight_decay=0.1: .*a step without decay"),
@@ -565,7 +565,7 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
         ({"zo_eps": float("inf")}, "zo_eps=inf"),
         ({"zo_eps": "vision=1e-3,text=1e-2"}, "zo_eps='vision=1e-3,text=1e-2': expected one value, or one for each"),
         ({"zo_queries": "vision=2,language"}, "zo_queries='vision=2,language': expected one value"),
-        ({"zo_queries": {"vision": 2}, "zo_queries_vision": 3}, "zo_queries_vision=3: pass one of them"),
+        ({"zo_estimator": "fzoo", "zo_queries": {"vision": 2}}, r"zo_queries \(language\)=1: zo_estimator='fzoo'"),
         ({"zo_learning_rate": True}, "zo_learning_rate=True: expected a number"),
         ({"optim": "lomo"}, "steps within the backward pass"),
     ],

@@ -69,7 +69,7 @@ def test_every_trainable_parameter_lands_in_exactly_one_part():
 
 
 def test_groups_know_the_eps_of_their_branch():
-    split = LayerAssignment("dual", "all").split(TwoTowers(), eps=0.1, eps_vision=0.01)
+    split = LayerAssignment("dual", "all").split(TwoTowers(), {"vision": 0.01, "language": 0.1, None: 0.1})
     assert {group.branch: group.eps for group in split.zo} == {"vision": 0.01, "language": 0.1, None: 0.1}
 
 
@@ -241,8 +241,8 @@ def test_a_bad_list_is_refused(layers):
 
 @pytest.mark.parametrize("eps", [0.0, -1e-3, float("nan")])
 def test_eps_must_be_positive(eps):
-    with pytest.raises(ValueError, match=r"zo_eps_vision=.*greater than 0"):
-        LayerAssignment().split(TwoTowers(), eps_vision=eps)
+    with pytest.raises(ValueError, match=r"zo_eps \(vision\)=.*greater than 0"):
+        LayerAssignment().split(TwoTowers(), {"vision": eps, "language": 1e-3, None: 1e-3})
 
 
 def test_no_match_lists_what_was_there():

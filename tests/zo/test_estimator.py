@@ -228,7 +228,7 @@ def moves_of(estimator: str, **options) -> list[dict[str, torch.Tensor]]:
     """Where the parameters are in each forward pass of one estimate."""
     model, seen = TwoTowers(), []
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    groups = LayerAssignment("dual", "all").split(model, eps_vision=1e-3, eps_language=1e-1).zo
+    groups = LayerAssignment("dual", "all").split(model, {"vision": 1e-3, "language": 1e-1}).zo
 
     def loss():
         seen.append(where(model, start))
