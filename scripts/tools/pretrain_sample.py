@@ -10,7 +10,8 @@ It goes on where it stopped when it is started again with the same `--work_dir`.
 training images (`hf_zocl.sample.pretraining`); ten images a class of that half are held out, and what was chosen was
 chosen on them. CIFAR-10's training images draw the curve; test images are looked at once, for the card.
 
-An image's target is its label, mixed with the teacher's classes. It is told from 256 classes, and from the kinds of a
+An image's target is its label, mixed with the teacher's classes; the logits are adjusted by how much of all targets a
+class has (arXiv 2007.07314), or the 118 dogs of ImageNet would make a dog of every animal. An image is told from 256 classes, and from the kinds of a
 random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The class vectors are a linear map
 of MiniLM's, so that words without an image ("deer") have their place among those with one; the text tower learns to
 give the same vector for a name in any prompt. In the last part of the training the learning rate falls to zero, the
@@ -174,6 +175,13 @@ class Pretraining:
         self.processor = CLIPProcessor.from_pretrained(args.processor_from)
         torch.manual_seed(args.seed)
         shape = (args.width, args.vision_layers, args.text_width, args.text_layers)
+        self.prior = soft.float().mean(0)
+        lengths = [
+            len(ids) for ids in self.processor.tokenizer([words.texts[n] for n in words.vocabulary])["input_ids"]
+        ]
+        # Common words are of few tokens: the byte-pair encoding was made for them.
+        self.commonness = 1 / (np.array(lengths) - 2.0) ** 2
+        self.commonness /= self.commonness.sum()
         self.model = build_model(args.processor_from, *shape).to(self.device)
         if args.device == "cpu":  # for sequences this short, twice as fast as the fused kernel's backward pass
             self.model.set_attn_implementation("eager")
@@ -211,29 +219,32 @@ class Pretraining:
         }
         return torch.stack([orders[int(e)][n] for e, n in zip(epochs, numbers % count, strict=True)])
 
-    def classes(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor]:
+    def classes(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor, Tensor]:
         """Draw the classes of a step: those that have images, and some of the others.
 
         Args:
             targets: Of the images, over the 1,000 classes: (N, 1000).
 
         Returns:
-            A name of each, as positions in `words.texts`, and the targets (N, CANDIDATES), each row adding up to 1.
+            A name of each, as positions in `words.texts`; the targets (N, CANDIDATES), each row adding up to 1; and the
+            logarithm of what each class has of all targets (CANDIDATES,).
         """
         others = np.setdiff1d(np.arange(len(self.words.leaves)), self.words.labels)
         labels = self.words.labels
         drawn = np.concatenate([labels, rng.choice(others, CANDIDATES - len(labels), replace=False)])
         mass = targets[:, torch.from_numpy(drawn).to(targets.device)]
-        return [self.name(self.words.leaves[number], rng) for number in drawn], mass / mass.sum(-1, keepdim=True)
+        names = [self.name(self.words.leaves[number], rng) for number in drawn]
+        return names, mass / mass.sum(-1, keepdim=True), self.prior[drawn].clamp(min=1e-6).log()
 
-    def kinds(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor]:
+    def kinds(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor, Tensor]:
         """Draw the kinds of a step by a cut through the tree; arguments and what is returned as of `classes`."""
         nodes = self.words.tree.cut(rng, STOP)
         owner = self.words.membership(nodes).to(targets.device)
         mass = torch.zeros(len(targets), len(nodes), device=targets.device).index_add_(1, owner, targets)
+        prior = torch.zeros(len(nodes), device=targets.device).index_add_(0, owner, self.prior)
         top = mass.sum(0).topk(min(CANDIDATES, len(nodes))).indices
-        mass = mass[:, top]
-        return [self.name(nodes[number], rng) for number in top.tolist()], mass / mass.sum(-1, keepdim=True)
+        mass, names = mass[:, top], [self.name(nodes[number], rng) for number in top.tolist()]
+        return names, mass / mass.sum(-1, keepdim=True), prior[top].clamp(min=1e-6).log()
 
     def name(self, node: Node, rng: np.random.Generator) -> int:
         """Draw one of a class's or a kind's names; the first ones are the usual ones."""
@@ -257,8 +268,9 @@ class Pretraining:
         rows = self.rows().to(self.device)
         pixels = self.normalize(augment(self.train_set.images[rows].float() / 255))
         soft = self.soft[rows].float()
-        (names, targets), (kinds, kind_targets) = self.classes(soft, rng), self.kinds(soft, rng)
-        learned = [*rng.choice(self.words.vocabulary, TEXTS), *rng.choice(names + kinds, TEXTS)]
+        names, targets, prior = self.classes(soft, rng)
+        kinds, kind_targets, kind_prior = self.kinds(soft, rng)
+        learned = [*rng.choice(self.words.vocabulary, TEXTS, p=self.commonness), *rng.choice(names + kinds, TEXTS)]
         is_joint = self.decay < 1
         drop = TOKEN_DROP if self.decay > 0.25 else 0.0
         with torch.autocast(self.device.type, torch.bfloat16):
@@ -267,10 +279,10 @@ class Pretraining:
             own = text_features(self.model, self.processor, self.prompts(names, rng)) if is_joint else None
             taught = self.bridge.teacher(pooled).float()
         images = self.model.logit_scale.exp().clamp(max=100) * images
-        loss_image = F.cross_entropy(images @ self.word_vectors(names).T, targets)
+        loss_image = F.cross_entropy(images @ self.word_vectors(names).T + prior, targets)
         if own is not None:
-            loss_image = (loss_image + F.cross_entropy(images @ own.T, targets)) / 2
-        loss_kinds = F.cross_entropy(images @ self.word_vectors(kinds).T, kind_targets)
+            loss_image = (loss_image + F.cross_entropy(images @ own.T + prior, targets)) / 2
+        loss_kinds = F.cross_entropy(images @ self.word_vectors(kinds).T + kind_prior, kind_targets)
         loss_teacher = 1 - F.cosine_similarity(taught, self.teacher_features[rows].float(), dim=-1).mean()
         loss_text = 1 - (texts * self.word_vectors(learned).detach()).sum(-1).mean()
         loss = loss_image + KINDS_WEIGHT * loss_kinds
