@@ -10,12 +10,12 @@ It goes on where it stopped when it is started again with the same `--work_dir`.
 training images (`hf_zocl.sample.pretraining`); ten images a class of that half are held out, and what was chosen was
 chosen on them. CIFAR-10's training images draw the curve; test images are looked at once, for the card.
 
-An image's target is its label, mixed with the teacher's classes; the logits are adjusted by how much of all targets a
-class has (arXiv 2007.07314), or the 118 dogs of ImageNet would make a dog of every animal. An image is told from 256 classes, and from the kinds of a
-random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The class vectors are a linear map
-of MiniLM's, so that words without an image ("deer") have their place among those with one; the text tower learns to
-give the same vector for a name in any prompt. In the last part of the training the learning rate falls to zero, the
-text tower's own vectors are learned with, and at the end all image tokens are there.
+An image's target is its label, mixed with the teacher's classes. It is told from 256 classes, and from the kinds of a
+random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The logits are adjusted by what each
+has of all targets (arXiv 2007.07314), or ImageNet's 118 dogs would make a dog of every animal. The class vectors are a
+linear map of MiniLM's, so that words without an image ("deer") have their place among those with one; the text tower
+learns to give the same vector for a name in any prompt. In the last part of the training the learning rate falls to
+zero, the text tower's own vectors are learned with, and at the end all image tokens are there.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ class Pretraining:
             targets: Of the images, over the 1,000 classes: (N, 1000).
 
         Returns:
-            A name of each, as positions in `words.texts`; the targets (N, CANDIDATES), each row adding up to 1; and the
-            logarithm of what each class has of all targets (CANDIDATES,).
+            A name of each, as positions in `words.texts`; the targets (N, CANDIDATES), each row adding up to 1; and
+            the logarithm of what each class has of all targets (CANDIDATES,).
         """
         others = np.setdiff1d(np.arange(len(self.words.leaves)), self.words.labels)
         labels = self.words.labels
