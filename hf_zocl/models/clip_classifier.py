@@ -126,6 +126,12 @@ class CLIPClassifier(nn.Module):
             raise ValueError("class_names is empty: expected at least one class.")
         length = self.clip.config.text_config.max_position_embeddings
         tokens = prompt_tokens(self.tokenizer, class_names, templates, length)
+        greatest, known = int(tokens["input_ids"].max()), self.clip.config.text_config.vocab_size
+        if greatest >= known:
+            raise ValueError(
+                f"the tokenizer ({type(self.tokenizer).__name__}) is another model's: it gives token {greatest}, and "
+                f"the model has {known}, counted from 0."
+            )
         for first, second, template in same_prompts(tokens, len(class_names), templates)[:1]:
             names = class_names[first], class_names[second]
             prompts = [template.replace("{}", name) for name in names]

@@ -114,7 +114,9 @@ def test_an_empty_folder_is_no_class(tmp_path):
 
 def test_a_folder_that_may_be_a_split_or_hold_classes_is_refused(tmp_path):
     root = folder(tmp_path, ["train/steam", "train/diesel", "boat/sail"])
-    with pytest.raises(ValueError, match="'train' in it may be a split, or a folder of classes as 'boat' is; expected"):
+    with pytest.raises(
+        ValueError, match="'train' in it may be a split, or a folder of classes as 'boat' is; expected"
+    ):
         TaskStream.from_dataset(root, increment=3, test_fraction=0.5)
 
 
