@@ -18,7 +18,7 @@ from transformers import BaseImageProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from ..files import written_whole
-from ..models.pixels import CORRUPT, eight_bits
+from ..models.pixels import CORRUPT, eight_bits, why_corrupt
 from .fingerprint import file_digest
 from .tasks import Task, TaskStream
 
@@ -186,7 +186,7 @@ class _Source:
             return self.codec.pixels(self.feature.decode_example(image))
         except CORRUPT as error:
             raise ValueError(
-                f"{self.where}: the image in row {self.rows[index]} cannot be decoded ({error}); "
+                f"{self.where}: the image in row {self.rows[index]} cannot be decoded ({why_corrupt(error)}); "
                 "skip_corrupt leaves such images out."
             ) from error
 

@@ -41,9 +41,13 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Ima
         opened.load()
         return eight_bits(ImageOps.exif_transpose(opened))
     except CORRUPT as error:
-        # Pillow's words for it name the bytes' place in memory.
-        why = "it is no image that Pillow knows." if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"{where}{why}") from error
+        raise ValueError(f"{where}{why_corrupt(error)}") from error
+
+
+def why_corrupt(error: Exception) -> str:
+    """What is wrong with an image, as text, from one of `CORRUPT`."""
+    # Pillow's own words for it name the bytes' place in memory.
+    return "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _source(image: Any) -> str | os.PathLike | BytesIO:
