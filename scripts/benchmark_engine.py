@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl.commands import command
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan
@@ -517,6 +518,14 @@ def write(output: Path, setting: Setting, rows: list[Row], sweep: dict[str, dict
     figure.savefig(output.with_suffix(".png"), dpi=120, metadata={"Software": None})
 
 
-if __name__ == "__main__":
-    described, settings = (json.loads(argument) for argument in sys.argv[1:3])
+@command
+def main() -> None:
+    """Measure one row in this process: `measure_apart` runs it."""
+    if len(sys.argv) != 3:
+        raise ValueError("scripts/benchmark.py runs this file, with a row and a setting; give your arguments to that.")
+    described, settings = map(json.loads, sys.argv[1:])
     print(json.dumps(measure_here(Row(**described), Setting(**settings))))
+
+
+if __name__ == "__main__":
+    main()

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from transformers import AutoProcessor, CLIPModel, TrainerCallback
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl.commands import command
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import sample_path
@@ -288,9 +289,17 @@ def run_scaling_benchmark(processes: tuple[int, ...], compute: float, output: Pa
         draw(JOBS[1], compute, output.with_suffix(".png"))
 
 
-if __name__ == "__main__":
+@command
+def main() -> None:
+    """Measure in the processes of this launch: `measure_with` runs it."""
+    if len(sys.argv) != 2 or "LOCAL_RANK" not in os.environ:
+        raise ValueError("scripts/benchmark.py --scaling runs this file, in several processes; run that.")
     counting = start_counting()
     found = measure(counting)
     if dist.get_rank() == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     leave_process_group()
+
+
+if __name__ == "__main__":
+    main()

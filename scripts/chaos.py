@@ -20,6 +20,7 @@ import json
 import mmap
 import os
 import random
+import re
 import runpy
 import shutil
 import signal
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 from huggingface_hub import HfApi
 
+from hf_zocl.commands import Parser, command
 from hf_zocl.continual import evaluation, recipe, scheduler
 from hf_zocl.continual.folder_lock import LOCK_FILE
 from hf_zocl.hub import push
@@ -119,8 +121,9 @@ class Run:
     outcome: dict[str, Any] = field(default_factory=dict)
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--what", choices=("kills", "pairs", "damage"), default="kills")
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--kills", type=int, default=2, help="the most that one run is killed")
@@ -128,8 +131,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/chaos"))
     parser.add_argument("--table", type=Path, help="a Markdown file for the table")
     options, further = parser.parse_known_args()
-    shutil.rmtree(options.output_dir, ignore_errors=True)
-    options.output_dir.mkdir(parents=True)
+    empty(options.output_dir)
     rng = random.Random(options.seed)
 
     trace, started = Trace(), time.perf_counter()
@@ -157,6 +159,24 @@ def main() -> None:
         options.table.write_text(table + "\n", encoding="utf-8")
     if good < len(folders):
         sys.exit("error: not every run ended as it must.")
+
+
+def empty(folder: Path) -> None:
+    """Remove what this script has written into a folder before, and make it anew.
+
+    Raises:
+        ValueError: If it holds anything else.
+    """
+    if folder.is_dir():
+        names = sorted(path.name for path in folder.iterdir())
+        foreign = [name for name in names if not re.fullmatch(r"(undisturbed|run-\d+(-[12])?)(\.log)?", name)]
+        if foreign or (names and "undisturbed" not in names):
+            raise ValueError(
+                f"output_dir={str(folder)!r} holds {(foreign or names)[0]!r}, which is not of this script: expected a "
+                "new folder, or that of an earlier run of it."
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 def kill_runs(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoProcessor, CLIPModel
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
+from hf_zocl.commands import Parser, command
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import resolve, sample_path
 from hf_zocl.zo import Combination, Estimate, draw_direction
@@ -93,8 +94,9 @@ def table(options: argparse.Namespace) -> Iterator[str]:
                         )
 
 
+@command
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini-clip")
     parser.add_argument("--estimator", default="one-sided")
     parser.add_argument("--eps", type=float, nargs="*", default=[1e-3, 1e-2], help="given sizes beside auto")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +17,9 @@ import hf_zocl
 # What is wrong with a value, a file, the Hub, or what is installed; anything else is a bug.
 REFUSALS = (ValueError, OSError, ImportError, MemoryError)
 INTERRUPTED = 130  # the exit status of shells: 128 + SIGINT
+# Seconds that a process which is not its machine's first waits before it says what was refused: as a rule the first
+# one says the same, and its end is the end of all.
+PATIENCE = 10
 
 
 class Parser(argparse.ArgumentParser):
@@ -27,7 +32,8 @@ class Parser(argparse.ArgumentParser):
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Decorates a script's `main`: what is refused ends it with one line, `error: …`, and exit status 1.
 
-    With `--debug` on the command line, without a value, it ends with the traceback. Bugs always do.
+    With `--debug` on the command line, without a value, it ends with the traceback. Bugs always do. Of the processes
+    that a launcher has started, the first speaks for all; what another one alone meets, that one says a little later.
     """
 
     @functools.wraps(main)
@@ -37,7 +43,8 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except KeyboardInterrupt:
-            print("error: interrupted", file=sys.stderr)
+            if _is_first():
+                print("error: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
         except BrokenPipeError:  # who reads the output has enough
             sys.stderr.close()
@@ -45,9 +52,16 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
         except Exception as error:
             if not is_refusal(error):
                 raise
+            if not _is_first():
+                time.sleep(PATIENCE)
             sys.exit(f"error: {one_line(error)}")
 
     return guarded
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of a launch on its machine, or the only one."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def is_refusal(error: BaseException) -> bool:

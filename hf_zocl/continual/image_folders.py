@@ -14,6 +14,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 IMAGES = frozenset(ImageFolder.EXTENSIONS)
 # Files that say themselves what a folder holds.
 DESCRIPTIONS = frozenset({".csv", ".jsonl", ".parquet", ".arrow", ".json", ".txt", ".zip", ".tar", ".gz", ".py"})
+DEEPEST = 8  # folders above an image: a link to a folder above itself never ends
 SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
@@ -21,26 +22,36 @@ def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
     """The files of each split of an image folder, as a pattern for `datasets.load_dataset("imagefolder")`.
 
     Two kinds are known: `train/cat/1.png` (the outer folder is the split, the inner one the class), and `cat/1.png` (a
-    single split). Of every other folder `load_dataset` itself finds out what it is; it takes a folder called `train`
-    for a split wherever it lies, so that of a class of that name it would train on the test images.
+    single split). Above the classes there may be folders that group them, as many for every image:
+    `train/animals/cat/1.png`. Of every other folder `load_dataset` itself finds out what it is; it takes a folder
+    called `train` for a split wherever it lies, so that of a class of that name it would train on the test images.
 
     Args:
         folder: A local folder.
 
     Returns:
         Split → pattern; None if the folder is of another kind.
+
+    Raises:
+        ValueError: If a folder is called as a split, and those beside it are not but hold classes as it does.
     """
     folders, files = _entries(Path(folder))
-    if any(Path(file).suffix.lower() in DESCRIPTIONS for file in files) or _has_images(files):
+    if _has_images(files) or _are_described(files):
         return None
-    root = glob.escape(os.path.abspath(folder))
-    splits = [each for each in folders if each.name.lower() in SPLITS]
-    if splits and all(_holds_classes(each) for each in splits):
-        patterns = {SPLITS[each.name.lower()]: f"{root}/{glob.escape(each.name)}/*/*" for each in splits}
-        return patterns if len(patterns) == len(splits) else None
-    if len(folders) > len(splits) and _holds_classes(Path(folder)):
-        return {"train": f"{root}/*/*"}
-    return None
+    classes = {each: _classes(each) for each in folders}
+    splits = {each: SPLITS[each.name.lower()] for each in folders if each.name.lower() in SPLITS}
+    depths = {len(paths[0]) if (paths := classes[each]) else 0 for each in splits}
+    if len(depths) == 1 and (depth := depths.pop()):
+        others = [each for each in folders if each not in splits and classes[each] and len(classes[each][0]) == depth]
+        if others and len(set(splits.values())) == 1:
+            raise ValueError(
+                f"{next(iter(splits)).name!r} in it may be a split, or a folder of classes as {others[0].name!r} is; "
+                "expected folders of splits alone, as train and test, or all that is there in one called train."
+            )
+        is_clear = len(set(splits.values())) == len(splits)
+        return {split: _pattern(each, depth) for each, split in splits.items()} if is_clear else None
+    own = _classes(Path(folder))
+    return {"train": _pattern(Path(folder), len(own[0]))} if own and not _hold_splits(own) else None
 
 
 def load_image_folder(patterns: dict[str, str]) -> datasets.DatasetDict:
@@ -48,18 +59,43 @@ def load_image_folder(patterns: dict[str, str]) -> datasets.DatasetDict:
     return datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False)
 
 
-def _holds_classes(folder: Path) -> bool:
-    """Whether a folder holds folders of images, and nothing else of its own."""
-    classes, files = _entries(folder)
-    inside = [_entries(each) for each in classes]
-    return (
-        not _has_images(files)
-        and any(_has_images(files) for _, files in inside)
-        and not any(folders for folders, _ in inside)
-        and not any(
-            Path(file).suffix.lower() in DESCRIPTIONS for names in (files, *(f for _, f in inside)) for file in names
-        )
-    )
+def _classes(folder: Path, most: int = DEEPEST) -> list[tuple[str, ...]] | None:
+    """The folders of images in a folder, as the names that lead there, as many for each.
+
+    Returns:
+        None if they lie at several depths, the folder itself has images, or it holds a description of them.
+    """
+    folders, files = _entries(folder)
+    if _has_images(files) or _are_described(files):
+        return None
+    found = []
+    for each in folders:
+        inner, names = _entries(each)
+        if _are_described(names) or (inner and (_has_images(names) or most == 1)):
+            return None
+        below = _classes(each, most - 1) if inner else [()] * _has_images(names)
+        if below is None:
+            return None
+        found += [(each.name, *path) for path in below]
+    return found if len({len(path) for path in found}) <= 1 else None
+
+
+def _hold_splits(classes: list[tuple[str, ...]]) -> bool:
+    """Whether folders of a single split may hold splits: one above the classes, or nothing else in some folder."""
+    inside: dict[tuple[str, ...], list[bool]] = {}
+    for *above, name in classes:
+        if any(each.lower() in SPLITS for each in above):
+            return True
+        inside.setdefault(tuple(above), []).append(name.lower() in SPLITS)
+    return any(map(all, inside.values()))
+
+
+def _pattern(folder: Path, depth: int) -> str:
+    return glob.escape(os.path.abspath(folder)) + "/*" * (depth + 1)
+
+
+def _are_described(files: list[str]) -> bool:
+    return any(Path(file).suffix.lower() in DESCRIPTIONS for file in files)
 
 
 def _has_images(files: list[str]) -> bool:

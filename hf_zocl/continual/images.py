@@ -13,13 +13,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 from datasets.fingerprint import Hasher
-from PIL import Image as PILImage
 from torch.utils.data import Dataset
 from transformers import BaseImageProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from ..files import written_whole
-from ..models.pixels import eight_bits
+from ..models.pixels import CORRUPT, eight_bits, why_corrupt
 from .fingerprint import file_digest
 from .tasks import Task, TaskStream
 
@@ -28,8 +27,6 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_CACHE_GB = 4.0
 PIXELS = 2  # counts the ways in which images were made into pixels: caches of another are not found
-# What Pillow raises, by format and by where the file is broken.
-_CORRUPT = (OSError, SyntaxError, ValueError, TypeError, EOFError, PILImage.DecompressionBombError)
 _AS_THEY_ARE = {"do_resize": False, "do_center_crop": False, "do_convert_rgb": False}
 
 
@@ -187,9 +184,9 @@ class _Source:
         """
         try:
             return self.codec.pixels(self.feature.decode_example(image))
-        except _CORRUPT as error:
+        except CORRUPT as error:
             raise ValueError(
-                f"{self.where}: the image in row {self.rows[index]} cannot be decoded ({error}); "
+                f"{self.where}: the image in row {self.rows[index]} cannot be decoded ({why_corrupt(error)}); "
                 "skip_corrupt leaves such images out."
             ) from error
 

@@ -23,11 +23,19 @@ from transformers.utils import logging
 from ..checks import check_type
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
+from ..hub.known import check_processor
 from ..hub.push import HubPusher
 from ..hub.push_on_save import PushOnSave
 from ..hub.push_queue import complete_tasks
 from ..hub.task_file import task_folder
-from ..models import CLIPClassifier, adapter_name, base_digest, check_trained_parameters, trained_adapter
+from ..models import (
+    CLIPClassifier,
+    adapter_name,
+    base_digest,
+    check_templates,
+    check_trained_parameters,
+    trained_adapter,
+)
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer
 from ..trainer.arguments import ZOCLTrainingArguments
@@ -166,10 +174,12 @@ class ContinualTaskScheduler:
             ResumeError: If `output_dir` holds the run of another recipe or number of processes, or no such checkpoint.
             TaskError: If a task's training diverges, or ends before its last step.
             SaveError: If something cannot be saved, for example on a full disk.
-            ValueError: If an image cannot be decoded.
+            ValueError: If an image cannot be decoded, or a checkpoint with this processor could not be loaded again.
         """
         if train:
             check_trained_parameters(self.model.clip)
+            texts = (*self.model.class_names, *check_templates(self.model.prompt_template))
+            check_processor(self.processor, self.model.clip.config.text_config.vocab_size, texts)
             for task in self.stream:
                 self.stream.training_classes(task.index)  # a task that could learn nothing fails here
                 self._check_batches(task)

@@ -352,26 +352,53 @@ def load_base_model(
         ValueError: If it cannot be read, or the adapter is another model's.
     """
     options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
-    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
-        content, _ = CLIPConfig.get_config_dict(base_model, **options)
-    check_model_config(content, f"the base model {str(base_model)!r}")
-    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
-        clip_config = CLIPConfig.from_pretrained(base_model, **options)
+    clip_config = read_clip_config(base_model, options)
     _check_adapter(folder, clip_config, config)
     # Given a folder with an adapter, transformers would put it into the model as well.
     if (Path(base_model) / ADAPTER_CONFIG).is_file():
         shards = [load_file(file) for file in sorted(Path(base_model).glob(BASE_WEIGHTS))]
-        source = {"pretrained_model_name_or_path": None, "state_dict": dict(ChainMap(*shards))}
-    else:
-        source = {"pretrained_model_name_or_path": base_model, **options}
-    with _refusing(f"the base model {str(base_model)!r} cannot be read"):
-        clip, report = CLIPModel.from_pretrained(
-            **source, config=clip_config, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        options = {"state_dict": dict(ChainMap(*shards))}
+    return load_clip(base_model, clip_config, dtype, {**options, "use_safetensors": True})
+
+
+def read_clip_config(base_model: str | Path, options: dict[str, Any]) -> CLIPConfig:
+    """The configuration of a CLIP model, of which one can be made.
+
+    Args:
+        base_model: Folder or Hub id.
+        options: Of `from_pretrained`.
+
+    Raises:
+        ValueError: If it cannot be read, or is that of another kind of model.
+    """
+    what = f"the base model {str(base_model)!r}"
+    with _refusing(f"{what} cannot be read"):
+        content, _ = CLIPConfig.get_config_dict(base_model, **options)
+    check_model_config(content, what)
+    with _refusing(f"{what} cannot be read"):
+        return CLIPConfig.from_pretrained(base_model, **options)
+
+
+def load_clip(base_model: str | Path, config: CLIPConfig, dtype: str, options: dict[str, Any]) -> CLIPModel:
+    """A CLIP model, all of whose weights are there and finite; transformers would draw what is missing at random.
+
+    Args:
+        base_model: Folder or Hub id; not read where `options` have the weights, a `state_dict`.
+        config: From `read_clip_config`.
+        dtype: In which it is loaded.
+        options: Of `from_pretrained`.
+
+    Raises:
+        ValueError: If a weight is missing, infinite or NaN, or the weights cannot be read.
+    """
+    what = f"the base model {str(base_model)!r}"
+    name = None if "state_dict" in options else base_model
+    with _refusing(f"{what} cannot be read"):
+        clip, report = CLIPModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"the base model {str(base_model)!r} has no {missing[0]} (and {len(missing) - 1} more).")
-    _check_finite(dict(clip.named_parameters()), f"the base model {str(base_model)!r}")
+        raise ValueError(f"{what} has no {missing[0]} (and {len(missing) - 1} more).")
+    _check_finite(dict(clip.named_parameters()), what)
     return in_training_dtype(clip, dtype)
 
 
@@ -418,4 +445,4 @@ def _refusing(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{what} ({error!r}).") from error
+        raise ValueError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}).") from error

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, ProcessorMixin
 from transformers.activations import ACT2FN
 
 from ..checks import shown
@@ -126,9 +128,11 @@ def check_model_config(content: dict[str, Any], where: str) -> None:
     """Check the configuration of a CLIP model before a model is made of it.
 
     Raises:
-        ValueError: As `check_known`, or if an activation is unknown.
+        ValueError: As `check_known`; if it is that of another kind of model, or an activation is unknown.
     """
     check_known(content, where)
+    if (kind := content.get("model_type", "clip")) != "clip":
+        raise ValueError(f"{where}: model_type={shown(kind)}: expected a CLIP model, clip.")
     for tower in (content, *(content.get(f"{name}_config") for name in ("text", "vision"))):
         activation = tower.get("hidden_act") if isinstance(tower, dict) else None
         if activation is not None and (not isinstance(activation, str) or activation not in ACT2FN):
@@ -148,6 +152,33 @@ def read_processor(folder: Path, vocabulary: int) -> CLIPProcessor:
         ValueError: If a file is missing, or says anything that those two parts do not know.
     """
     return CLIPProcessor(image_processor=_read_image_processor(folder), tokenizer=_read_tokenizer(folder, vocabulary))
+
+
+def check_processor(processor: ProcessorMixin, vocabulary: int, texts: Sequence[str]) -> None:
+    """Check that `read_processor` will find in a checkpoint the processor that was saved there.
+
+    Args:
+        processor: A run's.
+        vocabulary: The tokens that the model knows.
+        texts: Prompts, whose tokens must be the same.
+
+    Raises:
+        ValueError: As `read_processor`, or if the tokens differ.
+    """
+    what = "with the base model's processor no checkpoint could be loaded again"
+    with TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        try:
+            read = read_processor(Path(folder), vocabulary)
+        except ValueError as error:
+            reason = str(error).replace(f"{folder}/", "")
+            raise ValueError(
+                f"with the base model's processor no checkpoint could be loaded again: {reason}"
+            ) from error
+    for text in texts:
+        ours, theirs = (each.tokenizer(text)["input_ids"] for each in (processor, read))
+        if ours != theirs:
+            raise ValueError(f"{what}: {shown(text)} has the tokens {shown(ours)}; expected CLIP's, {shown(theirs)}.")
 
 
 def _read_image_processor(folder: Path) -> CLIPImageProcessor:
@@ -203,10 +234,10 @@ def _is_number(value: Any) -> bool:
 def _read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
     file = folder / TOKENIZER
     content, config = read_json(file), read_json(folder / TOKENIZER_CONFIG)
-    _refuse_unknown(config, TOKENIZER_KEYS | SILENT_TOKENIZER_KEYS, folder / TOKENIZER_CONFIG)
     kind = config.get("tokenizer_class", "CLIPTokenizer")
     if kind not in ("CLIPTokenizer", "CLIPTokenizerFast"):
         raise ValueError(f"{folder / TOKENIZER_CONFIG}: tokenizer_class={shown(kind)}: expected CLIPTokenizer.")
+    _refuse_unknown(config, TOKENIZER_KEYS | SILENT_TOKENIZER_KEYS, folder / TOKENIZER_CONFIG)
     model = content.get("model")
     vocab, merges = (model.get("vocab"), model.get("merges")) if isinstance(model, dict) else (None, None)
     if not isinstance(vocab, dict) or not isinstance(merges, list):

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoProcessor, CLIPModel, ProcessorMixin
+from transformers import AutoProcessor, ProcessorMixin
 from transformers.utils import find_adapter_config_file, logging
 
 from ..files import replace_folder
-from ..models import AdapterArguments, adapter_arguments, add_adapter, freeze, in_training_dtype
+from ..models import AdapterArguments, adapter_arguments, add_adapter, freeze
 from ..sample import resolve
 from .checkpoint import (
     base_model_of,
     check_base_model,
     check_repository_name,
     load_base_model,
+    load_clip,
     read_adapter_config,
+    read_clip_config,
 )
 from .client import download
 from .known import read_processor
@@ -86,7 +88,7 @@ def load_pretrained(
 def _fresh(name: str, args: AdapterArguments, dtype: str, seed: int, num_tasks: int) -> Pretrained:
     base = resolve(name)
     torch.manual_seed(seed)
-    clip = in_training_dtype(CLIPModel.from_pretrained(base, dtype=dtype), dtype)
+    clip = load_clip(base, read_clip_config(base, {}), dtype, {})
     clip = add_adapter(clip, args, num_tasks=num_tasks)
     given = {each.name: getattr(args, each.name) for each in fields(args)}
     return Pretrained(clip, AutoProcessor.from_pretrained(base), name, given)

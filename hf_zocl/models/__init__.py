@@ -12,7 +12,7 @@ from .adapters import (
     freeze,
     trained_adapter,
 )
-from .clip_classifier import CLIPClassifier, CLIPClassifierOutput, in_training_dtype
+from .clip_classifier import CLIPClassifier, CLIPClassifierOutput, check_templates, in_training_dtype
 from .moe_adapter import MoEAdapterConfig, MoEAdapterModel
 
 
@@ -28,6 +28,7 @@ __all__ = [
     "adapter_weights",
     "add_adapter",
     "base_digest",
+    "check_templates",
     "check_trained_parameters",
     "freeze",
     "in_training_dtype",

@@ -12,15 +12,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, BatchEncoding, CLIPModel, PreTrainedTokenizerBase
-from transformers.image_utils import load_image
 from transformers.utils import ModelOutput
 
 from ..checks import check_count, check_texts, check_type, check_writable, shown
 from .moe_adapter import collect_balance_losses
-from .pixels import eight_bits
+from .pixels import read_image
 
 
 PROMPTS_AT_ONCE = 1024  # that go through the text tower together when images are predicted
@@ -127,6 +126,12 @@ class CLIPClassifier(nn.Module):
             raise ValueError("class_names is empty: expected at least one class.")
         length = self.clip.config.text_config.max_position_embeddings
         tokens = prompt_tokens(self.tokenizer, class_names, templates, length)
+        greatest, known = int(tokens["input_ids"].max()), self.clip.config.text_config.vocab_size
+        if greatest >= known:
+            raise ValueError(
+                f"the tokenizer ({type(self.tokenizer).__name__}) is another model's: it gives token {greatest}, and "
+                f"the model has {known}, counted from 0."
+            )
         for first, second, template in same_prompts(tokens, len(class_names), templates)[:1]:
             names = class_names[first], class_names[second]
             prompts = [template.replace("{}", name) for name in names]
@@ -207,7 +212,7 @@ class CLIPClassifier(nn.Module):
         Raises:
             TypeError: If `batch_size` is no whole number.
             ValueError: If it is less than 1; if the classifier has no `image_processor`, which `load_task_checkpoint`
-                gives it, and the images need one; or if an array holds no bytes.
+                gives it, and the images need one; or if one cannot be read, see `read_image`.
         """
         check_count("batch_size", batch_size)
         if self.training:
@@ -230,7 +235,11 @@ class CLIPClassifier(nn.Module):
         if not isinstance(images, torch.Tensor):
             if self.image_processor is None:
                 raise ValueError("predict: set image_processor (processor.image_processor), or give pixel values.")
-            images = self.image_processor([_read_image(image) for image in images], return_tensors="pt").pixel_values
+            try:
+                images = [read_image(image) for image in images]
+            except ValueError as error:
+                raise ValueError(f"predict: {error}") from error
+            images = self.image_processor(images, return_tensors="pt").pixel_values
         return images.to(self.clip.logit_scale.device)
 
     def begin_task(self, task: int) -> None:
@@ -308,18 +317,6 @@ class CLIPClassifier(nn.Module):
 
     def _clear_text_cache(self) -> None:
         self._text_cache: tuple[tuple, torch.Tensor] | None = None
-
-
-def _read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8:
-            raise ValueError(f"predict: an array holds {image.dtype}, expected bytes (uint8).")
-        image = Image.fromarray(image)
-    if isinstance(image, (str, os.PathLike)) and os.path.isfile(image):
-        image = ImageOps.exif_transpose(Image.open(image))
-    if isinstance(image, Image.Image):
-        image = eight_bits(image)
-    return load_image(os.fspath(image) if isinstance(image, os.PathLike) else image)
 
 
 def check_templates(prompt_template: str | Sequence[str]) -> tuple[str, ...]:

@@ -1,12 +1,79 @@
-"""Images of more than 8 bits a value, as the 8 bits that image processors work on."""
+"""Images as image processors take them: opened from wherever they are, upright, of 8 bits a value."""
 
 from __future__ import annotations
 
+import base64
+import os
+from http.client import HTTPException
+from io import BytesIO
+from typing import Any
+from urllib.request import Request, urlopen
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..checks import shown
 
 
+# What Pillow raises, by format and by where the file is broken.
+CORRUPT = (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError)
 GREATEST_16_BIT = 65535
+PATIENCE = 60  # seconds for a URL
+SHORTEST = 64  # characters of an image as base64 text; shorter text is the name of a file
+
+
+def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
+    """An image as a stream's images are, before an image processor makes them RGB: upright, of 8 bits a value.
+
+    Args:
+        image: A file, a URL, base64 text, a PIL image, or an array of bytes `(height, width, channels)`.
+
+    Raises:
+        ValueError: If it is no image, cannot be fetched, or its values have no known scale, see `eight_bits`.
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8:
+            raise ValueError(f"an array holds {image.dtype}, expected bytes (uint8).")
+        return Image.fromarray(image)
+    where = "" if isinstance(image, Image.Image) else f"{shown(image)}: "
+    try:
+        opened = image if isinstance(image, Image.Image) else Image.open(_source(image))
+        opened.load()
+        return eight_bits(ImageOps.exif_transpose(opened))
+    except CORRUPT as error:
+        raise ValueError(f"{where}{why_corrupt(error)}") from error
+
+
+def why_corrupt(error: Exception) -> str:
+    """What is wrong with an image, as text, from one of `CORRUPT`."""
+    # Pillow's own words for it name the bytes' place in memory.
+    return "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+
+
+def _source(image: Any) -> str | os.PathLike | BytesIO:
+    """What Pillow opens: a file, or the content of a URL or of base64 text."""
+    if not isinstance(image, (str, os.PathLike)):
+        raise ValueError("expected a file, a URL, a PIL image, or an array of bytes.")
+    text = os.fspath(image)
+    if os.path.isfile(image):
+        return image
+    if text.startswith(("http://", "https://")):
+        return BytesIO(_fetch(text))
+    try:
+        content = base64.b64decode("".join(text.rpartition(",")[2].split()), validate=True)
+    except ValueError:
+        content = b""
+    if not content or len(text) < SHORTEST:
+        raise ValueError("there is no such file.")
+    return BytesIO(content)
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urlopen(Request(url, headers={"User-Agent": "hf_zocl"}), timeout=PATIENCE) as answer:
+            return answer.read()
+    except (OSError, ValueError, HTTPException) as error:
+        raise ValueError(f"it cannot be fetched ({error or type(error).__name__}).") from error
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

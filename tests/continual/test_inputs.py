@@ -11,6 +11,7 @@ from PIL import Image as PILImage
 from transformers import AutoProcessor
 
 from hf_zocl.checks import WrongTypeError
+from hf_zocl.continual.image_folders import image_folder_files
 from hf_zocl.continual.images import PixelCodec
 from hf_zocl.continual.tasks import TaskStream
 from hf_zocl.models.pixels import eight_bits
@@ -71,11 +72,71 @@ def test_folders_of_classes_without_splits_are_all_classes_though_one_is_called_
     assert [len(stream[0].train), len(stream[0].test)] == [9, 3]
 
 
+@pytest.mark.parametrize("name", ["train", "test"])
+def test_a_class_may_be_called_like_a_split_in_a_folder_of_several(tmp_path, name):
+    root = folder(tmp_path, both(["vehicles/" + name, "vehicles/bus", "animals/cat"]))
+    (task,) = TaskStream.from_dataset(root, increment=3, class_order_seed=None)
+    assert set(task.class_names) == {name, "bus", "cat"}
+    for images, split in ((task.train, "train"), (task.test, "test")):
+        names = images.features["label"].names
+        rows = images.cast_column("image", Image(decode=False))
+        places = [row["image"]["path"].removeprefix(root).split("/") for row in rows]
+        assert {place[1] for place in places} == {split} and len(images) == 6
+        assert [place[3] for place in places] == [names[label] for label in rows["label"]]
+
+
+def test_folders_of_several_classes_without_splits_are_all_classes(tmp_path):
+    root = folder(tmp_path, ["vehicles/train", "vehicles/bus", "animals/cat"], images=4)
+    stream = TaskStream.from_dataset(root, increment=3, test_fraction=0.25, class_order_seed=None)
+    assert stream.class_names == ("bus", "cat", "train")
+    assert [len(stream[0].train), len(stream[0].test)] == [9, 3]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ["some/train/cat", "some/test/cat"],  # splits in a folder of their own
+        ["cat/train", "cat/test", "dog/train", "dog/test"],  # splits within the classes
+        ["photos/train/cat", "photos/test/cat", "sketches/train/cat", "sketches/test/cat"],
+        ["train/cat", "train/animals/dog", "test/cat"],  # classes at two depths
+        ["train", "test"],
+    ],
+)
+def test_folders_of_other_kinds_are_left_to_datasets(tmp_path, folders):
+    assert image_folder_files(folder(tmp_path, folders)) is None
+
+
+def test_an_empty_folder_is_no_class(tmp_path):
+    root = folder(tmp_path, both(["train", "bus"]))
+    (tmp_path / "train" / "empty").mkdir()
+    assert TaskStream.from_dataset(root, increment=2)[0].train.features["label"].names == ["bus", "train"]
+
+
+def test_a_folder_that_may_be_a_split_or_hold_classes_is_refused(tmp_path):
+    root = folder(tmp_path, ["train/steam", "train/diesel", "boat/sail"])
+    with pytest.raises(
+        ValueError, match="'train' in it may be a split, or a folder of classes as 'boat' is; expected"
+    ):
+        TaskStream.from_dataset(root, increment=3, test_fraction=0.5)
+
+
+def test_a_link_to_a_folder_above_itself_ends(tmp_path):
+    root = folder(tmp_path, both(["bus", "car"]))
+    (tmp_path / "train" / "again").symlink_to(tmp_path)
+    assert image_folder_files(root) is None
+
+
 def test_one_file_in_both_splits_is_refused_by_name(tmp_path):
     root = Path(folder(tmp_path / "data", both("ab")))
     (root / "test" / "a" / "again.png").write_bytes((root / "train" / "b" / "1.png").read_bytes())
     with pytest.raises(ValueError, match=r"train/b/1.png.* and .*test/a/again.png.* are one image; 1 of 5 test"):
         TaskStream.from_dataset(str(root), increment=2)
+
+
+def test_where_a_folder_is_taken_for_a_split_the_way_out_is_said(tmp_path):
+    root = folder(tmp_path, ["some/train/bus", "some/train/train", "some/test/bus", "some/test/train"])
+    with pytest.raises(ValueError, match=r"/train/\d.png is in both splits, for .*train/CLASS/1.png alone"):
+        TaskStream.from_dataset(root, increment=2)
 
 
 def test_one_content_in_both_splits_is_refused_unless_it_was_published_so(caplog):

@@ -1,22 +1,26 @@
 """What a run begins with: a fresh adapter, or one that has learned something and is trained further."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from transformers import AutoProcessor, CLIPModel
+from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
+from transformers import AutoProcessor, BertConfig, BertModel, BertTokenizer, CLIPModel
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.hub.known import check_processor
 from hf_zocl.hub.pretrained import load_pretrained
 from hf_zocl.models import AdapterArguments, base_digest, check_trained_parameters, trained_adapter
 from hf_zocl.sample import sample_path
 
 from ..helpers import mini_clip_classifier
-from .checkpoints import CLASSES, adapted_classifier, put_on_hub, save_checkpoint, task_info
+from .checkpoints import CLASSES, adapted_classifier, change_json, put_on_hub, save_checkpoint, task_info
 
 
 RUN = """
@@ -276,3 +280,89 @@ def test_the_digest_of_a_base_model_sees_its_weights_alone():
     with torch.no_grad():
         one.base_model.model.logit_scale += 1e-4
     assert base_digest(one) != base_digest(other)
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def base_of_another_kind(folder: Path, change) -> Path:
+    shutil.copytree(sample_path("mini-clip"), folder)
+    change(folder)
+    return folder
+
+
+def without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["visual_projection.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_nan(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_words(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    vocabulary = folder / "vocab.txt"
+    vocabulary.write_text("\n".join("[PAD] [UNK] [CLS] [SEP] [MASK] a photo of . airplane dog frog ship cat".split()))
+    BertTokenizer(str(vocabulary)).save_pretrained(folder)
+    vocabulary.unlink()
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_has_is_refused():
+    tokenizer = AutoProcessor.from_pretrained(sample_path("mini-clip")).tokenizer
+    tokenizer.add_tokens(["ship"])
+    with pytest.raises(ValueError, match=r"the tokenizer \(CLIPTokenizer\) is another model's: it gives token"):
+        CLIPClassifier(clip(), tokenizer, ["cat", "ship"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda folder: BertModel(BertConfig(vocab_size=100, **SMALL)).save_pretrained(folder),
+            "model_type='bert': .*CLIP",
+        ),
+        (lambda folder: change_json(folder / "config.json", model_type="siglip"), "model_type='siglip': .*CLIP"),
+        (without_a_weight, "has no visual_projection.weight"),
+        (with_nan, "visual_projection.weight holds values that are infinite or NaN"),
+    ],
+    ids=["bert", "siglip", "a weight is missing", "NaN"],
+)
+def test_a_base_model_that_no_checkpoint_could_be_loaded_on_is_refused(change, message, tmp_path):
+    base = base_of_another_kind(tmp_path / "base", change)
+    with pytest.raises(ValueError, match=f"the base model '{re.escape(str(base))}'.*{message}"):
+        load_pretrained(str(base), AdapterArguments())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_words, "tokenizer_class='BertTokenizer': expected CLIPTokenizer"),
+        (
+            lambda folder: change_json(folder / "tokenizer_config.json", added_by_us="x"),
+            "tokenizer_config.json: 'added_by_us'='x' is not allowed",
+        ),
+    ],
+    ids=["words", "an unknown key"],
+)
+def test_a_processor_that_no_checkpoint_could_be_loaded_with_is_refused_before_training(change, message, tmp_path):
+    base = base_of_another_kind(tmp_path / "base", change)
+    built = scheduler(tmp_path / "run", base)
+    with pytest.raises(ValueError, match=message):
+        built.run()
+    assert not (tmp_path / "run").exists()
+    assert built.run(train=False)["accuracy_matrix"]  # measured alone, it leaves no checkpoint
+
+
+def test_a_tokenizer_that_would_read_prompts_otherwise_once_loaded_is_refused():
+    processor = AutoProcessor.from_pretrained(sample_path("mini-clip"))
+    size = clip().config.text_config.vocab_size
+    check_processor(processor, size, ["Ship", "cat"])
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # CLIP's own has no capitals
+    check_processor(processor, size, ["cat"])
+    with pytest.raises(ValueError, match="no checkpoint could be loaded again: 'Ship' has the tokens"):
+        check_processor(processor, size, ["cat", "Ship"])
