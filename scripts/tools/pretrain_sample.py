@@ -12,10 +12,10 @@ chosen on them. CIFAR-10's training images draw the curve; test images are looke
 
 An image's target is its label, mixed with the teacher's classes. It is told from 256 classes, and from the kinds of a
 random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The logits are adjusted by what
-each has of all targets (arXiv 2007.07314), or ImageNet's 118 dogs would make a dog of every animal. The class vectors are a
-linear map of MiniLM's, so that words without an image ("deer") have their place among those with one; the text tower
-learns to give the same vector for a name in any prompt. In the last part of the training the learning rate falls to
-zero, the text tower's own vectors are learned with, and at the end all image tokens are there.
+each has of all targets (arXiv 2007.07314), or ImageNet's 118 dogs would make a dog of every animal. The class vectors
+are a linear map of MiniLM's, so that words without an image ("deer") have their place among those with one; the text
+tower learns to give the same vector for a name in any prompt. In the last part of the training the learning rate
+falls to zero, the text tower's own vectors are learned with, and at the end all image tokens are there.
 """
 
 from __future__ import annotations
