@@ -9,5 +9,5 @@ COPY model_cards model_cards
 COPY hf_zocl hf_zocl
 RUN pip install --no-cache-dir .
 COPY scripts scripts
-ENTRYPOINT ["accelerate", "launch", "scripts/train.py"]
-CMD ["--recipe", "scripts/recipes/quickstart.yaml"]
+ENTRYPOINT ["accelerate", "launch", "-m", "hf_zocl", "train"]
+CMD ["--recipe", "quickstart"]

@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 # The CPU build is enough for the sample; on a machine with a GPU: make train TORCH=torch
 TORCH  ?= torch==2.13.0
 CORES  ?= $(shell getconf _NPROCESSORS_ONLN)
-RECIPE ?= scripts/recipes/quickstart.yaml
+RECIPE ?= quickstart
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-slow check format wheel clean
@@ -25,7 +25,7 @@ setup: $(VENV)/installed  ## make .venv and install the package with its tools
 train: $(VENV)/installed  ## learn the embedded sample's five tasks, or go on with them (RECIPE=… for another run)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
-		scripts/train.py --recipe $(RECIPE) --resume $(ARGS)
+		-m hf_zocl train --recipe $(RECIPE) --resume $(ARGS)
 
 test: $(VENV)/installed  ## the tests, without the slow ones, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile

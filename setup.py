@@ -47,6 +47,8 @@ setup(
     packages=[*find_packages(include=["hf_zocl", "hf_zocl.*"]), "hf_zocl.model_cards"],
     package_dir={"hf_zocl.model_cards": "model_cards"},
     package_data={
+        "hf_zocl": ["py.typed"],
+        "hf_zocl.commands": ["recipes/*.yaml", "presets/*.yaml"],
         "hf_zocl.sample": ["mini-clip/*", "cifar10-sample/*", "cifar10-sample/data/*"],
         "hf_zocl.model_cards": ["*.md"],
         "hf_zocl.report": ["*.html"],

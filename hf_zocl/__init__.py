@@ -1,9 +1,14 @@
-"""Zeroth- and first-order optimisation mixed per layer, and continual learning of CLIP, on Hugging Face's Trainer."""
+"""Zeroth- and first-order optimisation mixed per layer, and continual learning of CLIP, on Hugging Face's Trainer.
+
+A name is imported when it is first asked for, and the MoE adapters, which PEFT must know of, when PEFT is.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from .peft_hook import register_with_peft
 
 
 if TYPE_CHECKING:
@@ -58,3 +63,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES})
+
+
+register_with_peft()

@@ -1,6 +1,6 @@
 """Measure how much of a step is gradient and how much is noise, by branch, while a recipe trains.
 
-    python scripts/alignment.py --recipe scripts/recipes/cifar10.yaml --zo_layers all --output runs/alignment.json
+    python scripts/alignment.py --recipe cifar10 --zo_layers all --output runs/alignment.json
 
 Every few steps the gradient is taken over several batches of the task, by backpropagation, and compared with the step
 that the optimizer takes from there: the cosine of the two, in the parameters of each tower. A step that is the
@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hf_zocl.commands import Parser, command
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual import TaskStream
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.passes import ForwardState
 from hf_zocl.zo import LayerAssignment

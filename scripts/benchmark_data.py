@@ -1,6 +1,6 @@
 """Measure the share of a training step that goes into loading its images: decoded every time, and from the cache.
 
-    python scripts/benchmark_data.py --recipe scripts/recipes/quickstart.yaml [--dataset_path folder]
+    python scripts/benchmark_data.py --recipe quickstart [--dataset_path folder]
 
 Any further argument is a recipe's. Printed is a Markdown table: the median time of a step, and of loading before it.
 """
@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 
 from hf_zocl import ZOCLTrainer
 from hf_zocl.commands import Parser, command
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.images import ImageCollator, PixelCodec, prepare_images
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 
 
 class StepTimes(TrainerCallback):

@@ -36,7 +36,8 @@ import torch
 from huggingface_hub import HfApi
 
 from hf_zocl.commands import Parser, command
-from hf_zocl.continual import evaluation, recipe, scheduler
+from hf_zocl.commands import train as train_command
+from hf_zocl.continual import evaluation, scheduler
 from hf_zocl.continual.folder_lock import LOCK_FILE
 from hf_zocl.hub import push
 from hf_zocl.hub.commits import changes
@@ -53,7 +54,7 @@ RECIPE = f"""
 """.split()
 # What a run may be in the middle of, and the function in which it is.
 PHASES = {
-    "starting": (recipe, "build_scheduler"),
+    "starting": (train_command, "build_scheduler"),
     "measuring": (evaluation.StreamEvaluator, "_run"),
     "in a step": (ZOCLTrainer, "training_step"),
     "saving within a task": (ZOCLTrainer, "_save_checkpoint"),

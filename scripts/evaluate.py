@@ -1,87 +1,19 @@
-"""Measure any task's checkpoint, as its run did or on another benchmark.
+"""Measure any task's checkpoint: `python scripts/evaluate.py --help`."""
 
-    python scripts/evaluate.py runs/quickstart/task-03
-    python scripts/evaluate.py someone/a-repository --revision task-03 --benchmark cifar10 [--dataset_path folder]
-
-Any further argument is a recipe's: --scenario task, --max_test_images_per_class 100, --per_device_eval_batch_size 64.
-A run in bfloat16 on a GPU is measured on a CPU with --bf16 false.
-"""
-
-import argparse
 import importlib
-import json
 import sys
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 
 if __name__ == "evaluate":
     # A script's own folder comes first on sys.path, where `import evaluate` finds this file: hand over to the library.
-    own_folder = str(Path(__file__).resolve().parent)
-    searched = list(sys.path)
-    sys.path[:] = [folder for folder in sys.path if str(Path(folder).resolve()) != own_folder]
+    searched, here = list(sys.path), Path(__file__).resolve().parent
+    sys.path[:] = [folder for folder in searched if Path(folder).resolve() != here]
     del sys.modules["evaluate"]
     importlib.import_module("evaluate")
     sys.path[:] = searched
 
-
-def main() -> None:
-    # Imported here, so that the lines above come before any `import evaluate`.
-    from hf_zocl.commands import command
-
-    command(measure)()
-
-
-def measure() -> None:
-    from hf_zocl.commands import Parser
-    from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
-    from hf_zocl.hub.checkpoint import write_json
-    from hf_zocl.report import format_evaluation
-
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, a run's folder (with --task), or a Hub repository")
-    parser.add_argument("--task", type=task_number, help="the task, counted from 1, or best")
-    parser.add_argument("--revision", help="a revision on the Hub, instead of --task")
-    parser.add_argument("--disable_tqdm", action="store_true")
-    parser.add_argument("--output", type=Path, help="a JSON file for what was measured")
-    options, further = parser.parse_known_args()
-    measured = evaluate_checkpoint(
-        options.checkpoint,
-        options.task,
-        options.revision,
-        disable_tqdm=options.disable_tqdm,
-        **recipe_arguments(further),
-    )
-    print(format_evaluation(measured))
-    if options.output is not None:
-        write_json(options.output, json.loads(json.dumps(measured)))
-
-
-def task_number(text: str) -> int | str:
-    return text if text == "best" else int(text)
-
-
-def recipe_arguments(argv: list[str]) -> dict[str, Any]:
-    """Those of a recipe's arguments that were given, and no default.
-
-    Raises:
-        ValueError: If one is no argument of a recipe.
-    """
-    from transformers import TrainingArguments
-
-    from hf_zocl.continual.checkpoint_evaluation import NUMERICS
-    from hf_zocl.continual.recipe import RecipeParser, RunArguments
-
-    known = {*(each.name for each in fields(RunArguments)), *NUMERICS}
-    for argument in argv:
-        if argument.startswith("--") and argument[2:].split("=")[0] not in known:
-            raise ValueError(f"{argument} is no argument of a recipe's stream; there are {', '.join(sorted(known))}.")
-    parser = RecipeParser((RunArguments, TrainingArguments))
-    parser.set_defaults(**dict.fromkeys(known))
-    given = vars(parser.parse_args(argv))
-    return {name: given[name] for name in known if given[name] is not None}
-
-
 if __name__ == "__main__":
+    from hf_zocl.commands.evaluate import main
+
     main()

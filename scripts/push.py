@@ -1,64 +1,6 @@
-"""Push what a run could not push, or a run that was never pushed: `python scripts/push.py runs/quickstart`."""
+"""Push what a run could not push, or a run that was never pushed: `python scripts/push.py --help`."""
 
-import logging
-import sys
-from pathlib import Path
-
-from hf_zocl.commands import Parser, command
-from hf_zocl.hub.checkpoint import RESULTS_FILE, task_folder
-from hf_zocl.hub.push import HubPusher
-from hf_zocl.hub.push_queue import PushQueue, complete_tasks
-from hf_zocl.hub.task_file import read_json
-
-
-@command
-def main() -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("output_dir", type=Path, help="A run's folder.")
-    parser.add_argument("--hub_model_id", help="name or user/name; default: the run's own.")
-    parser.add_argument("--hub_token", help="Default: HF_TOKEN, or the one of `hf auth login`.")
-    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="A new repository is private.")
-    args = parser.parse_args()
-    logging.basicConfig(format="%(message)s")
-    outcomes, left, where = push_run(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
-    for name, outcome in outcomes.items():
-        print(f"{name:<10} {outcome}")
-    for name in left:
-        if name not in outcomes:
-            print(f"{name:<10} waits for the one before it")
-    print(
-        f"\n{len(outcomes) - sum(name in left for name in outcomes)} of {len(outcomes.keys() | left)} are on {where}."
-    )
-    sys.exit(1 if left else 0)
-
-
-def push_run(
-    output_dir: Path, repo_id: str | None, token: str | None, private: bool | None
-) -> tuple[dict[str, str], list[str], str]:
-    """Push the queue that a run left in its folder; without one, all complete tasks.
-
-    Raises:
-        ValueError: If there is nothing to push, no token, or no name of a repository.
-    """
-    queue = PushQueue.read(output_dir)
-    tasks = complete_tasks(output_dir)
-    if not tasks:
-        raise ValueError(
-            f"{output_dir}: expected a run's folder, with task-01 and so on; there is no such task in it."
-        )
-    if queue is not None:
-        repo_id, private = repo_id or queue.repo_id, queue.private if private is None else private
-    elif repo_id is None and (output_dir / RESULTS_FILE).is_file():
-        repo_id = read_json(output_dir / RESULTS_FILE).get("recipe", {}).get("hub_model_id")
-    pusher = HubPusher(output_dir, repo_id, token, private)
-    pusher.check()
-    complete = [task_folder(task) for task in tasks]
-    is_rest = queue is not None and repo_id == queue.repo_id
-    pusher.queue.pending = [name for name in complete if name in queue.pending] if is_rest else complete
-    outcomes = pusher.drain()
-    if queue is not None and not is_rest:
-        queue.write()  # what waits for its own repository goes on waiting
-    return outcomes, pusher.queue.pending, pusher.repo_id or pusher.queue.repo_id
+from hf_zocl.commands.push import main
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure the variance of zeroth-order gradients by branch and layer while a recipe trains first-order.
 
-    python scripts/variance.py --recipe scripts/recipes/cifar10.yaml --seeds 0 1 2 --output docs/results/variance.json
+    python scripts/variance.py --recipe cifar10 --seeds 0 1 2 --output docs/results/variance.json
 
 Every few steps, each layer is perturbed alone, with many directions, on the batch that is being trained on. The
 estimate of a query is ĝ = [L(θ+εΔ) − L(θ)]/ε · Δ (equation 2 of arXiv 2506.12409); its variance in total is the mean
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from hf_zocl.commands import Parser, command
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.passes import ForwardState, TowerEvaluation, TowerPlan
 from hf_zocl.report.figures import save_figure

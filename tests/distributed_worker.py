@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_data_collator
 
 from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
 from hf_zocl.trainer.data_parallel import leave_process_group
 from tests.helpers import image_examples, mini_clip_classifier

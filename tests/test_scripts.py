@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hf_zocl.commands import train
+from hf_zocl.commands.recipe import parse_recipe
+from hf_zocl.commands.tune import first_task_stream, mark_best
 from hf_zocl.continual.folder_lock import FolderInUseError
-from hf_zocl.continual.recipe import build_stream, parse_recipe
+from hf_zocl.continual.run_arguments import build_stream
 from hf_zocl.continual.run_state import RunFolderError
 from hf_zocl.report import RunGroup
 
@@ -108,9 +111,7 @@ def test_tune_judges_every_candidate_by_the_first_task_and_marks_the_best(tmp_pa
     assert sum("| chosen |" in line for line in done.stdout.splitlines()) == 1
 
 
-def test_with_a_floor_of_retention_the_fastest_learner_wins(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    mark_best = runpy.run_path(str(ROOT / "scripts" / "tune.py"))["mark_best"]
+def test_with_a_floor_of_retention_the_fastest_learner_wins():
     rows = [{"first_task": a, "retained": r, "score": (a * r) ** 0.5} for a, r in ((9, 9), (1, 8), (4, 3), (6, 1))]
     assert mark_best(rows) is rows[2]
     assert mark_best(rows, keep=1) is rows[3]
@@ -252,9 +253,7 @@ def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monk
     assert (tmp_path / "engine.png").stat().st_size > 10_000
 
 
-def test_candidates_are_judged_with_the_class_names_of_the_benchmark(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    first_task_stream = runpy.run_path(str(ROOT / "scripts" / "tune.py"))["first_task_stream"]
+def test_candidates_are_judged_with_the_class_names_of_the_benchmark(tmp_path):
     names = [f"thing {letter}" for letter in "abcdefghij"]
     recipe = parse_recipe(["--output_dir", str(tmp_path), "--increment", "2", "--class_names", *names])
     stream, _ = build_stream(recipe.run)
@@ -263,12 +262,7 @@ def test_candidates_are_judged_with_the_class_names_of_the_benchmark(tmp_path, m
     assert set(first.class_names) < set(names)
 
 
-@pytest.fixture
-def train_script() -> dict:
-    return runpy.run_path(str(ROOT / "scripts" / "train.py"))
-
-
-def test_the_hub_is_asked_about_every_seed_before_the_first_one_runs(tmp_path, monkeypatch, train_script):
+def test_the_hub_is_asked_about_every_seed_before_the_first_one_runs(tmp_path, monkeypatch):
     asked = []
 
     def from_arguments(args):
@@ -280,34 +274,34 @@ def test_the_hub_is_asked_about_every_seed_before_the_first_one_runs(tmp_path, m
     pushed = ["--push_to_hub", "true", "--hub_model_id", "me/run"]
     recipe = parse_recipe(["--output_dir", str(tmp_path / "run"), "--seeds", "1,2,3", *pushed])
     with ExitStack() as stack, pytest.raises(ValueError, match="the Hub refuses it"):
-        train_script["prepare"](recipe, recipe.per_seed(), stack)
+        train.prepare(recipe, recipe.per_seed(), stack)
     assert asked == ["me/run-seed-1", "me/run-seed-2", "me/run-seed-3"]
     assert not (tmp_path / "run").exists()
 
 
-def test_several_seeds_lock_the_folder_above_them_and_replace_no_comparison_unasked(tmp_path, train_script):
+def test_several_seeds_lock_the_folder_above_them_and_replace_no_comparison_unasked(tmp_path):
     recipe = parse_recipe(["--output_dir", str(tmp_path), "--seeds", "1,2"])
     with ExitStack() as stack:
-        train_script["prepare"](recipe, recipe.per_seed(), stack)
+        train.prepare(recipe, recipe.per_seed(), stack)
         with ExitStack() as second, pytest.raises(FolderInUseError):
-            train_script["prepare"](recipe, recipe.per_seed(), second)
+            train.prepare(recipe, recipe.per_seed(), second)
     (tmp_path / "comparison.md").write_text("mine")
     with ExitStack() as stack, pytest.raises(RunFolderError, match="comparison.md is there already"):
-        train_script["prepare"](recipe, recipe.per_seed(), stack)
+        train.prepare(recipe, recipe.per_seed(), stack)
     (tmp_path / "comparison.md").unlink()
     (tmp_path / "seed-2").mkdir()
     (tmp_path / "seed-2" / "results.json").write_text("{}")
     with ExitStack() as stack, pytest.raises(RunFolderError, match="seed-2' holds a run"):
-        train_script["prepare"](recipe, recipe.per_seed(), stack)
+        train.prepare(recipe, recipe.per_seed(), stack)
 
 
-def test_processes_that_are_started_anew_go_on_with_what_their_launch_began(tmp_path, monkeypatch, train_script):
+def test_processes_that_are_started_anew_go_on_with_what_their_launch_began(tmp_path, monkeypatch):
     recipe = parse_recipe(["--output_dir", str(tmp_path), "--overwrite_output_dir", "true"])
-    asked = train_script["resume_of"](recipe), train_script["overwrites"](recipe)
+    asked = train.resume_of(recipe), train.overwrites(recipe)
     assert asked == (False, True)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     file = tmp_path / "results.json"
     file.write_text("{}")
-    assert (train_script["resume_of"](recipe), train_script["overwrites"](recipe)) == (True, False)
+    assert (train.resume_of(recipe), train.overwrites(recipe)) == (True, False)
     os.utime(file, (1, 1))  # of long before this launch
-    assert (train_script["resume_of"](recipe), train_script["overwrites"](recipe)) == asked
+    assert (train.resume_of(recipe), train.overwrites(recipe)) == asked

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 from ..hub.checkpoint import find_task_checkpoint, load_task_checkpoint, read_task
 from .evaluation import StreamEvaluator
 from .images import PixelCodec, prepare_images
-from .recipe import RunArguments, build_stream
+from .run_arguments import RunArguments, build_stream
 from .tasks import TaskStream
 
 

@@ -1,4 +1,4 @@
-"""What a model gets right on a stream's test images; the same in a run and in scripts/evaluate.py."""
+"""What a model gets right on a stream's test images; the same in a run and when a checkpoint is evaluated later."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class HubPusher:
     """Pushes a run's task checkpoints to one repository, in order, in a thread of its own.
 
     A push that fails is tried again after a while; one that keeps failing stays in the queue, with those after it, and
-    has its next chance with the next task, the next run or `scripts/push.py`.
+    has its next chance with the next task, the next run or `python -m hf_zocl push`.
 
     Args:
         output_dir: The run's folder.
@@ -189,7 +189,7 @@ class HubPusher:
             reason = self.queue.error or f"still going on after {patience:.0f} s"
             logger.warning(
                 f"Not on the Hub yet: {', '.join(left)} ({reason}). They are complete in {where}; push them with "
-                f"`python scripts/push.py {where}`, or run again with --resume."
+                f"`python -m hf_zocl push {where}`, or run again with --resume."
             )
         elif self.repo_id is not None:
             logger.info(f"All tasks are on the Hub: {hub_constants.ENDPOINT}/{self.repo_id}")

@@ -39,7 +39,7 @@ def _further(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def format_evaluation(measured: dict[str, Any]) -> str:
-    """What `scripts/evaluate.py` measured, in percent, as text for a terminal."""
+    """What `python -m hf_zocl evaluate` measured, in percent, as text for a terminal."""
     row, details = measured["accuracy_row"], measured["details"]
     by_class = [value for value in details["per_class_accuracy"] if value is not None]
     figures = [

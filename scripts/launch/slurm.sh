@@ -1,7 +1,7 @@
 #!/bin/bash
 # Four nodes of a SLURM cluster with eight GPUs each:
 #
-#   sbatch scripts/launch/slurm.sh --recipe scripts/recipes/cifar100_inc10_moe.yaml --output_dir /shared/run
+#   sbatch scripts/launch/slurm.sh --recipe cifar100_inc10_moe --output_dir /shared/run
 #
 # One task per node, whose torchrun starts a process per GPU. When a process dies, all are started anew and the run goes
 # on from its last state; when SLURM requeues the job, --resume does the same.

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.replay import rebuild_task
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_zocl import load_task_checkpoint
-from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.scheduler import ContinualTaskScheduler
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
 from hf_zocl.zo.assignment import locate

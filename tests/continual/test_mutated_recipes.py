@@ -14,7 +14,8 @@ from transformers import SchedulerType
 
 from hf_zocl.checks import alternatives
 from hf_zocl.commands import command
-from hf_zocl.continual.recipe import DTYPES, LEARNING, RunArguments, build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
+from hf_zocl.continual.run_arguments import DTYPES, LEARNING, RunArguments
 from hf_zocl.models import AdapterArguments
 from hf_zocl.trainer.arguments import ZOCLTrainingArguments
 from hf_zocl.zo import ESTIMATORS

@@ -7,11 +7,13 @@ import datasets
 import pytest
 from PIL import Image as PILImage
 
+import hf_zocl.commands
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.benchmarks import BENCHMARKS
-from hf_zocl.continual.recipe import build_scheduler, build_stream, parse_recipe
+from hf_zocl.continual.run_arguments import build_stream
 
 
-RECIPES = Path(__file__).resolve().parents[2] / "scripts" / "recipes"
+RECIPES = Path(hf_zocl.commands.__file__).parent / "recipes"
 
 
 def recipe_file(tmp_path: Path, text: str) -> Path:
@@ -28,7 +30,7 @@ def parse(tmp_path: Path, text: str = "", *arguments: str):
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_parses_and_says_how_to_launch_it(file):
     assert parse_recipe(["--recipe", str(file)]).training.output_dir.startswith("runs/")
-    assert f"--recipe scripts/recipes/{file.name}" in file.read_text(encoding="utf-8")
+    assert f"accelerate launch -m hf_zocl train --recipe {file.stem}" in file.read_text(encoding="utf-8")
 
 
 def save_like_the_hub(name: str, folder: Path) -> Path:
@@ -90,6 +92,26 @@ def test_a_misspelt_key_is_named_with_the_likely_one(tmp_path):
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere.yaml: there is no such file"):
         parse_recipe(["--recipe", str(tmp_path / "nowhere.yaml")])
+
+
+def test_a_recipe_is_asked_for_by_name_or_by_path_and_an_unknown_one_lists_the_names(tmp_path):
+    by_name = parse_recipe(["--recipe", "quickstart"]).to_dict()
+    in_a_checkout = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "quickstart.yaml"
+    assert parse_recipe(["--recipe", str(in_a_checkout)]).to_dict() == by_name
+    names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+    with pytest.raises(ValueError, match=f"--recipe quickstrat: .* there are {names}"):
+        parse_recipe(["--recipe", "quickstrat"])
+    with pytest.raises(ValueError, match=f"recipe.yaml, line 3: include='quickstrat': .* there are {names}"):
+        parse(tmp_path, "include: quickstrat\n")
+
+
+def test_a_name_of_the_packages_is_not_shadowed_by_a_file_and_can_be_included(tmp_path, monkeypatch):
+    (tmp_path / "quickstart").write_text("lora_rank: 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert parse_recipe(["--recipe", "quickstart"]).adapter.lora_rank == 8
+    assert parse_recipe(["--recipe", "./quickstart", "--output_dir", "run"]).adapter.lora_rank == 3
+    included = parse(tmp_path, "include: quickstart\nzo_branch: language\n")
+    assert (included.training.zo_branch, included.adapter.lora_rank) == ("language", 8)
 
 
 def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual import scheduler as scheduler_module
 from hf_zocl.continual.folder_lock import FolderInUseError, FolderLock
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.run_state import ResumeError, RunFolderError
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
-from hf_zocl.continual.recipe import Recipe, build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.scheduler import ImageCollator, _peak_memory_bytes, _reset_peak_memory
 from hf_zocl.sample import sample_path
 

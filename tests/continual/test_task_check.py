@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.scheduler import _means
 from hf_zocl.continual.task_check import TaskError
 

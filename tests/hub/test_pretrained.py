@@ -13,7 +13,7 @@ from tokenizers import normalizers
 from transformers import AutoProcessor, BertConfig, BertModel, BertTokenizer, CLIPModel
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.known import check_processor
 from hf_zocl.hub.pretrained import load_pretrained
 from hf_zocl.models import AdapterArguments, base_digest, check_trained_parameters, trained_adapter

@@ -19,7 +19,8 @@ from transformers import AutoProcessor, CLIPModel
 from transformers.trainer_utils import HubStrategy
 
 from hf_zocl import ZOCLTrainingArguments, load_task_checkpoint
-from hf_zocl.continual.recipe import Recipe, RunArguments
+from hf_zocl.commands.recipe import Recipe
+from hf_zocl.continual.run_arguments import RunArguments
 from hf_zocl.hub.checkpoint import find_task_checkpoint, save_task_checkpoint
 from hf_zocl.hub.client import asked_wait
 from hf_zocl.hub.fetch import fetch_run

@@ -148,7 +148,7 @@ def test_a_hub_that_refuses_everything_stops_no_run(pushed, tmp_path):
         refusal = hub.order("status", "(POST|PUT) .*/(preupload|commit|tag)/", times=10**6, status=403)
         done = train(tmp_path / "run", environment(hub, tmp_path / "cache"), "--increment", "5", "--max_steps", "1")
         assert done.returncode == 0, done.stderr
-        assert f"`python scripts/push.py {tmp_path / 'run'}`" in done.stderr
+        assert f"`python -m hf_zocl push {tmp_path / 'run'}`" in done.stderr
         assert "Not on the Hub yet: task-01, task-02" in done.stderr
         assert {"task-01", "task-02", "results.json", "push_queue.json"} <= set(os.listdir(tmp_path / "run"))
         env = environment(hub, tmp_path / "cache")

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from hf_zocl import ZOCLTrainingArguments
-from hf_zocl.continual.recipe import build_scheduler, parse_recipe
+from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from tests import distributed_worker as worker
 
 

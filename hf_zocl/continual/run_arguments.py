@@ -1,27 +1,14 @@
-"""A recipe (YAML) and the command line, read into arguments, and a run built from them."""
+"""The arguments that say what a run learns: its model and its stream of tasks, and the stream built from them."""
 
 from __future__ import annotations
 
-import difflib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import torch
-from transformers import HfArgumentParser
-
-from ..checks import check_fields, shown
-from ..hub.pretrained import load_pretrained
-from ..models import AdapterArguments, CLIPClassifier
+from ..checks import check_fields
 from ..models.clip_classifier import check_templates
-from ..trainer.arguments import PER_TOWER, ZOCLTrainingArguments
 from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from .images import DEFAULT_CACHE_GB
-from .recipe_file import Entry, read_recipe, with_place
-from .scheduler import ContinualTaskScheduler
 from .tasks import SCENARIOS, TaskStream
 
 
@@ -172,127 +159,6 @@ class RunArguments:
         return seeds
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The arguments of one run, or of one run for each of several seeds.
-
-    Args:
-        run, adapter, training: The arguments.
-        entries: Those of them that stand in the recipe's file, with their places.
-    """
-
-    run: RunArguments
-    adapter: AdapterArguments
-    training: ZOCLTrainingArguments
-    entries: Mapping[str, Entry] = field(default_factory=dict, repr=False)
-
-    def placing(self) -> AbstractContextManager[None]:
-        """A context in which an error that names an argument of the recipe also says where that stands."""
-        return _placing(self.entries)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All arguments by name, tokens masked."""
-        return {**asdict(self.run), **asdict(self.adapter), **self.training.to_dict()}
-
-    @property
-    def resume(self) -> bool | str:
-        """Whether to go on, by `resume` or `resume_from_checkpoint`; or the checkpoint's folder."""
-        given = str(self.training.resume_from_checkpoint or self.run.resume)
-        return {"true": True, "false": False}.get(given.lower(), given)
-
-    def per_seed(self) -> list[Recipe]:
-        """A recipe for every seed, each with a folder of its own; without `seeds`, this one."""
-        seeds = self.run.seed_list(self.training.seed)
-        if seeds is None:
-            return [self]
-        recipes = []
-        for seed in seeds:
-            folder = str(Path(self.training.output_dir) / f"seed-{seed}")
-            own = {"class_order_seed": seed} if self.run.vary_class_order else {}
-            run = replace(self.run, seeds=None, num_seeds=None, **own)
-            hub = {}
-            if self.training.push_to_hub:
-                repository = self.training.hub_model_id or Path(self.training.output_dir).absolute().name
-                hub = {"hub_model_id": f"{repository}-seed-{seed}"}
-            training = replace(self.training, seed=seed, output_dir=folder, **hub)
-            recipes.append(replace(self, run=run, training=training))
-        return recipes
-
-
-def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
-    """Read `--recipe FILE.yaml` and any further `--argument value`, which override the file.
-
-    A recipe may `include` another one, named from its own folder or from the current one, and override it.
-
-    Args:
-        argv: The command line without the program's name; default: `sys.argv`.
-
-    Raises:
-        ValueError: If the file is missing or no mapping, names an argument that does not exist or one twice, or
-            includes itself; or if a value is of a wrong type or out of its range. The message names the value, and the
-            file and the line of one from a recipe.
-    """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = RecipeParser(
-        (RunArguments, AdapterArguments, ZOCLTrainingArguments),
-        description="Learn a stream of tasks. Any argument may stand in the recipe; the command line overrides it.",
-    )
-    parser.add_argument("--recipe", help="A YAML file of arguments.")
-    only_recipe = RecipeParser((), add_help=False, allow_abbrev=False)
-    only_recipe.add_argument("--recipe")
-    given, _ = only_recipe.parse_known_args(argv)
-    entries: dict[str, Entry] = {}
-    if given.recipe is not None:
-        hints = {
-            each.name: hint
-            for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments)
-            for hints in [get_type_hints(cls)]
-            for each in fields(cls)
-            if each.init and (hint := hints[each.name])
-        }
-        hints |= dict.fromkeys(PER_TOWER, Any)  # a value, or a mapping with one for each tower
-        entries = read_recipe(Path(given.recipe), hints)
-        parser.set_defaults(**{name: entry.value for name, entry in entries.items()})
-    words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-    entries = {name: entry for name, entry in entries.items() if name not in words}
-    with _placing(entries):
-        return Recipe(*_parsed(parser, argv), entries)
-
-
-def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, AdapterArguments, ZOCLTrainingArguments]:
-    _, unknown = parser.parse_known_args(argv)
-    if unknown:
-        options = [option.lstrip("-") for option in parser._option_string_actions]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), options, n=1)
-        raise ValueError(f"unknown argument {shown(unknown[0])}." + (f" Did you mean --{close[0]}?" if close else ""))
-    try:
-        run, adapter, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    except (ValueError, OSError):
-        raise
-    except Exception as error:  # transformers and accelerate stumble over values in many ways
-        raise ValueError(f"the arguments cannot be taken: {type(error).__name__}: {error}") from error
-    return run, adapter, training
-
-
-@contextmanager
-def _placing(entries: Mapping[str, Entry]) -> Iterator[None]:
-    """An error that names an argument of a recipe also says where that stands."""
-    try:
-        yield
-    except ValueError as error:
-        placed = with_place(error, entries)
-        if placed is error:
-            raise
-        raise placed from error
-
-
-class RecipeParser(HfArgumentParser):
-    """Its errors are errors like any other: one line, without a screen of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
 def build_stream(args: RunArguments, seed: int = 0) -> tuple[TaskStream, str | tuple[str, ...]]:
     """The stream of tasks that the arguments describe, and its prompt template or templates.
 
@@ -354,45 +220,3 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
             )
         )
     return streams
-
-
-def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
-    """Load the model and the stream, add the adapter, and make the scheduler; nothing is trained or written yet.
-
-    Raises:
-        ValueError: If the arguments do not fit one another, or a launcher asks for a sharded model.
-    """
-    run, training = recipe.run, recipe.training
-    with recipe.placing():
-        return _build_scheduler(run, training, recipe)
-
-
-def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe: Recipe) -> ContinualTaskScheduler:
-    if training.sharding is not None:
-        raise ValueError(
-            f"{training.sharding} shards the model, but a task's checkpoint is written from a whole adapter by one "
-            "process: use data parallelism (docs/scaling.md)."
-        )
-    stream, template = build_stream(run, seed=training.data_seed or 0)
-    with training.main_process_first(desc="merging the adapter") if run.merge_into else nullcontext():
-        pretrained = load_pretrained(
-            run.model_name_or_path, recipe.adapter, run.dtype, training.seed, len(stream), run.merge_into
-        )
-    # Of whole datasets two may have a class of the same name, which is no class of one task.
-    names = stream[0].class_names if stream.scenario == "cross-dataset" else stream.class_names
-    model = CLIPClassifier(pretrained.clip, pretrained.processor.tokenizer, names, template)
-    if not torch.accelerator.is_available():
-        training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task
-    return ContinualTaskScheduler(
-        model,
-        pretrained.processor,
-        stream,
-        training,
-        recipe={**recipe.to_dict(), **pretrained.adapter},
-        base_model=pretrained.base_model,
-        known_classes=pretrained.known_classes,
-        held_out=build_held_out(run, seed=training.data_seed or 0),
-        evaluate_future=run.evaluate_future,
-        image_cache_gb=run.image_cache_gb,
-        skip_corrupt=run.skip_corrupt,
-    )

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..checks import alternatives, expected, shown
+from .library import recipe_file
 
 
 NULL = frozenset({"", "~", "null", "Null", "NULL"})
@@ -50,11 +51,9 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
         including: The recipes that led here.
 
     Raises:
-        ValueError: If the file is missing or no mapping, names an argument twice or one that does not exist, holds a
+        ValueError: If the file is no mapping, names an argument twice or one that does not exist, holds a
             value of a wrong type, or includes itself; the message names the file, the line and the argument.
     """
-    if not path.is_file():
-        raise ValueError(f"--recipe {path}: there is no such file.")
     entries: dict[str, Entry] = {}
     for key, node in _mapping(path):
         line = node.start_mark.line + 1
@@ -76,18 +75,14 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
     included = entries.pop("include", None)
     if included is None:
         return entries
-    base = path.parent / included.value
-    if not base.is_file() and Path(included.value).is_file():
-        base = Path(included.value)
-    if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
-        raise ValueError(f"{included.place}: include={included.value!r} leads back to itself.")
+    where = f"{included.place}: include={included.value!r}"
     try:
-        return {**read_recipe(base, hints, (*including, path)), **entries}
+        base = recipe_file(included.value, beside=path.parent)
     except ValueError as error:
-        missing = not base.is_file()
-        raise ValueError(
-            f"{included.place}: include={included.value!r}: {error}" if missing else str(error)
-        ) from error
+        raise ValueError(f"{where}: {error}") from error
+    if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
+        raise ValueError(f"{where} leads back to itself.")
+    return {**read_recipe(base, hints, (*including, path)), **entries}
 
 
 def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:

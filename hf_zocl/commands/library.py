@@ -1,0 +1,59 @@
+"""The recipes and presets that come with the package, by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .door import Parser, command
+
+
+KINDS = {"recipe": "recipes", "preset": "presets"}
+
+
+@command
+def main() -> None:
+    Parser(description="List the recipes and presets that come with the package.").parse_args()
+    for kind in KINDS:
+        print(f"--{kind} NAME")
+        width = max(map(len, names(kind)))
+        for name in names(kind):
+            print(f"  {name:<{width}}  {first_line(kind, name)}")
+
+
+def names(kind: str) -> list[str]:
+    """The names of all recipes or presets."""
+    return sorted(file.stem for file in _folder(kind).glob("*.yaml"))
+
+
+def find(kind: str, name: str) -> Path | None:
+    """The file of a recipe or preset that the package has; None if it has none of that name."""
+    return _folder(kind) / f"{name}.yaml" if name in names(kind) else None
+
+
+def first_line(kind: str, name: str) -> str:
+    """What the comment that opens a file says in its first line."""
+    return find(kind, name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+
+
+def recipe_file(given: str, beside: Path | None = None) -> Path:
+    """The recipe that is meant by a name or a path; a name of the package's wins, `./name` is then the file.
+
+    Args:
+        given: A name or a path.
+        beside: A folder from which a path is looked up, too, before the current one.
+
+    Raises:
+        ValueError: If there is neither.
+    """
+    named = find("recipe", given)
+    if named is not None:
+        return named
+    places = [folder / given for folder in (beside, Path()) if folder is not None]
+    for place in places:
+        if place.is_file():
+            return place
+    raise ValueError(f"there is no such file, and no recipe of that name; there are {', '.join(names('recipe'))}.")
+
+
+def _folder(kind: str) -> Path:
+    return Path(__file__).parent / KINDS[kind]

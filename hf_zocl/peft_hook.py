@@ -1,0 +1,45 @@
+"""The MoE adapters become a PEFT method as soon as both `hf_zocl` and `peft` are imported, in either order."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+
+ADAPTERS = "hf_zocl.models.moe_adapter"  # which registers itself
+
+
+def register_with_peft() -> None:
+    """Import the adapters if PEFT is imported already, and otherwise right after it is."""
+    if "peft" in sys.modules:
+        import_module(ADAPTERS)
+    else:
+        sys.meta_path.insert(0, _AfterPeft())
+
+
+class _AfterPeft(MetaPathFinder):
+    """Finds `peft` as the other finders do, and imports the adapters once its own code has run."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "peft":
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            import_module(ADAPTERS)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
