@@ -22,7 +22,7 @@ REQUIRED = [
     "psutil>=5.9",
     "xxhash>=3.0",
 ]
-# reproduce: the paired tests of scripts/reproduce.py.
+# reproduce: the paired tests of scripts/studies/reproduce.py.
 EXTRAS = {"reproduce": ["scipy>=1.13"]}
 EXTRAS["dev"] = [
     "pytest>=8",

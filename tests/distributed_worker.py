@@ -253,8 +253,8 @@ def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
 
 def main() -> None:
     group, folder = sys.argv[1], Path(sys.argv[2])
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from benchmark_scaling import start_counting
+    sys.path.insert(0, str(ROOT / "scripts" / "benchmarks"))
+    from scaling import start_counting
 
     start_counting()
     rank = dist.get_rank()

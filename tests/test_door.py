@@ -75,12 +75,12 @@ def test_two_processes_say_one_line_of_what_both_meet_or_one(ranks, speaker, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["benchmark_engine.py"], "scripts/benchmark.py runs this file"),
-        (["benchmark_engine.py", "{", "{}"], "Expecting property name"),
-        (["benchmark_scaling.py"], "scripts/benchmark.py --scaling runs this file"),
-        (["chaos.py", "--runs", "many"], "argument --runs: invalid int value: 'many'"),
-        (["chaos.py", "--output_dir", "MINE"], "holds 'notes.md', which is not of this script"),
-        (["precision.py", "--eps", "small"], "argument --eps: invalid float value: 'small'"),
+        (["benchmarks/engine.py"], "scripts/benchmarks/peers.py runs this file"),
+        (["benchmarks/engine.py", "{", "{}"], "Expecting property name"),
+        (["benchmarks/scaling.py"], "scripts/benchmarks/peers.py --scaling runs this file"),
+        (["benchmarks/chaos.py", "--runs", "many"], "argument --runs: invalid int value: 'many'"),
+        (["benchmarks/chaos.py", "--output_dir", "MINE"], "holds 'notes.md', which is not of this script"),
+        (["studies/precision.py", "--eps", "small"], "argument --eps: invalid float value: 'small'"),
     ],
 )
 def test_every_script_is_behind_the_door(arguments, message, tmp_path, monkeypatch):

@@ -62,8 +62,8 @@ def test_a_misspelt_key_ends_the_command_with_one_clear_line(tmp_path):
 
 
 def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    script = runpy.run_path(str(ROOT / "scripts" / "benchmark.py"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
+    script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "peers.py"))
     script["MOE_SHAPES"].clear()
     script["MOE_SHAPES"]["small block"] = (4, 5, 16)
     script["benchmark_moe"]("cpu", repeats=1)
@@ -75,7 +75,15 @@ def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys, monkeypatch):
 def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):
     command = [
         sys.executable,
-        *("scripts/reproduce.py", "layers", "--recipe", "scripts/recipes/quickstart.yaml", "--seeds", "0", "1"),
+        *(
+            "scripts/studies/reproduce.py",
+            "layers",
+            "--recipe",
+            "scripts/recipes/quickstart.yaml",
+            "--seeds",
+            "0",
+            "1",
+        ),
     ]
     command += ["--cells", "FO", "language/hop-odd", "--output_dir", str(tmp_path)]
     command += ["--increment", "5", "--initial_increment", "5", "--max_steps", "1", "--max_test_images_per_class", "2"]
@@ -122,9 +130,9 @@ def test_with_a_floor_of_retention_the_fastest_learner_wins():
 
 
 def test_reproduce_chooses_rates_on_the_first_task_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "studies"))
     monkeypatch.chdir(ROOT)
-    main = runpy.run_path(str(ROOT / "scripts" / "reproduce.py"))["main"]
+    main = runpy.run_path(str(ROOT / "scripts" / "studies" / "reproduce.py"))["main"]
     command = ["reproduce.py", "mozo", "--recipe", "scripts/recipes/quickstart.yaml", "--cells", "MoZO"]
     command += [*SMALL_STREAM.split(), "--max_test_images_per_class", "2", "--output_dir", str(tmp_path)]
     command += ["--seeds", "0"]
@@ -152,8 +160,8 @@ def make_groups(**last: list[float]) -> list[RunGroup]:
 
 
 def test_findings_are_decided_by_paired_differences(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    paper = runpy.run_path(str(ROOT / "scripts" / "paper.py"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "studies"))
+    paper = runpy.run_path(str(ROOT / "scripts" / "studies" / "paper.py"))
     groups = make_groups(
         **{"FO": [0.30, 0.40, 0.50], "dual/all": [0.10, 0.21, 0.30], "vision/all": [0.28, 0.37, 0.47],
            "language/all": [0.25, 0.45, 0.46]}
@@ -170,8 +178,8 @@ def test_findings_are_decided_by_paired_differences(monkeypatch):
 
 
 def test_the_seeds_table_says_how_many_seeds_half_a_point_takes(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    script = runpy.run_path(str(ROOT / "scripts" / "reproduce.py"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "studies"))
+    script = runpy.run_path(str(ROOT / "scripts" / "studies" / "reproduce.py"))
     table = script["seeds_table"](make_groups(**{"FO": [0.30, 0.40, 0.50], "vision/all": [0.31, 0.40, 0.52]}))
     assert table.headings[1:4] == ("Last, seed 0", "Last, seed 1", "Last, seed 2")
     # Differences of 1, 0 and 2 points: σ = 1, (2.8 / 0.5)² = 31.36.
@@ -208,7 +216,7 @@ def test_several_seeds_end_with_a_comparison_and_a_report_reads_them(tmp_path):
 
 @pytest.mark.slow
 def test_the_data_benchmark_prints_a_table(tmp_path):
-    command = [sys.executable, "scripts/benchmark_data.py", "--recipe", "scripts/recipes/quickstart.yaml"]
+    command = [sys.executable, "scripts/benchmarks/data.py", "--recipe", "scripts/recipes/quickstart.yaml"]
     command += ["--steps", "8", "--max_train_images_per_class", "32", "--max_test_images_per_class", "2"]
     done = subprocess.run(
         [*command, "--output_dir", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
@@ -222,8 +230,8 @@ def test_the_data_benchmark_prints_a_table(tmp_path):
 
 @pytest.mark.slow
 def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import benchmark_engine as engine
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
+    import engine
 
     tiny = {"hidden_size": 32, "layers": 2, "heads": 2, "patch_size": 112}, {"hidden_size": 32, "heads": 2}
     monkeypatch.setitem(engine.SHAPES, "vit-b-16", tiny)

@@ -1,6 +1,7 @@
 """What the studies measure, where the right answer is known: alignment, sharpness, directions, variance."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,25 @@ from hf_zocl.zo import LayerAssignment
 from tests.helpers import image_examples, mini_clip_classifier, train
 
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts" / "studies"
 
 
 @pytest.fixture
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     return lambda name: runpy.run_path(str(SCRIPTS / f"{name}.py"))
+
+
+@pytest.mark.parametrize(
+    ("study", "arguments"), [("reproduce", ["branch"]), ("variance", ["--recipe", "x", "--output", "y"])]
+)
+def test_without_scipy_a_study_says_what_to_install_before_any_work(script, study, arguments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr(sys, "argv", [study, *arguments])
+    with pytest.raises(
+        SystemExit, match='^error: scipy is missing: pip install scipy, or the package with its extra "reproduce".$'
+    ):
+        script(study)["main"]()
 
 
 def cosines(probe) -> dict[str, list[float]]:

@@ -1,6 +1,6 @@
-"""What the scripts have in common."""
+"""What is run from the command line, and what the commands have in common."""
 
-from .door import Parser, command
+from .door import Parser, command, require
 
 
-__all__ = ["Parser", "command"]
+__all__ = ["Parser", "command", "require"]

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
@@ -62,6 +63,20 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 def _is_first() -> bool:
     """Whether this is the first process of a launch on its machine, or the only one."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def require(module: str, extra: str) -> None:
+    """Look for a module that the package does not always install, before any work that would need it.
+
+    Raises:
+        ImportError: If it cannot be imported; the message says what to install.
+    """
+    try:
+        import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'{module} is missing: pip install {module}, or the package with its extra "{extra}".'
+        ) from error
 
 
 def is_refusal(error: BaseException) -> bool:

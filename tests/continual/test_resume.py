@@ -372,7 +372,7 @@ def test_a_command_whose_files_may_not_grow_ends_with_one_line(undisturbed, stop
 
 @pytest.mark.slow
 def test_runs_that_are_killed_end_as_the_undisturbed_one(tmp_path):
-    command = [sys.executable, "scripts/chaos.py", "--runs", "3", "--output_dir", str(tmp_path / "chaos")]
+    command = [sys.executable, "scripts/benchmarks/chaos.py", "--runs", "3", "--output_dir", str(tmp_path / "chaos")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 of 3 runs" in done.stdout
@@ -386,7 +386,7 @@ def test_runs_that_are_killed_end_as_the_undisturbed_one(tmp_path):
 def test_pairs_of_runs_and_damaged_files_end_as_they_must(what, ended, tmp_path):
     command = [
         sys.executable,
-        "scripts/chaos.py",
+        "scripts/benchmarks/chaos.py",
         "--what",
         what,
         "--runs",

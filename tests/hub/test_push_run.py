@@ -199,7 +199,14 @@ def test_a_run_of_a_mixture_of_experts_loads_with_its_accuracies(tmp_path):
 @pytest.mark.slow
 def test_runs_that_are_killed_leave_whole_repositories(tmp_path):
     with HubServer(tmp_path / "hub") as hub:
-        command = [sys.executable, "scripts/chaos.py", "--runs", "3", "--output_dir", str(tmp_path / "chaos")]
+        command = [
+            sys.executable,
+            "scripts/benchmarks/chaos.py",
+            "--runs",
+            "3",
+            "--output_dir",
+            str(tmp_path / "chaos"),
+        ]
         command += ["--push_to_hub", "true", "--hub_model_id", "tester/chaos-{run}"]
         env = environment(hub, tmp_path / "cache")
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)

@@ -108,8 +108,8 @@ def bytes_of(payload: dict) -> int:
 
 
 def test_the_cost_model_reckons_with_the_bytes_that_are_measured(pair, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    from benchmark_scaling import Job, Link
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
+    from scaling import Job, Link
 
     found = pair["payloads"]
     adapter, first_order = (found[name]["fo_bytes"] // 4 for name in ("none", "hybrid"))

@@ -1,6 +1,6 @@
 """How well differences of losses say the derivatives, by model, tower and precision: the table of docs/precision.md.
 
-    python scripts/precision.py [--model path/to/a/clip] [--estimator two-sided]
+    python scripts/studies/precision.py [--model path/to/a/clip] [--estimator two-sided]
 
 The embedded CIFAR-10's first batch, adapters fresh or drawn at random, every layer zeroth-order, 16 directions. `auto`
 is what a training chooses; the other rows are a given ε in the training's own passes.

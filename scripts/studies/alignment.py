@@ -1,12 +1,12 @@
 """Measure how much of a step is gradient and how much is noise, by branch, while a recipe trains.
 
-    python scripts/alignment.py --recipe cifar10 --zo_layers all --output runs/alignment.json
+    python scripts/studies/alignment.py --recipe cifar10 --zo_layers all --output runs/alignment.json
 
 Every few steps the gradient is taken over several batches of the task, by backpropagation, and compared with the step
 that the optimizer takes from there: the cosine of the two, in the parameters of each tower. A step that is the
 gradient has 1. One of noise alone has 0 ± 1/√d in d parameters, and moves the weights by its whole length all the
 same: a smaller `zo_learning_rate` of that tower, or more queries, is then worth a try. Further arguments are
-those of scripts/train.py. The figures are of training images.
+those of `python -m hf_zocl train`. The figures are of training images.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Disturb runs at random, and compare how they end with an undisturbed run.
 
-    python scripts/chaos.py --runs 20 --output_dir runs/chaos [--kills 2] [--seed 0] [--table docs/table.md]
-    python scripts/chaos.py --what pairs --runs 20
-    python scripts/chaos.py --what damage --runs 20
+    python scripts/benchmarks/chaos.py --runs 20 --output_dir runs/chaos [--kills 2] [--seed 0] [--table docs/table.md]
+    python scripts/benchmarks/chaos.py --what pairs --runs 20
+    python scripts/benchmarks/chaos.py --what damage --runs 20
 
 `kills`, the default, kills runs at random moments and resumes them until they are done. `pairs` starts two runs at
 once in one folder: one must run, the other must refuse and change nothing. `damage` kills a run, removes or cuts short
@@ -21,7 +21,6 @@ import mmap
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import sys
@@ -45,9 +44,8 @@ from hf_zocl.hub.public import public_files
 from hf_zocl.trainer import ZOCLTrainer
 
 
-SCRIPTS = Path(__file__).resolve().parent
-RECIPE = f"""
---recipe {SCRIPTS / "recipes" / "quickstart.yaml"} --class_order 3 8 0 1 --partial_order true
+RECIPE = """
+--recipe quickstart --class_order 3 8 0 1 --partial_order true
 --num_train_epochs 2 --logging_steps 4 --save_strategy steps --save_steps 2 --save_total_limit 2
 --max_train_images_per_class 24 --max_test_images_per_class 10 --per_device_train_batch_size 16
 --zo_queries vision=2,language=2 --lora_dropout 0.1 --disable_tqdm true --use_cpu true
@@ -310,7 +308,7 @@ def attempt(
     trace: Trace,
     moment: tuple[int | None, int, float] | None = None,
 ) -> tuple[int | None, str | None]:
-    """Run scripts/train.py in a process of its own.
+    """Train in a process of its own.
 
     Returns:
         Its exit code, and what it was doing when it was killed: None if it was not.
@@ -354,9 +352,9 @@ def train(log: Path, arguments: list[str], trace: Trace) -> None:
         with log.open("a", encoding="utf-8") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.argv = ["train.py", *arguments]
+        sys.argv = ["train", *arguments]
         trace.watch()
-        runpy.run_path(str(SCRIPTS / "train.py"), run_name="__main__")
+        train_command.main()
         code = 0
     except SystemExit as end:
         print(end.code, file=sys.stderr)

@@ -1,7 +1,7 @@
 """What several processes send each other in a step, and how long a step takes; see docs/scaling.md.
 
 Measured for a few processes on this machine, with the embedded mini CLIP; then carried on by arithmetic to many ranks
-and slow links. `scripts/benchmark.py --scaling` runs it.
+and slow links. `scripts/benchmarks/peers.py --scaling` runs it.
 """
 
 from __future__ import annotations
@@ -293,7 +293,7 @@ def run_scaling_benchmark(processes: tuple[int, ...], compute: float, output: Pa
 def main() -> None:
     """Measure in the processes of this launch: `measure_with` runs it."""
     if len(sys.argv) != 2 or "LOCAL_RANK" not in os.environ:
-        raise ValueError("scripts/benchmark.py --scaling runs this file, in several processes; run that.")
+        raise ValueError("scripts/benchmarks/peers.py --scaling runs this file, in several processes; run that.")
     counting = start_counting()
     found = measure(counting)
     if dist.get_rank() == 0:

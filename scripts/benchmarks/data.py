@@ -1,6 +1,6 @@
 """Measure the share of a training step that goes into loading its images: decoded every time, and from the cache.
 
-    python scripts/benchmark_data.py --recipe quickstart [--dataset_path folder]
+    python scripts/benchmarks/data.py --recipe quickstart [--dataset_path folder]
 
 Any further argument is a recipe's. Printed is a Markdown table: the median time of a step, and of loading before it.
 """

@@ -1,8 +1,8 @@
 """Times this package's parts against a straightforward way to the same result, side by side in one run.
 
-    python scripts/benchmark.py [--quick] [--output docs/benchmarks/engine.json]    # a step of FO, MeZO and ours
-    python scripts/benchmark.py --moe                                                # the MoE adapter of one block
-    python scripts/benchmark.py --scaling [--output docs/benchmarks/scaling.json]    # what several processes send
+    python scripts/benchmarks/peers.py [--quick] [--output docs/benchmarks/engine.json]  # a step of FO, MeZO and ours
+    python scripts/benchmarks/peers.py --moe                                             # the MoE adapter of one block
+    python scripts/benchmarks/peers.py --scaling [--output docs/benchmarks/scaling.json]  # what several processes send
 
 The first prints time, arithmetic and memory of a step on a CLIP of random weights at 224×224 (`--shape`, `--batch`),
 the ratios that it must keep, and writes JSON and a bar chart. `--rows bars` leaves out the rows that no ratio needs;
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from benchmark_engine import SHAPES, Setting, run_engine_benchmark
-from benchmark_scaling import run_scaling_benchmark
+from engine import SHAPES, Setting, run_engine_benchmark
+from scaling import run_scaling_benchmark
 
 from hf_zocl import MoEAdapterConfig
 from hf_zocl.commands import Parser, command

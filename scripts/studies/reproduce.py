@@ -1,21 +1,21 @@
 """Run one of the paper's tables: every cell with several seeds, then the table beside the paper's own figures.
 
-    python scripts/reproduce.py branch                                   # FO, dual, vision, language
-    python scripts/reproduce.py layers --benchmark tiny-imagenet-32 --dataset_path path/to/it --adapter moe
-    python scripts/reproduce.py all --seeds 0 1 2                        # branch and layers as one table
-    python scripts/reproduce.py mozo --retention path/to/known/dataset   # dual/hop-even with and without MoZO's parts
-    python scripts/reproduce.py variants --retention path/to/known/dataset
-    python scripts/reproduce.py passes                                   # all-ZO against the number of forward passes
-    python scripts/reproduce.py seeds                                    # what the seeds alone do to a figure
-    python scripts/reproduce.py memory                                   # of one training step at the size of ViT-B/16
+    python scripts/studies/reproduce.py branch                          # FO, dual, vision, language
+    python scripts/studies/reproduce.py layers --benchmark tiny-imagenet-32 --dataset_path path/to/it --adapter moe
+    python scripts/studies/reproduce.py all --seeds 0 1 2               # branch and layers as one table
+    python scripts/studies/reproduce.py mozo --retention path/to/known  # dual/hop-even, MoZO's parts on and off
+    python scripts/studies/reproduce.py variants --retention path/to/known
+    python scripts/studies/reproduce.py passes                          # all-ZO by the number of forward passes
+    python scripts/studies/reproduce.py seeds                           # what the seeds alone do to a figure
+    python scripts/studies/reproduce.py memory                          # of a training step of ViT-B/16
 
 Every cell is a folder, shared by the tables; one that is finished is not run again, so the command can be stopped and
-repeated. The table and its picture lie beside the cells. Any further argument goes to every run as to train.py.
+repeated. The table and its picture lie beside the cells. Any further argument goes to every run as to `train`.
 `--recipe` takes a recipe of one's own in the place of the benchmark's. Needs SciPy for the paired test.
 
 The cells of `mozo` and `variants` step in units of their own, so each has its own ZO learning rate: that with the
-greatest √(A·R) on the first task alone (scripts/tune.py, which says what A and R are; first seed, one pass), or, with
-`--keep`, that which learns the most of those that retain so much. The choice is written to the cell's folder,
+greatest √(A·R) on the first task alone (`python -m hf_zocl tune --help` says what A and R are; first seed, one pass),
+or, with `--keep`, that which learns the most of those that retain so much. The choice is written to the cell's folder,
 `chosen.json`, with every candidate. All other cells have the recipe's rate.
 """
 
@@ -28,15 +28,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from benchmark_engine import Row, Setting, measure_apart
 from matplotlib.figure import Figure
 from paper import ACCURACIES, PEAK_GB, compare_with_findings, format_p, p_value, paper_differences
 from tqdm.auto import tqdm
 from transformers import CLIPConfig
-from tune import FirstTask, add_judge_arguments, mark_best, markdown_table, retention_stream
 
-from hf_zocl.commands import Parser, command
+from hf_zocl.commands import Parser, command, require
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
+from hf_zocl.commands.tune import FirstTask, add_judge_arguments, mark_best, markdown_table, retention_stream
 from hf_zocl.hub.checkpoint import read_json, write_json
 from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
 from hf_zocl.report.figures import save_figure
@@ -44,14 +43,17 @@ from hf_zocl.report.plots import LIGHT, draw_settings
 from hf_zocl.sample import resolve
 
 
-RECIPES = Path(__file__).parent / "recipes"
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from engine import Row, Setting, measure_apart
+
+
 BENCHMARKS = {
-    "cifar10": "cifar10.yaml",
-    "tiny-imagenet-32": "tiny_imagenet_32.yaml",
-    "cifar100-inc20": "cifar100_inc20_{adapter}.yaml",
-    "cifar100-inc10": "cifar100_inc10_{adapter}.yaml",
-    "tiny-imagenet-inc20": "tiny_imagenet_inc20_{adapter}.yaml",
-    "imagenet-r-inc20": "imagenet_r_inc20_{adapter}.yaml",
+    "cifar10": "cifar10",
+    "tiny-imagenet-32": "tiny_imagenet_32",
+    "cifar100-inc20": "cifar100_inc20_{adapter}",
+    "cifar100-inc10": "cifar100_inc10_{adapter}",
+    "tiny-imagenet-inc20": "tiny_imagenet_inc20_{adapter}",
+    "imagenet-r-inc20": "imagenet_r_inc20_{adapter}",
 }
 BRANCHES = ("vision", "language", "dual")
 # Queries of the vision tower, each a forward pass of the whole batch.
@@ -83,7 +85,8 @@ def main() -> None:
         comparison = memory_table(options.adapter)
         comparison.write(options.output_dir, name=f"memory-{options.adapter}")
         return print(comparison.markdown())
-    recipe = options.recipe or str(RECIPES / BENCHMARKS[options.benchmark].format(adapter=options.adapter))
+    require("scipy", extra="reproduce")
+    recipe = options.recipe or BENCHMARKS[options.benchmark].format(adapter=options.adapter)
     folder = options.output_dir / f"{Path(recipe).stem if options.recipe else options.benchmark}-{options.adapter}"
     common = ["--adapter", options.adapter, "--disable_tqdm", "true", *further]
     model = parse_recipe(["--recipe", recipe, *common, "--output_dir", str(folder)]).run.model_name_or_path

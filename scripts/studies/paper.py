@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
-from scipy import stats
 
 from hf_zocl.report import Comparison, RunGroup, mean_and_deviation, paired_differences
 
@@ -54,6 +53,8 @@ def paper_differences(cell: str, benchmark: str) -> list[str]:
 
 def p_value(differences: Sequence[float]) -> float | None:
     """Of the two-sided paired t-test; None for a single pair, or where all pairs differ by the same."""
+    from scipy import stats  # of the extra `reproduce`
+
     return float(stats.ttest_1samp(differences, 0.0).pvalue) if np.ptp(differences) > 0 else None
 
 

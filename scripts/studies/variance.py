@@ -1,6 +1,6 @@
 """Measure the variance of zeroth-order gradients by branch and layer while a recipe trains first-order.
 
-    python scripts/variance.py --recipe cifar10 --seeds 0 1 2 --output docs/results/variance.json
+    python scripts/studies/variance.py --recipe cifar10 --seeds 0 1 2 --output docs/results/variance.json
 
 Every few steps, each layer is perturbed alone, with many directions, on the batch that is being trained on. The
 estimate of a query is ĝ = [L(θ+εΔ) − L(θ)]/ε · Δ (equation 2 of arXiv 2506.12409); its variance in total is the mean
@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from hf_zocl.commands import Parser, command
+from hf_zocl.commands import Parser, command, require
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.passes import ForwardState, TowerEvaluation, TowerPlan
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--eps", type=float, default=1e-3, help="ε, the same in both towers")
     parser.add_argument("--output", type=Path, required=True, help="a JSON file; the figure is written beside it")
     options, further = parser.parse_known_args()
+    require("scipy", extra="reproduce")
     rows: list[dict[str, Any]] = []
     for seed in tqdm(options.seeds, desc="seeds"):
         with tempfile.TemporaryDirectory(prefix="hf-zocl-variance-") as folder:

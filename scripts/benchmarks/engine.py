@@ -1,4 +1,4 @@
-"""The zeroth-order engine's benchmark: time, arithmetic and memory of one training step (run by benchmark.py)."""
+"""The zeroth-order engine's benchmark: time, arithmetic and memory of one training step (run by peers.py)."""
 
 from __future__ import annotations
 
@@ -522,7 +522,9 @@ def write(output: Path, setting: Setting, rows: list[Row], sweep: dict[str, dict
 def main() -> None:
     """Measure one row in this process: `measure_apart` runs it."""
     if len(sys.argv) != 3:
-        raise ValueError("scripts/benchmark.py runs this file, with a row and a setting; give your arguments to that.")
+        raise ValueError(
+            "scripts/benchmarks/peers.py runs this file, with a row and a setting; give your arguments to that."
+        )
     described, settings = map(json.loads, sys.argv[1:])
     print(json.dumps(measure_here(Row(**described), Setting(**settings))))
 
