@@ -54,7 +54,7 @@ def recipe_arguments(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If one is no argument of a recipe.
     """
-    known = {*(each.name for each in fields(RunArguments)), *NUMERICS}
+    known = {*(each.name for each in fields(RunArguments)), *NUMERICS} - {"preset"}  # which is about training
     for argument in argv:
         if argument.startswith("--") and argument[2:].split("=")[0] not in known:
             raise ValueError(f"{argument} is no argument of a recipe's stream; there are {', '.join(sorted(known))}.")

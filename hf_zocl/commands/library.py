@@ -55,5 +55,17 @@ def recipe_file(given: str, beside: Path | None = None) -> Path:
     raise ValueError(f"there is no such file, and no recipe of that name; there are {', '.join(names('recipe'))}.")
 
 
+def preset_file(name: str) -> Path:
+    """The file of a preset.
+
+    Raises:
+        ValueError: If there is none of that name.
+    """
+    file = find("preset", name)
+    if file is None:
+        raise ValueError(f"there is no such preset: expected one of {', '.join(names('preset'))}.")
+    return file
+
+
 def _folder(kind: str) -> Path:
     return Path(__file__).parent / KINDS[kind]

@@ -20,7 +20,7 @@ from ..hub.pretrained import load_pretrained
 from ..models import AdapterArguments, CLIPClassifier
 from ..trainer.arguments import PER_TOWER, ZOCLTrainingArguments
 from .library import recipe_file
-from .recipe_file import Entry, read_recipe, with_place
+from .recipe_file import Entry, read_preset, read_recipe, with_place
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Recipe:
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """Read `--recipe NAME_OR_FILE` and any further `--argument value`, which override the recipe.
 
-    A recipe may `include` another one, by name or by a path from its own folder or the current one, and override it.
+    A recipe may `include` another one, by name or by a path from its own folder or the current one, and override it. A
+    `preset` sets several arguments at once: one of the recipe's is overridden by the rest of the recipe, one of the
+    command line's overrides the recipe and is overridden by the rest of the command line.
 
     Args:
         argv: The command line without the program's name; default: `sys.argv`.
@@ -89,29 +91,36 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         description="Learn a stream of tasks. Any argument may stand in the recipe; the command line overrides it.",
     )
     parser.add_argument("--recipe", help="A recipe: its name, or a YAML file of arguments.")
-    only_recipe = RecipeParser((), add_help=False, allow_abbrev=False)
-    only_recipe.add_argument("--recipe")
-    given, _ = only_recipe.parse_known_args(argv)
+    named = RecipeParser((), add_help=False, allow_abbrev=False)
+    named.add_argument("--recipe")
+    named.add_argument("--preset")
+    given, _ = named.parse_known_args(argv)
     entries: dict[str, Entry] = {}
     if given.recipe is not None:
-        hints = {
-            each.name: hint
-            for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments)
-            for hints in [get_type_hints(cls)]
-            for each in fields(cls)
-            if each.init and (hint := hints[each.name])
-        }
-        hints |= dict.fromkeys(PER_TOWER, Any)  # a value, or a mapping with one for each tower
         try:
             file = recipe_file(given.recipe)
         except ValueError as error:
             raise ValueError(f"--recipe {given.recipe}: {error}") from error
-        entries = read_recipe(file, hints)
-        parser.set_defaults(**{name: entry.value for name, entry in entries.items()})
+        entries = read_recipe(file, _hints())
+    if given.preset is not None:
+        entries |= read_preset(given.preset, f"--preset {given.preset}", _hints())
     words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
     entries = {name: entry for name, entry in entries.items() if name not in words}
+    parser.set_defaults(**{name: entry.value for name, entry in entries.items()})
     with _placing(entries):
         return Recipe(*_parsed(parser, argv), entries)
+
+
+def _hints() -> dict[str, Any]:
+    """Every argument of a recipe, and its annotation."""
+    hints = {
+        each.name: hint
+        for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments)
+        for hints in [get_type_hints(cls)]
+        for each in fields(cls)
+        if each.init and (hint := hints[each.name])
+    }
+    return hints | dict.fromkeys(PER_TOWER, Any)  # a value, or a mapping with one for each tower
 
 
 def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, AdapterArguments, ZOCLTrainingArguments]:

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from ..checks import alternatives, expected, shown
-from .library import recipe_file
+from .library import preset_file, recipe_file
 
 
 NULL = frozenset({"", "~", "null", "Null", "NULL"})
@@ -40,7 +40,7 @@ class Entry:
 
 
 def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """The arguments of a recipe, those of the recipe that it includes first.
+    """The arguments of a recipe, given over those of its preset, and these over those of the recipe that it includes.
 
     A value is what the argument's annotation makes of its text: `class_names: [yes, no]` are two names, and
     `lora_rank: 8.0` is a whole number. `null` is a value for arguments that may be without one.
@@ -52,7 +52,8 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
 
     Raises:
         ValueError: If the file is no mapping, names an argument twice or one that does not exist, holds a
-            value of a wrong type, or includes itself; the message names the file, the line and the argument.
+            value of a wrong type, includes itself, or names a preset or another recipe that does not exist; the
+            message names the file, the line and the argument.
     """
     entries: dict[str, Entry] = {}
     for key, node in _mapping(path):
@@ -72,9 +73,26 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
             did_you_mean = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{path}, line {key.start_mark.line + 1}: unknown argument {shown(name)}.{did_you_mean}")
         entries[name] = Entry(_value(node, hint, f"{place}: {name}"), place)
-    included = entries.pop("include", None)
-    if included is None:
-        return entries
+    included, preset = entries.pop("include", None), entries.get("preset")
+    below = {} if included is None else _include(included, path, hints, including)
+    if preset is not None and preset.value is not None:
+        below |= read_preset(preset.value, f"{preset.place}: preset={shown(preset.value)}", hints)
+    return below | entries
+
+
+def read_preset(name: str, where: str, hints: Mapping[str, Any]) -> dict[str, Entry]:
+    """The arguments that a preset sets; `where` it was asked for opens the message of an error.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    try:
+        return read_recipe(preset_file(name), hints)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _include(included: Entry, path: Path, hints: Mapping[str, Any], including: tuple[Path, ...]) -> dict[str, Entry]:
     where = f"{included.place}: include={included.value!r}"
     try:
         base = recipe_file(included.value, beside=path.parent)
@@ -82,7 +100,7 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
         raise ValueError(f"{where}: {error}") from error
     if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
         raise ValueError(f"{where} leads back to itself.")
-    return {**read_recipe(base, hints, (*including, path)), **entries}
+    return read_recipe(base, hints, (*including, path))
 
 
 def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:

@@ -27,6 +27,7 @@ class RunArguments:
     """The model and the stream of tasks of a run.
 
     Args:
+        preset: The name of the preset that the run's arguments began with (`hf_zocl/commands/presets`).
         model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`. Or a task's checkpoint
             (its folder, or a repository) or another adapter of PEFT's: it is trained further, and what is predicted is
             predicted among the classes that a checkpoint knows, too.
@@ -71,6 +72,7 @@ class RunArguments:
             the first step of this one is done. Without it, and without `resume`, a folder that holds a run is refused.
     """
 
+    preset: str | None = field(default=None, metadata={"help": "A method by name: see `python -m hf_zocl recipes`."})
     model_name_or_path: str = field(default="mini-clip", metadata={"help": "Hub id, folder, or mini-clip."})
     merge_into: str | None = field(default=None, metadata={"help": "Folder for model and adapter merged into one."})
     dtype: str = field(default="auto", metadata={"help": f"The model's dtype: {', '.join(DTYPES)}."})

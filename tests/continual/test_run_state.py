@@ -80,6 +80,7 @@ def test_what_defines_a_run_is_compared(tmp_path, changes):
 # Where a run lies, how it is watched, how it is kept safe, and how fast it is.
 FREE = {
     *("dataset_path", "image_cache_gb", "seeds", "num_seeds", "vary_class_order", "resume", "overwrite_output_dir"),
+    "preset",  # what it sets defines the run
 }
 
 
