@@ -12,7 +12,8 @@ from .peft_hook import register_with_peft
 
 
 if TYPE_CHECKING:
-    from .continual import ContinualTaskScheduler, Task, TaskStream
+    from .continual import ContinualTaskScheduler
+    from .data import Task, TaskStream
     from .hub import load_task_checkpoint
     from .models import CLIPClassifier, MoEAdapterConfig, MoEAdapterModel
     from .trainer import ZeroOrderArguments, ZeroOrderMixin, ZOCLTrainer, ZOCLTrainingArguments
@@ -28,8 +29,8 @@ _HOMES = {
     "LayerAssignment": "zo",
     "MoEAdapterConfig": "models",
     "MoEAdapterModel": "models",
-    "Task": "continual",
-    "TaskStream": "continual",
+    "Task": "data",
+    "TaskStream": "data",
     "ZOCLTrainer": "trainer",
     "ZOCLTrainingArguments": "trainer",
     "ZeroOrderArguments": "trainer",

@@ -16,7 +16,7 @@ from hf_zocl.commands.recipe import parse_recipe
 from hf_zocl.commands.tune import first_task_stream, mark_best
 from hf_zocl.continual.folder_lock import FolderInUseError
 from hf_zocl.continual.run_arguments import build_stream
-from hf_zocl.continual.run_state import RunFolderError
+from hf_zocl.continual.run_folder import RunFolderError
 from hf_zocl.report import RunGroup
 
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ..continual.folder_lock import FolderLock
 from ..continual.processes import by_main_process
-from ..continual.run_state import RunFolder, RunFolderError
+from ..continual.run_folder import RunFolder, RunFolderError
 from ..hub.push import HubPusher
 from ..report import COMPARISON_FILES, RESULTS_FILE, compare_groups, format_results, load_seeds
 from ..trainer.data_parallel import leave_process_group

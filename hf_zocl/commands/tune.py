@@ -28,8 +28,9 @@ import numpy as np
 from datasets import Dataset, DatasetDict
 from tqdm.auto import tqdm
 
-from ..continual import ContinualTaskScheduler, TaskStream
+from ..continual import ContinualTaskScheduler
 from ..continual.run_arguments import build_stream
+from ..data import TaskStream
 from ..hub.checkpoint import write_json
 from .door import Parser, command
 from .recipe import Recipe, build_scheduler, parse_recipe

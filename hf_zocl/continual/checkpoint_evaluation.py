@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainingArguments
 
+from ..data.images import PixelCodec, prepare_images
+from ..data.tasks import TaskStream
 from ..hub.checkpoint import find_task_checkpoint, load_task_checkpoint, read_task
 from .evaluation import StreamEvaluator
-from .images import PixelCodec, prepare_images
 from .run_arguments import RunArguments, build_stream
-from .tasks import TaskStream
 
 
 # The Trainer's arguments that a measurement may depend on, to the last bit.

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from transformers import ProcessorMixin, Trainer
 
+from ..data.images import ImageCollator, PixelCodec
+from ..data.tasks import Evaluation, TaskStream
 from ..models import CLIPClassifier
-from .images import ImageCollator, PixelCodec
 from .metrics import (
     accuracy_row,
     average_accuracy,
@@ -20,7 +21,6 @@ from .metrics import (
     per_class_accuracy,
     top_k_accuracy,
 )
-from .tasks import Evaluation, TaskStream
 
 
 TOP_K = 5

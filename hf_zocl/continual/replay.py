@@ -15,7 +15,7 @@ from ..hub.task_file import read_json
 from ..models import AdapterArguments
 from ..trainer.replay_file import load_replay_log
 from ..zo import LayerAssignment
-from .run_state import RESULTS_FILE, RunFolder
+from .run_folder import RESULTS_FILE, RunFolder
 
 
 @dataclass(frozen=True)

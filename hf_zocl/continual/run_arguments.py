@@ -6,10 +6,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..checks import check_fields
+from ..data.benchmarks import Benchmark, BenchmarkSequence, get_benchmark
+from ..data.images import DEFAULT_CACHE_GB
+from ..data.tasks import SCENARIOS, TaskStream
 from ..models.clip_classifier import check_templates
-from .benchmarks import Benchmark, BenchmarkSequence, get_benchmark
-from .images import DEFAULT_CACHE_GB
-from .tasks import SCENARIOS, TaskStream
 
 
 LEARNING = ("sequential", "joint", "none")

@@ -21,6 +21,9 @@ from transformers import ProcessorMixin, TrainerCallback, get_scheduler
 from transformers.utils import logging
 
 from ..checks import check_type
+from ..data.fingerprint import stream_digest
+from ..data.images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
+from ..data.tasks import Task, TaskStream
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.known import check_processor
@@ -43,14 +46,11 @@ from ..trainer.replay_file import save_replay_log
 from ..trainer.resumable import saving
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
-from .fingerprint import stream_digest
 from .folder_lock import FolderLock
-from .images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .processes import by_main_process
-from .run_state import RESULTS_FILE, ResumeError, RunFolder
+from .run_folder import RESULTS_FILE, ResumeError, RunFolder
 from .task_check import TaskCheck
-from .tasks import Task, TaskStream
 
 
 logger = logging.get_logger(__name__)

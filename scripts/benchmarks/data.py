@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hf_zocl import ZOCLTrainer
 from hf_zocl.commands import Parser, command
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.continual.images import ImageCollator, PixelCodec, prepare_images
+from hf_zocl.data.images import ImageCollator, PixelCodec, prepare_images
 
 
 class StepTimes(TrainerCallback):

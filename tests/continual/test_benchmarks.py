@@ -10,7 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 
-from hf_zocl.continual.benchmarks import BENCHMARKS, Benchmark, get_benchmark
+from hf_zocl.data.benchmarks import BENCHMARKS, Benchmark, get_benchmark
 from hf_zocl.sample.pretraining import pretraining_rows
 
 

@@ -14,9 +14,9 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from hf_zocl.continual.fingerprint import stream_digest
-from hf_zocl.continual.images import ImageCollator, LazyImages, PixelCodec, prepare_images
-from hf_zocl.continual.tasks import TaskStream
+from hf_zocl.data.fingerprint import stream_digest
+from hf_zocl.data.images import ImageCollator, LazyImages, PixelCodec, prepare_images
+from hf_zocl.data.tasks import TaskStream
 from hf_zocl.sample import sample_path
 
 

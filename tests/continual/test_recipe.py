@@ -9,8 +9,8 @@ from PIL import Image as PILImage
 
 import hf_zocl.commands
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.continual.benchmarks import BENCHMARKS
 from hf_zocl.continual.run_arguments import build_stream
+from hf_zocl.data.benchmarks import BENCHMARKS
 
 
 RECIPES = Path(hf_zocl.commands.__file__).parent / "recipes"

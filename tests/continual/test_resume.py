@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual import scheduler as scheduler_module
 from hf_zocl.continual.replay import rebuild_task
-from hf_zocl.continual.run_state import ResumeError
+from hf_zocl.continual.run_folder import ResumeError
 from hf_zocl.trainer.resumable import SaveError, last_checkpoint
 
 

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual import scheduler as scheduler_module
 from hf_zocl.continual.folder_lock import FolderInUseError, FolderLock
-from hf_zocl.continual.run_state import ResumeError, RunFolderError
+from hf_zocl.continual.run_folder import ResumeError, RunFolderError
 
 
 RUN = """

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from hf_zocl import ZOCLTrainingArguments
 from hf_zocl.commands.recipe import parse_recipe
 from hf_zocl.continual.run_arguments import RunArguments
-from hf_zocl.continual.run_state import ResumeError, RunFolder, _defines_the_run
+from hf_zocl.continual.run_folder import ResumeError, RunFolder, _defines_the_run
 from hf_zocl.models import AdapterArguments
 
 
