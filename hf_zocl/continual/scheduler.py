@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from peft import PeftModel, set_peft_model_state_dict
-from transformers import ProcessorMixin, TrainerCallback, get_scheduler
+from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
 from ..checks import check_type
@@ -33,7 +27,6 @@ from ..hub.push_queue import complete_tasks
 from ..hub.task_file import task_folder
 from ..models import (
     CLIPClassifier,
-    adapter_name,
     base_digest,
     check_templates,
     check_trained_parameters,
@@ -47,22 +40,16 @@ from ..trainer.resumable import saving
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
 from .folder_lock import FolderLock
+from .measures import means, peak_memory_bytes, reset_peak_memory, versions
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .processes import by_main_process
+from .run_checks import check_measurable
 from .run_folder import RESULTS_FILE, ResumeError, RunFolder
 from .task_check import TaskCheck
+from .task_record import task_info
 
 
 logger = logging.get_logger(__name__)
-
-# Arguments of the Trainer that would leave no predictions to measure, or others than they are taken for.
-_NEEDED_TO_MEASURE = {
-    "prediction_loss_only": False,
-    "label_names": ["labels"],
-    "eval_do_concat_batches": True,
-    "batch_eval_metrics": False,
-}
-_PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
 
 
 class ContinualTaskScheduler:
@@ -110,25 +97,7 @@ class ContinualTaskScheduler:
     ):
         check_type("stream", stream, TaskStream, "a TaskStream")
         check_type("args", args, ZOCLTrainingArguments, "ZOCLTrainingArguments")
-        if args.eval_strategy != "no" or args.eval_on_start or args.load_best_model_at_end:
-            raise ValueError(
-                "The scheduler evaluates after every task: leave eval_strategy, eval_on_start and "
-                "load_best_model_at_end as they are."
-            )
-        if args.bf16_full_eval or args.fp16_full_eval:
-            raise ValueError(
-                "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that "
-                "follows: leave them off; bf16 or fp16 is in force while the scheduler evaluates, too."
-            )
-        for name, needed in _NEEDED_TO_MEASURE.items():
-            if getattr(args, name) not in (None, needed):
-                raise ValueError(f"{name}={getattr(args, name)!r}: a run is measured with {needed!r}; leave it out.")
-        if args.neftune_noise_alpha is not None:
-            raise ValueError(
-                f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise goes into input embeddings of language "
-                "models, and a classifier of images has none; leave it out."
-            )
-        _check_schedule(args)
+        check_measurable(args)
         self.model, self.processor, self.stream, self.args = model, processor, stream, args
         self.recipe = recipe if recipe is not None else args.to_dict()
         self.callbacks, self.trainer_class = list(callbacks), trainer_class
@@ -210,7 +179,7 @@ class ContinualTaskScheduler:
 
     def _run(self, results: dict[str, Any] | None, resume: bool | str | Path, train: bool) -> dict[str, Any]:
         """Run the stream from its beginning, or go on from `results`."""
-        _reset_peak_memory()
+        reset_peak_memory()
         if results is not None and not train and results["accuracy_matrix"]:
             return results
         self._prepare_images()
@@ -237,7 +206,7 @@ class ContinualTaskScheduler:
                 self.model.end_task(task.index)
             self._evaluate(task, results)
             results["seconds"] = time.perf_counter() - started
-            results["peak_memory_bytes"] = max(results["peak_memory_bytes"], _peak_memory_bytes())
+            results["peak_memory_bytes"] = max(results["peak_memory_bytes"], peak_memory_bytes())
             self._save(task, results, trained.replay_log)
             self._push(task.index)
         if self._pusher is not None:
@@ -300,10 +269,10 @@ class ContinualTaskScheduler:
             "training": [],
             "skipped_images": self._skipped,
             "seconds": time.perf_counter() - started,
-            "peak_memory_bytes": _peak_memory_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
             "seed": self.args.seed,
             "processes": self.args.world_size,
-            "versions": _versions(),
+            "versions": versions(),
         }
 
     def _begin(self, results: dict[str, Any]) -> None:
@@ -359,7 +328,7 @@ class ContinualTaskScheduler:
         check.finish()
         if begin is not None:
             first_step.call()  # where there was none
-        return _Trained(_means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
+        return _Trained(means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
 
     def evaluator(self, is_own: bool = True) -> StreamEvaluator:
         """What measures the model as it is now, on this stream or, without the classes known besides, on another."""
@@ -434,41 +403,8 @@ class ContinualTaskScheduler:
         self.folder.remove_checkpoints(task.name)
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
-        """The content of `task.json`."""
-        seen = self.stream.class_order[: len(self.stream.seen_class_names(task.index))]
-        measures = ("accuracy_matrix", "seen_accuracy", "last", "avg", "forgetting", "backward_transfer")
-        prompts = [earlier.prompt_template for earlier in self.stream[: task.index]]
-        return {
-            "task": task.index,
-            "num_tasks": len(self.stream),
-            "benchmark": self.stream.name,
-            "scenario": self.stream.scenario,
-            "dataset": self.stream.dataset_id,
-            "base_model": self.base_model,
-            "base_model_is_local": Path(self.model.config.name_or_path).exists(),
-            "base_model_sha256": results.get("fingerprints", {}).get("base_model"),
-            "adapter": adapter_name(self.model.clip.peft_config[trained_adapter(self.model.clip)]),
-            "classes": list(self.stream.seen_class_names(task.index)),
-            **({"known_classes": known} if (known := self._known_beside(task)) else {}),
-            "task_classes": list(task.class_names),
-            "task_sizes": [len(earlier.class_ids) for earlier in self.stream[: task.index]],
-            "task_titles": [earlier.title for earlier in self.stream[: task.index]],
-            "class_order": [int(label) for label in seen],
-            "prompt_template": self.model.prompt_template,
-            **({"task_prompts": prompts} if any(prompts) else {}),
-            "assignment": {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers},
-            "metrics": {name: results[name] for name in measures},
-            **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get(name)},
-            **{
-                name: results[name]
-                for name in ("zero_shot", "recipe", "seed", "seconds", "peak_memory_bytes", "versions")
-            },
-        }
-
-    def _known_beside(self, task: Task) -> list[str]:
-        """The known classes that are not among those seen after `task`."""
-        seen = self.stream.seen_class_names(task.index)
-        return [name for name in self.known_classes if name not in seen]
+        assignment = {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers}
+        return task_info(task, self.stream, self.model, assignment, self.base_model, self.known_classes, results)
 
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""
@@ -519,50 +455,3 @@ class _Trained:
     means: dict[str, float]
     replay_log: ReplayLog | None
     earlier_seconds: float
-
-
-def _check_schedule(args: ZOCLTrainingArguments) -> None:
-    """Make the learning rate's schedule once, so that one that lacks an argument fails before any work is done."""
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
-    except (TypeError, ValueError) as error:
-        kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
-        raise ValueError(f"lr_scheduler_type={kind!r}, lr_scheduler_kwargs={options}: {error}.") from error
-
-
-def _means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every figure that was logged while a task was trained, over the steps in which it is finite."""
-    logged: dict[str, list[float]] = {}
-    for entry in (entry for entry in log_history if "loss" in entry):
-        for name in sorted(name for name in entry if name == "loss" or name.startswith("zo_")):
-            if isfinite(entry[name]):
-                logged.setdefault(name, []).append(entry[name])
-    return {name: float(np.mean(values)) for name, values in logged.items()}
-
-
-def _reset_peak_memory() -> None:
-    """Let the peak begin anew, so that it is this run's and not an earlier one's of the same process."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    # Linux alone can forget the peak of a process; elsewhere it is that of all runs so far.
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_memory_bytes() -> int:
-    """The greatest memory of the run so far: the accelerator's allocations, or resident memory on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

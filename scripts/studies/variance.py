@@ -1,6 +1,6 @@
 """Measure the variance of zeroth-order gradients by branch and layer while a recipe trains first-order.
 
-    python scripts/studies/variance.py --recipe cifar10 --seeds 0 1 2 --output docs/results/variance.json
+    python scripts/studies/variance.py --recipe cifar10 --seeds 0 1 2 --output scripts/studies/notebook/variance.json
 
 Every few steps, each layer is perturbed alone, with many directions, on the batch that is being trained on. The
 estimate of a query is ĝ = [L(θ+εΔ) − L(θ)]/ε · Δ (equation 2 of arXiv 2506.12409); its variance in total is the mean

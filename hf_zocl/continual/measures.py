@@ -1,0 +1,54 @@
+"""What a run costs and what it was run with: memory, versions, the means of a training's logs."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import version
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+_PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate", "huggingface_hub")
+
+
+def means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of every figure that was logged while a task was trained, over the steps in which it is finite."""
+    logged: dict[str, list[float]] = {}
+    for entry in (entry for entry in log_history if "loss" in entry):
+        for name in sorted(name for name in entry if name == "loss" or name.startswith("zo_")):
+            if isfinite(entry[name]):
+                logged.setdefault(name, []).append(entry[name])
+    return {name: float(np.mean(values)) for name, values in logged.items()}
+
+
+def reset_peak_memory() -> None:
+    """Let the peak begin anew, so that it is this run's and not an earlier one's of the same process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    # Linux alone can forget the peak of a process; elsewhere it is that of all runs so far.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """The greatest memory of the run so far: the accelerator's allocations, or resident memory on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}

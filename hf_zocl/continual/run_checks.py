@@ -1,0 +1,56 @@
+"""Arguments of the Trainer that would break a run's measuring or its schedule, refused before any work."""
+
+from __future__ import annotations
+
+import torch
+from transformers import get_scheduler
+
+from ..trainer.arguments import ZOCLTrainingArguments
+
+
+_EVALUATES = "the scheduler evaluates after every task"
+_HALF = (
+    "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that follows; bf16 or "
+    "fp16 is in force while the scheduler evaluates, too"
+)
+_MEASURED = "a run is measured with {needed!r}"
+# The argument, what it must be (None besides is as good), and why.
+_NEEDED = {
+    "eval_strategy": ("no", _EVALUATES),
+    "eval_on_start": (False, _EVALUATES),
+    "load_best_model_at_end": (False, _EVALUATES),
+    "bf16_full_eval": (False, _HALF),
+    "fp16_full_eval": (False, _HALF),
+    "prediction_loss_only": (False, _MEASURED),
+    "label_names": (["labels"], _MEASURED),
+    "eval_do_concat_batches": (True, _MEASURED),
+    "batch_eval_metrics": (False, _MEASURED),
+    "neftune_noise_alpha": (
+        None,
+        "its noise goes into input embeddings of language models, and a classifier of images has none",
+    ),
+}
+
+
+def check_measurable(args: ZOCLTrainingArguments) -> None:
+    """Check that a run with these arguments can be measured and scheduled.
+
+    Raises:
+        ValueError: If not; it names the argument.
+    """
+    for name, (needed, why) in _NEEDED.items():
+        value = getattr(args, name)
+        if value is not None and value != needed:
+            shown = str(getattr(value, "value", value)) if isinstance(needed, str) else value
+            raise ValueError(f"{name}={shown!r}: {why.format(needed=needed)}; leave it out.")
+    _check_schedule(args)
+
+
+def _check_schedule(args: ZOCLTrainingArguments) -> None:
+    """Make the learning rate's schedule once, so that one that lacks an argument fails before any work is done."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (TypeError, ValueError) as error:
+        kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
+        raise ValueError(f"lr_scheduler_type={kind!r}, lr_scheduler_kwargs={options}: {error}.") from error
