@@ -10,8 +10,8 @@ from ..trainer.arguments import ZOCLTrainingArguments
 
 _EVALUATES = "the scheduler evaluates after every task"
 _HALF = (
-    "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that follows; bf16 or "
-    "fp16 is in force while the scheduler evaluates, too"
+    "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that follows; bf16 "
+    "or fp16 is in force while the scheduler evaluates, too"
 )
 _MEASURED = "a run is measured with {needed!r}"
 # The argument, what it must be (None besides is as good), and why.

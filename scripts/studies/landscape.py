@@ -1,6 +1,7 @@
 """Look at the loss around what runs have learned: sharpness, and the loss along random directions.
 
-    python scripts/studies/landscape.py runs/fo/seed-0 runs/dual-all/seed-0 --output scripts/studies/notebook/landscape.json
+    python scripts/studies/landscape.py runs/fo/seed-0 runs/dual-all/seed-0 \\
+        --output scripts/studies/notebook/landscape.json
 
 Each folder is a finished run. Its last checkpoint is taken, and the loss over training images of the last task, among
 its classes. Sharpness is the largest eigenvalue of the Hessian in the adapter's parameters, by power iteration on
