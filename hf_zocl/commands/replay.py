@@ -31,4 +31,4 @@ def main() -> None:
             f"error: {len(rebuilt.different)} parameters differ, by {rebuilt.largest_difference:.2g} at most; "
             f"the first is {rebuilt.different[0]}."
         )
-    print("The rebuilt adapter is that of the checkpoint, to the last bit.")
+    print("The rebuilt adapter is that of the checkpoint, bit for bit.")

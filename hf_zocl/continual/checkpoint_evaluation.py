@@ -18,7 +18,7 @@ from .evaluation import StreamEvaluator
 from .run_arguments import RunArguments, build_stream
 
 
-# The Trainer's arguments that a measurement may depend on, to the last bit.
+# The Trainer's arguments that a measurement may depend on, bit for bit.
 NUMERICS = (
     "per_device_eval_batch_size",
     "bf16",

@@ -24,7 +24,7 @@ class Rebuilt:
 
     Args:
         steps: The steps that were taken again.
-        different: The parameters that are not equal to the last bit, by name.
+        different: The parameters that are not equal bit for bit, by name.
         largest_difference: The largest absolute difference of two weights.
         log_bytes: The size of the log.
         checkpoint_bytes: The size of the adapter's weights in the checkpoint.

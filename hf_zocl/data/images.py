@@ -34,7 +34,7 @@ class PixelCodec:
     """An image processor in two steps: an image to pixels (8 bits a value), and pixels to the model's values.
 
     The second step looks each value up in a table that the processor itself has filled, so both steps together give
-    what the processor gives, to the last bit.
+    what the processor gives, bit for bit.
 
     Args:
         image_processor: A processor that converts, resizes, crops, rescales and normalises, as CLIP's does.

@@ -1,4 +1,4 @@
-"""`ResumableTrainer`: a `transformers.Trainer` whose trainings can stop anywhere and go on to the last bit."""
+"""`ResumableTrainer`: a `transformers.Trainer` whose trainings can stop anywhere and go on bit for bit."""
 
 from __future__ import annotations
 

@@ -406,7 +406,7 @@ def markdown(runs: list[Run], undisturbed: Undisturbed) -> str:
     lines += [
         "",
         f"{equal} of {len(runs)} runs, killed {kills} times in all, ended with the accuracies, logs and weights of "
-        f"the undisturbed run (which takes {undisturbed.seconds:.1f} s), to the last bit.",
+        f"the undisturbed run (which takes {undisturbed.seconds:.1f} s), bit for bit.",
     ]
     if tags := undisturbed.outcome.get("tags"):
         whole = sum(run.outcome["tags"] == tags for run in runs)

@@ -153,4 +153,4 @@ def test_the_wheel_runs_without_the_checkout(installed):
     assert (results["recipe"]["preset"], results["recipe"]["zo_layers"]) == ("all-zo", "all")
     assert "accuracy" in installed("hf_zocl", "evaluate", "run", "--task", "2", "--disable_tqdm")
     assert "Written to" in installed("hf_zocl", "report", "run")
-    assert "to the last bit" in installed("hf_zocl", "replay", "run")
+    assert "bit for bit" in installed("hf_zocl", "replay", "run")

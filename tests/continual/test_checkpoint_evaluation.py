@@ -1,4 +1,4 @@
-"""A checkpoint measured again: the numbers of its run, to the last bit; and on other benchmarks."""
+"""A checkpoint measured again: the numbers of its run, bit for bit; and on other benchmarks."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and resumed ends as one that never stopped, to the last bit."""
+"""A run that is stopped anywhere and resumed ends as one that never stopped, bit for bit."""
 
 import json
 import re
@@ -310,7 +310,7 @@ def test_the_replay_command_says_how_many_bytes_that_was(undisturbed, capsys, mo
     monkeypatch.setattr(sys, "argv", ["replay.py", str(undisturbed(ALL_ZO)), "--task", "2"])
     runpy.run_path(str(ROOT / "scripts" / "replay.py"), run_name="__main__")
     assert re.search(r"5 steps in [\d,]+ bytes .* weights are [\d,]+ bytes", output := capsys.readouterr().out)
-    assert "to the last bit" in output
+    assert "bit for bit" in output
 
 
 def test_a_run_without_a_log_says_which_runs_have_one(undisturbed):
