@@ -16,7 +16,8 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.commands.recipe import Recipe, build_scheduler, parse_recipe
-from hf_zocl.continual.scheduler import ImageCollator, _peak_memory_bytes, _reset_peak_memory
+from hf_zocl.continual.measures import peak_memory_bytes, reset_peak_memory
+from hf_zocl.data.images import ImageCollator
 from hf_zocl.sample import sample_path
 
 
@@ -281,7 +282,7 @@ def test_evaluation_leaves_no_test_image_out(tmp_path):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone forgets a process's peak")
 def test_the_peak_of_an_earlier_run_is_not_this_runs():
     taken = torch.ones(50_000_000)
-    before = _peak_memory_bytes()
+    before = peak_memory_bytes()
     del taken
-    _reset_peak_memory()
-    assert _peak_memory_bytes() < before - 100_000_000
+    reset_peak_memory()
+    assert peak_memory_bytes() < before - 100_000_000

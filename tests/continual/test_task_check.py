@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.continual.scheduler import _means
+from hf_zocl.continual.measures import means
 from hf_zocl.continual.task_check import TaskError
 
 
@@ -110,4 +110,4 @@ def test_the_means_of_a_task_are_over_what_is_finite():
         {"loss": 3.0, "zo_variance": float("nan"), "zo_grad_norm": float("inf")},
         {"train_loss": 2.0},
     ]
-    assert _means(history) == {"loss": 2.0, "zo_grad_norm": 2.0}
+    assert means(history) == {"loss": 2.0, "zo_grad_norm": 2.0}
