@@ -8,7 +8,7 @@
 
 It goes on where it stopped when it is started again with the same `--work_dir`. It trains on half of Tiny-ImageNet's
 training images (`hf_zocl.sample.pretraining`); ten images a class of that half are held out, and what was chosen was
-chosen on them. CIFAR-10's training images draw the curve; test images are looked at once, for the card.
+chosen on them and on CIFAR-10's training images, which draw the curve; test images are looked at once, for the card.
 
 An image's target is its label, mixed with the teacher's classes. It is told from 256 classes, and from the kinds of a
 random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The logits are adjusted by what
