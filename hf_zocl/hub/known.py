@@ -18,6 +18,7 @@ from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, Proce
 from transformers.activations import ACT2FN
 
 from ..checks import shown
+from ..files import room_error
 from .task_file import read_json
 
 
@@ -164,17 +165,22 @@ def check_processor(processor: ProcessorMixin, vocabulary: int, texts: Sequence[
 
     Raises:
         ValueError: As `read_processor`, or if the tokens differ.
+        OSError: If there is no room for a temporary copy.
     """
     what = "with the base model's processor no checkpoint could be loaded again"
     with TemporaryDirectory() as folder:
-        processor.save_pretrained(folder)
+        try:
+            processor.save_pretrained(folder)
+        except Exception as error:  # tokenizers has none of its own for want of room
+            cause = room_error(Path(folder), error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, folder) from error
         try:
             read = read_processor(Path(folder), vocabulary)
         except ValueError as error:
             reason = str(error).replace(f"{folder}/", "")
-            raise ValueError(
-                f"with the base model's processor no checkpoint could be loaded again: {reason}"
-            ) from error
+            raise ValueError(f"{what}: {reason}") from error
     for text in texts:
         ours, theirs = (each.tokenizer(text)["input_ids"] for each in (processor, read))
         if ours != theirs:

@@ -190,7 +190,7 @@ class ResumableTrainer(Trainer):
 
         self.state.save_to_json = save_state_and_manifest
         try:
-            with saving(folder, self._saved_parameters()):
+            with saving(folder, self._largest_file()):
                 super()._save_checkpoint(model, trial)
         except Exception:
             if self.args.should_save and not is_whole(folder):
@@ -222,6 +222,12 @@ class ResumableTrainer(Trainer):
     def _leaves_out_frozen(self) -> bool:
         """Whether a checkpoint of a model that is no `PreTrainedModel` holds the trained parameters alone."""
         return getattr(self.model, "reloads_frozen_weights", False)
+
+    def _largest_file(self) -> list[torch.Tensor]:
+        """The tensors of a checkpoint's largest file: of the weights', or of the optimizer's."""
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        return max(self._saved_parameters(), moments, key=lambda tensors: sum(tensor.nbytes for tensor in tensors))
 
     def _saved_parameters(self) -> list[nn.Parameter]:
         """The model's parameters that a checkpoint holds."""

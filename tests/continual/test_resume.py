@@ -357,10 +357,11 @@ def test_a_command_whose_files_may_not_grow_ends_with_one_line(undisturbed, stop
     folder = stopped(HYBRID)
     whole = (folder / "trainer" / "task-02" / "checkpoint-4" / "optimizer.pt").stat().st_size
     command = ["--output_dir", str(folder), *RUN.split(), *HYBRID.split(), "--resume"]
-    command = [sys.executable, "-c", LIMITED, str(whole // 2), str(ROOT / "scripts" / "train.py"), *command]
+    # The processor is written before, and is not as large.
+    command = [sys.executable, "-c", LIMITED, str(whole * 9 // 10), str(ROOT / "scripts" / "train.py"), *command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert "checkpoint-5 could not be saved" in last

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPConfig,
     CLIPModel,
     GPT2Config,
     GPT2Model,
@@ -34,6 +35,8 @@ from tests.helpers import image_batch, image_examples, mini_clip_classifier
 
 PROMPTS = torch.tensor([[4512, 5, 6, 4513], [4512, 7, 4513, 4513], [4512, 8, 9, 4513]])
 MTIL = {"num_experts": 5, "num_routers": 3, "freeze_experts": 2}
+CONFIG = CLIPConfig.from_pretrained(sample_path("mini-clip"))
+WIDTHS = {"vision_model": CONFIG.vision_config.hidden_size, "text_model": CONFIG.text_config.hidden_size}
 
 
 def clip() -> CLIPModel:
@@ -111,7 +114,7 @@ def reference_block(block, h, k, noise=None, mask=None, **kwargs):
 def test_a_block_equals_the_reference_in_forward_and_gradients(tower, experts, k, mode):
     model = moe_clip(num_experts=experts, top_k=k).train(mode == "train")
     block = getattr(model.base_model.model, tower).encoder.layers[1]
-    h = torch.randn(6, 9, 128, requires_grad=True)
+    h = torch.randn(6, 9, WIDTHS[tower], requires_grad=True)
     causal = {"is_causal": True} if tower == "text_model" else {}
     parameters = {n: p for n, p in block.named_parameters() if p.requires_grad}
 
@@ -142,8 +145,10 @@ def test_the_default_is_the_baseline():
     assert [locate(name + ".")[0] for name in layers] == ["language"] * 4 + ["vision"] * 6
     for adapter in adapters(model):
         assert [type(expert.down).__name__ for expert in adapter.experts] == ["Linear", "Linear"]
-        assert adapter.experts[0].down.weight.shape == (64, 128)
-        bound = 1 / 128**0.5  # Kaiming-uniform with a = √5
+        bottleneck, width = adapter.experts[0].down.weight.shape
+        assert bottleneck == 64
+        assert width in WIDTHS.values()
+        bound = 1 / width**0.5  # Kaiming-uniform with a = √5
         assert 0.9 * bound < adapter.experts[0].down.weight.abs().max() <= bound
         zero = [p for n, p in adapter.named_parameters() if not n.endswith("down.weight")]
         assert len(zero) == 8
@@ -361,7 +366,7 @@ def test_a_norm_that_is_not_called_before_the_mlp_is_named():
     model = moe_clip(state_norms=["layer_norm2"])
     mlp = model.base_model.model.vision_model.encoder.layers[0].mlp
     with pytest.raises(RuntimeError, match="norm beside CLIPMLP was not called before it.*state_norms"):
-        mlp(torch.randn(1, 2, 128))
+        mlp(torch.randn(1, 2, WIDTHS["vision_model"]))
 
 
 def test_nothing_of_a_forward_pass_is_kept():
@@ -374,7 +379,9 @@ def test_nothing_of_a_forward_pass_is_kept():
 def test_a_copy_works_on_its_own():
     model = moe_clip().eval()
     layer = model.base_model.model.vision_model.encoder.layers[0]
-    layer.layer_norm2(torch.randn(1, 2, 128, requires_grad=True) * 1.0)  # a pass that ended before the MLP
+    layer.layer_norm2(
+        torch.randn(1, 2, WIDTHS["vision_model"], requires_grad=True) * 1.0
+    )  # a pass that ended before the MLP
     twin = copy.deepcopy(model)
     expected = logits(model)
     with torch.no_grad():
@@ -421,7 +428,7 @@ def test_pooled_works_with_some_blocks_only_and_needs_a_clip_tower():
         get_peft_model(other := tiny("vit"), MoEAdapterConfig(router_token="pooled"))
     assert not any(module._forward_pre_hooks for module in other.modules())
     with pytest.raises(RuntimeError, match="router_token='pooled': .*called without"):
-        model.base_model.model.text_model.encoder.layers[1](torch.randn(1, 3, 128), None)
+        model.base_model.model.text_model.encoder.layers[1](torch.randn(1, 3, WIDTHS["text_model"]), None)
 
 
 def test_two_adapters_may_read_different_tokens():
@@ -486,7 +493,7 @@ def test_a_base_model_in_bfloat16_keeps_its_precision():
 @pytest.mark.parametrize("config", [{}, {"num_experts": 4}])
 def test_torch_compile_sees_a_block_as_one_graph_and_gives_the_same(config):
     block = moe_clip(**config).train().base_model.model.vision_model.encoder.layers[0]
-    h = torch.randn(4, 9, 128)
+    h = torch.randn(4, 9, WIDTHS["vision_model"])
     outputs, gradients = [], []
     for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
         block.zero_grad()

@@ -26,7 +26,8 @@ class OneStep(ZOCLTrainer):
 def one_step(tmp_path, model, **options) -> OneStep:
     batch = image_batch(16)
     data = [{name: value[i] for name, value in batch.items()} for i in range(16)]
-    options = {"max_steps": 1, "per_device_train_batch_size": 16, "zo_learning_rate": 0.0, "use_cpu": True, **options}
+    options = {"max_steps": 1, "per_device_train_batch_size": 16, "use_cpu": True, **options}
+    options |= {"learning_rate": 0.0, "zo_learning_rate": 0.0}  # the derivatives are taken afterwards
     trainer = OneStep(model=model, args=arguments(tmp_path, **options), train_dataset=data)
     trainer.train()
     return trainer
