@@ -11,6 +11,7 @@ import torch
 
 from ..zo.directions import Combination, direction_seed
 from ..zo.estimators import Point
+from ..zo.estimators.base import wide
 from ..zo.perturbation import Perturbation
 
 
@@ -91,7 +92,7 @@ class SelfCheck:
     def _losses(self, evaluate: Losses, points: Sequence[Point]) -> list[float]:
         losses = torch.stack(list(evaluate(points)))
         self._rounding = torch.finfo(losses.dtype).eps
-        return self.reduce(losses.to(torch.promote_types(losses.dtype, torch.float32))).tolist()
+        return self.reduce(wide(losses)).tolist()
 
     def _seen(self, perturbation: Perturbation, base: float) -> tuple[float, float, float]:
         """The size at which the perturbation is seen best, or the largest with a finite loss; that loss, its noise."""

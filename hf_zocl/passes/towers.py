@@ -23,6 +23,7 @@ import torch
 
 from ..zo.directions import Combination
 from ..zo.estimators import Point
+from ..zo.estimators.base import wide
 from .autocast import without_autocast
 from .candidates import repeat, rows_of, stacked
 from .plain import PlainEvaluation, at, watch
@@ -124,7 +125,7 @@ class TowerEvaluation:
             finer.after, finer.draws = self.after, self.draws
             for name, record in self.records.items():
                 outputs = {} if name in towers else {offset: _wide(own) for offset, own in record.outputs.items()}
-                hidden = None if record.hidden is None else _widened(record.hidden)
+                hidden = None if record.hidden is None else wide(record.hidden)
                 finer.records[name] = replace(record, outputs=outputs, hidden=hidden)
         return finer
 
@@ -380,11 +381,7 @@ def _with_features(output: Any, features: torch.Tensor) -> Any:
 
 
 def _wide(output: Any) -> Any:
-    return _with_features(output, _widened(output["pooler_output"]))
-
-
-def _widened(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return _with_features(output, wide(output["pooler_output"]))
 
 
 def _split(output: Any, parts: int) -> list[Any]:

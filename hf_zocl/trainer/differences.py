@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..files import written_whole
 from ..zo import Combination, Estimate, Evaluation, Resolution, ZOEstimator, direction_seed
+from ..zo.estimators.base import wide
 from ..zo.noise import Line, measure, two_sided_would_do
 
 
@@ -135,7 +136,7 @@ class DifferenceWatch:
             seed = direction_seed(estimator.seed, -1, 0, number)
             points = [{perturbation: Combination((seed,), (1.0,), offset)} if offset else {} for offset in offsets]
             losses = torch.stack(evaluation.losses(points))
-            return estimator.reduce(losses.to(torch.promote_types(losses.dtype, torch.float32)))
+            return estimator.reduce(wide(losses))
 
         return line
 
