@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .data import Task, TaskStream
     from .hub import load_task_checkpoint
     from .models import CLIPClassifier, MoEAdapterConfig, MoEAdapterModel
+    from .passes import TaskAware
     from .trainer import ZeroOrderArguments, ZeroOrderMixin, ZOCLTrainer, ZOCLTrainingArguments
     from .zo import LayerAssignment
 
@@ -30,6 +31,7 @@ _HOMES = {
     "MoEAdapterConfig": "models",
     "MoEAdapterModel": "models",
     "Task": "data",
+    "TaskAware": "passes",
     "TaskStream": "data",
     "ZOCLTrainer": "trainer",
     "ZOCLTrainingArguments": "trainer",
@@ -45,6 +47,7 @@ __all__ = [
     "MoEAdapterConfig",
     "MoEAdapterModel",
     "Task",
+    "TaskAware",
     "TaskStream",
     "ZOCLTrainer",
     "ZOCLTrainingArguments",

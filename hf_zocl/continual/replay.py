@@ -13,6 +13,7 @@ from ..hub.checkpoint import read_adapter_weights, task_folder
 from ..hub.pretrained import load_pretrained
 from ..hub.task_file import read_json
 from ..models import AdapterArguments
+from ..passes import task_aware
 from ..trainer.replay_file import load_replay_log
 from ..zo import LayerAssignment
 from .run_folder import RESULTS_FILE, RunFolder
@@ -64,8 +65,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
     model = _adapted_model(recipe, len(results["tasks"])).to(device)
     if task > 1:
         set_peft_model_state_dict(model, read_adapter_weights(folder.path / task_folder(task - 1)))
-    if hasattr(model, "begin_task"):
-        model.begin_task(task)
+    task_aware(model).begin_task(task)
     log = load_replay_log(log_file)
     split = LayerAssignment(recipe["zo_branch"], recipe["zo_layers"]).split(model)
     log.replay(split.zo)

@@ -32,6 +32,7 @@ from ..models import (
     check_trained_parameters,
     trained_adapter,
 )
+from ..passes import task_aware
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer
 from ..trainer.arguments import ZOCLTrainingArguments
@@ -196,14 +197,12 @@ class ContinualTaskScheduler:
         started = time.perf_counter() - results["seconds"]
         for task in self._images[len(results["accuracy_matrix"]) :]:
             logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
-            if hasattr(self.model, "begin_task"):
-                self.model.begin_task(task.index)  # before the trainer asks which parameters are trainable
+            task_aware(self.model).begin_task(task.index)  # before the trainer asks which parameters are trainable
             trained = self._train(task, checkpoint, begin)
             checkpoint = begin = None
             started -= trained.earlier_seconds
             results["training"].append(trained.means)
-            if hasattr(self.model, "end_task"):
-                self.model.end_task(task.index)
+            task_aware(self.model).end_task(task.index)
             self._evaluate(task, results)
             results["seconds"] = time.perf_counter() - started
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], peak_memory_bytes())

@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor, BatchEncoding, CLIPModel, PreTraine
 from transformers.utils import ModelOutput
 
 from ..checks import check_count, check_texts, check_type, check_writable, shown
+from ..passes.task_aware import TaskAware, task_aware
 from .moe_adapter import collect_balance_losses
 from .pixels import read_image
 
@@ -42,7 +43,7 @@ class CLIPClassifierOutput(ModelOutput):
     logits: torch.Tensor | None = None
 
 
-class CLIPClassifier(nn.Module):
+class CLIPClassifier(TaskAware, nn.Module):
     """Classifies an image by the cosine similarity of its feature with the text features of the class prompts.
 
     Args:
@@ -58,7 +59,7 @@ class CLIPClassifier(nn.Module):
     """
 
     image_processor: BaseImageProcessor | None = None  # what `predict` makes pixel values with
-    reloads_frozen_weights = True  # they are the base model's, so a training's checkpoints need not hold them
+    reloads_frozen_weights = True
 
     def __init__(
         self,
@@ -84,7 +85,6 @@ class CLIPClassifier(nn.Module):
 
     @property
     def couples_towers(self) -> bool:
-        """Whether the loss is not made of the towers' features alone (read by `hf_zocl.passes.TowerPlan`)."""
         return self.has_balance_loss
 
     @property
@@ -243,28 +243,20 @@ class CLIPClassifier(nn.Module):
         return images.to(self.clip.logit_scale.device)
 
     def begin_task(self, task: int) -> None:
-        """Tell the adapter that a task begins, counted from 1, if it has anything of its own for each."""
-        if hasattr(self.clip, "begin_task"):
-            self.clip.begin_task(task)
+        task_aware(self.clip).begin_task(task)
         self._clear_text_cache()
 
     def end_task(self, task: int) -> None:
-        """Tell the adapter that a task has been trained, if it cares."""
-        if hasattr(self.clip, "end_task"):
-            self.clip.end_task(task)
+        task_aware(self.clip).end_task(task)
 
     def extra_logs(self) -> dict[str, float]:
-        """What the adapter has to say in a training log, by name."""
-        return self.clip.extra_logs() if hasattr(self.clip, "extra_logs") else {}
+        return task_aware(self.clip).extra_logs()
 
     def training_state(self) -> dict[str, torch.Tensor]:
-        """What the adapter counts while a task is trained, for a checkpoint within the task; by name."""
-        return self.clip.training_state() if hasattr(self.clip, "training_state") else {}
+        return task_aware(self.clip).training_state()
 
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Count on from what `training_state` gave."""
-        if hasattr(self.clip, "load_training_state"):
-            self.clip.load_training_state(state)
+        task_aware(self.clip).load_training_state(state)
 
     def train(self, mode: bool = True) -> CLIPClassifier:
         self._clear_text_cache()

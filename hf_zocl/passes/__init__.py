@@ -5,6 +5,7 @@ from .plain import PlainEvaluation
 from .plan import TowerPlan
 from .random_state import Buffers, ForwardState
 from .structure import Tower, find_towers
+from .task_aware import TaskAware, task_aware
 from .towers import TowerEvaluation
 
 
@@ -12,9 +13,11 @@ __all__ = [
     "Buffers",
     "ForwardState",
     "PlainEvaluation",
+    "TaskAware",
     "Tower",
     "TowerEvaluation",
     "TowerPlan",
     "find_towers",
     "stacked_linear",
+    "task_aware",
 ]

@@ -15,6 +15,7 @@ from .candidates import Holder, stackable
 from .prompts import Packing
 from .random_state import Buffers
 from .structure import find_towers
+from .task_aware import task_aware
 
 
 # A shortcut: what it does, and in which tower.
@@ -26,9 +27,9 @@ REST, LAYERS, STACKING = "weights left as they are", "the reuse of layers", "can
 class TowerPlan:
     """What holds for all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
 
-    Modules may say what they stand, by attributes: `couples_towers` of the model (its loss is not made of the towers'
-    features alone; default: it is), `stackable` (its parameters may have a leading dimension of candidates, all of
-    them together; default: a linear layer's may) and `packable` (a row may hold several prompts; default: it may).
+    Modules may say what they stand, by attributes: `stackable` (its parameters may have a leading dimension of
+    candidates, all of them together; default: a linear layer's may) and `packable` (a row may hold several prompts;
+    default: it may). What the model says of itself is `TaskAware`.
 
     Args:
         model: The model, unwrapped.
@@ -47,7 +48,7 @@ class TowerPlan:
     ):
         self.model, self.all_perturbations, self.reduce = model, list(perturbations), reduce
         self.buffers = Buffers(model)
-        self.towers = {} if getattr(model, "couples_towers", False) else find_towers(model)
+        self.towers = {} if task_aware(model).couples_towers else find_towers(model)
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
         self.packing = Packing(model)
         self.used: set[Shortcut] | None = None

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .task_aware import task_aware
+
 
 # Of a buffer of up to so many bytes (statistics, counters, masks), a copy costs nothing.
 SMALL_BYTES = 1 << 20
@@ -166,13 +168,13 @@ class ForwardState:
 
 @contextmanager
 def uncounted(model: nn.Module | None) -> Iterator[None]:
-    """Inside, a model that counts what its forward passes do (`training_state`) counts nothing."""
-    counts = model.training_state() if hasattr(model, "training_state") else None
+    """Inside, a model that counts what its forward passes do (`TaskAware.training_state`) counts nothing."""
+    aware = task_aware(model)
+    counts = aware.training_state()
     try:
         yield
     finally:
-        if counts is not None:
-            model.load_training_state(counts)
+        aware.load_training_state(counts)
 
 
 class _CopyBeforeWriting(TorchDispatchMode):

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan
+from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan, task_aware
 from ..passes.structure import shadowed
 from ..zo import (
     ESTIMATORS,
@@ -254,7 +254,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._zo_logs["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the zeroth-order figures and the model's own `extra_logs` beside the training loss.
+        """`Trainer.log`, with the zeroth-order figures, and a model's own (`TaskAware.extra_logs`), beside the loss.
 
         The variance of every layer goes into the history alone: it would fill a console.
         """
@@ -263,9 +263,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             logs.update({name: float(value) for name, value in self._zo_logs.items()})
             if self._watch is not None:
                 logs.update(self._watch.logs())
-            model = self.accelerator.unwrap_model(self.model)
-            if hasattr(model, "extra_logs"):
-                logs.update(model.extra_logs())
+            logs.update(task_aware(self.model).extra_logs())
         super().log(logs, start_time)
         if is_of_training:
             self.state.log_history[-1].update({name: float(value) for name, value in self._layer_logs.items()})

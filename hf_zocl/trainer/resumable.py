@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import NO_ROOM, existing_folder, fingerprint, room_error, written_whole
+from ..passes.task_aware import task_aware
 
 
 logger = logging.get_logger(__name__)
@@ -74,9 +75,8 @@ def saving(path: str | Path, tensors: Iterable[torch.Tensor] = ()) -> Iterator[N
 class ResumableTrainer(Trainer):
     """A training that goes on from a checkpoint ends with the weights and the logs of one that never stopped.
 
-    For that, a checkpoint also holds the loss not yet logged, and what a model counts (`training_state()` and
-    `load_training_state(state)`, if it has them). A checkpoint is whole or not taken for one, and is for as many
-    processes as saved it, with as many examples a step. It takes the arguments of `Trainer`.
+    For that, a checkpoint also holds the loss not yet logged, and what a `TaskAware` model counts. A checkpoint is whole
+    or not taken for one, and is for as many processes as saved it, with as many examples a step. It takes the arguments of `Trainer`.
 
     A subclass says what it trains without autograd (`_gradient_free_parameters`), what it trains that the model lacks
     (`_foreign_parameters`), and whether its checkpoints leave out what is frozen (`_leaves_out_frozen`); it extends
@@ -221,7 +221,7 @@ class ResumableTrainer(Trainer):
     @property
     def _leaves_out_frozen(self) -> bool:
         """Whether a checkpoint of a model that is no `PreTrainedModel` holds the trained parameters alone."""
-        return getattr(self.model, "reloads_frozen_weights", False)
+        return task_aware(self.model).reloads_frozen_weights
 
     def _largest_file(self) -> list[torch.Tensor]:
         """The tensors of a checkpoint's largest file: of the weights', or of the optimizer's."""
@@ -251,8 +251,7 @@ class ResumableTrainer(Trainer):
 
     def _save_progress(self, folder: Path) -> None:
         """Write into a checkpoint what the Trainer forgets. Every process calls this."""
-        model = self.accelerator.unwrap_model(self.model)
-        counts = model.training_state() if hasattr(model, "training_state") else {}
+        counts = task_aware(self.model).training_state()
         progress = {
             "seconds": torch.tensor(self.earlier_seconds + time.perf_counter() - self._started, dtype=torch.float64),
             "pending_loss": self._tr_loss.detach(),
@@ -278,10 +277,8 @@ class ResumableTrainer(Trainer):
             if f"foreign.{number}" not in progress:
                 raise ResumeError(f"{file} lacks parameters that are trained and are none of the model's.")
             parameter.data.copy_(progress[f"foreign.{number}"])
-        model = self.accelerator.unwrap_model(self.model)
-        if hasattr(model, "load_training_state"):
-            counts = {name.removeprefix("model."): v for name, v in progress.items() if name.startswith("model.")}
-            model.load_training_state(counts)
+        counts = {name.removeprefix("model."): v for name, v in progress.items() if name.startswith("model.")}
+        task_aware(self.model).load_training_state(counts)
 
     @property
     def _progress_file(self) -> str:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import CLIPTextModel, CLIPVisionModel
 from transformers.pytorch_utils import Conv1D
 
+from ...passes.task_aware import TaskAware
 from ...zo.assignment import locate
 from .config import PEFT_TYPE, MoEAdapterConfig
 from .layer import MoEAdapterLayer
@@ -22,7 +23,7 @@ mistral phi3 qwen2 qwen3
 """
 
 
-class MoEAdapterModel(BaseTuner):
+class MoEAdapterModel(TaskAware, BaseTuner):
     """Puts MoE adapters beside the MLPs of a pretrained model; see `MoEAdapterConfig`.
 
     Args:
