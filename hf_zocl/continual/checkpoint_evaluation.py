@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from ..data.images import PixelCodec, prepare_images
-from ..data.tasks import TaskStream
+from ..data.stream import TaskStream
 from ..hub.checkpoint import find_task_checkpoint, load_task_checkpoint, read_task
 from .evaluation import StreamEvaluator
 from .run_arguments import RunArguments, build_stream

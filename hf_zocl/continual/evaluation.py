@@ -11,7 +11,8 @@ import torch
 from transformers import ProcessorMixin, Trainer
 
 from ..data.images import ImageCollator, PixelCodec
-from ..data.tasks import Evaluation, TaskStream
+from ..data.stream import TaskStream
+from ..data.tasks import Evaluation
 from ..models import CLIPClassifier
 from .metrics import (
     accuracy_row,

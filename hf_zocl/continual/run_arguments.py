@@ -8,7 +8,7 @@ from typing import Any
 from ..checks import check_fields
 from ..data.benchmarks import Benchmark, BenchmarkSequence, get_benchmark
 from ..data.images import DEFAULT_CACHE_GB
-from ..data.tasks import SCENARIOS, TaskStream
+from ..data.stream import SCENARIOS, TaskStream
 from ..models.clip_classifier import check_templates
 
 

@@ -17,7 +17,8 @@ from transformers.utils import logging
 from ..checks import check_type
 from ..data.fingerprint import stream_digest
 from ..data.images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
-from ..data.tasks import Task, TaskStream
+from ..data.stream import TaskStream
+from ..data.tasks import Task
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
 from ..hub.fetch import fetch_run
 from ..hub.known import check_processor

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.tasks import Task, TaskStream
+from ..data.stream import TaskStream
+from ..data.tasks import Task
 from ..models import CLIPClassifier, adapter_name, trained_adapter
 
 

@@ -1,7 +1,9 @@
 """A dataset becomes a stream of tasks."""
 
-from .benchmarks import BENCHMARKS, Benchmark, BenchmarkSequence, get_benchmark
-from .tasks import Task, TaskStream
+from .benchmark import Benchmark, BenchmarkSequence
+from .benchmarks import BENCHMARKS, get_benchmark
+from .stream import TaskStream
+from .tasks import Task
 
 
 __all__ = ["BENCHMARKS", "Benchmark", "BenchmarkSequence", "Task", "TaskStream", "get_benchmark"]

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from ..sample.pretraining import pretraining_rows
+from .benchmark import Benchmark, BenchmarkSequence
 from .class_lists import (
     CALTECH_PROMPTS,
     CIFAR100_ICARL_ORDER,
@@ -23,143 +19,6 @@ from .class_lists import (
     TINY_IMAGENET_ORDER,
 )
 from .splits import CLASS_ORDER_SEED
-from .tasks import TaskStream
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A dataset and the protocol by which it becomes a stream of tasks.
-
-    Args:
-        name: What recipes call it.
-        dataset_id: Hub id; or the name of a dataset in `hf_zocl.sample`; None: a local dataset alone.
-        train_split, test_split, image_column, label_column: As the dataset calls them.
-        initial_increment, increment: Classes of the first task, and of every other; `all`: one task.
-        class_order_seed: Draws the class order where `class_order` is None.
-        prompt_template: The class prompt, with a `{}` for the name; or several, to be averaged.
-        source: Where each of these choices comes from.
-        class_order: Label ids in order of arrival.
-        partial_order: The class order leaves classes out, and that is meant.
-        class_names: By label id, as prompts need them; None: the dataset's, cleaned.
-        name_column: A column of class names, where the labels are not readable.
-        test_fraction: The share of each class that is tested on, where the dataset has one split only.
-        excluded_train_rows: From the labels of all training images, the rows that the stream leaves out.
-        config_name, revision: For `datasets.load_dataset`.
-    """
-
-    name: str
-    dataset_id: str | None
-    initial_increment: int | None
-    increment: int | str
-    prompt_template: str | tuple[str, ...]
-    source: str
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str = "image"
-    label_column: str = "label"
-    class_order_seed: int | None = CLASS_ORDER_SEED
-    class_order: tuple[int, ...] | None = None
-    partial_order: bool = False
-    class_names: tuple[str, ...] | None = None
-    name_column: str | None = None
-    test_fraction: float | None = None
-    excluded_train_rows: Callable[[np.ndarray], np.ndarray] | None = None
-    config_name: str | None = None
-    revision: str | None = None
-
-    def stream(self, dataset_path: str | os.PathLike[str] | None = None, **overrides: Any) -> TaskStream:
-        """Build the benchmark's stream.
-
-        Args:
-            dataset_path: A local copy of the dataset; default: the Hub's, or the package's own.
-            overrides: Any argument of `TaskStream.from_dataset`, instead of the benchmark's; None changes nothing.
-                An `increment` without `initial_increment` holds for the first task too, and a `class_order_seed`
-                without `class_order` replaces an order that the benchmark states.
-
-        Raises:
-            ValueError: If the dataset does not fit (see `TaskStream.from_dataset`), or there is none.
-        """
-        from ..sample import NAMES, resolve
-
-        given = {argument: value for argument, value in overrides.items() if value is not None}
-        options = self._options()
-        if "increment" in given:
-            options["initial_increment"] = None
-        if "test_split" in given:
-            options["test_fraction"] = None
-        if "class_order_seed" in given:
-            options["class_order"] = None
-        if "class_order" in given:
-            options["partial_order"] = False
-        options["dataset_id"] = None if self.dataset_id in NAMES else self.dataset_id
-        if dataset_path is None and self.dataset_id is None:
-            raise ValueError(f"benchmark {self.name!r} is a local dataset: give its folder as dataset_path.")
-        dataset = resolve(self.dataset_id) if self.dataset_id else None
-        if dataset_path is not None:
-            dataset = os.fspath(dataset_path)
-            options["config_name"] = options["revision"] = None  # the Hub's, not the local copy's
-            if not os.path.exists(dataset):
-                raise ValueError(f"dataset_path={dataset!r}: there is no such folder for benchmark {self.name!r}.")
-        return TaskStream.from_dataset(dataset, **{**options, "allow_shared_images": True, **given})
-
-    def _options(self) -> dict[str, Any]:
-        own = {"dataset_id", "prompt_template", "source"}
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in own}
-
-
-@dataclass(frozen=True)
-class BenchmarkSequence:
-    """Whole datasets, each a task with classes and prompts of its own (the `cross-dataset` scenario).
-
-    Args:
-        name: What recipes call it.
-        benchmarks: The names of the datasets' benchmarks, in order of arrival.
-        source: Where the datasets and their order come from.
-        prompts: Prompts of a dataset, instead of its benchmark's.
-    """
-
-    name: str
-    benchmarks: tuple[str, ...]
-    source: str
-    prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    prompt_template: str = "a photo of a {}."
-
-    def stream(self, dataset_path: str | os.PathLike[str] | None = None, **overrides: Any) -> TaskStream:
-        """Build the stream.
-
-        Args:
-            dataset_path: A folder with a local copy of every dataset, each in a folder of its benchmark's name.
-            overrides: As for `Benchmark.stream`: `max_train_images_per_class`, `max_test_images_per_class`, `seed`.
-
-        Raises:
-            ValueError: If an override does not apply to a stream of whole datasets, or a dataset does not fit.
-        """
-        given = {argument: value for argument, value in overrides.items() if value is not None}
-        foreign = sorted(set(given) - {"max_train_images_per_class", "max_test_images_per_class", "seed", "scenario"})
-        if foreign or given.pop("scenario", "cross-dataset") != "cross-dataset":
-            what = f"{foreign[0]}={given[foreign[0]]!r}" if foreign else f"scenario={overrides['scenario']!r}"
-            raise ValueError(f"benchmark {self.name!r} is a stream of whole datasets: {what} does not apply to it.")
-        streams = []
-        for name in self.benchmarks:
-            benchmark = get_benchmark(name)
-            folder = None if dataset_path is None else os.path.join(dataset_path, name)
-            stream = benchmark.stream(folder, increment="all", **given)
-            prompts = self.prompts.get(name, benchmark.prompt_template)
-            streams.append(stream.map_tasks(partial(replace, prompt_template=prompts)))
-        return TaskStream.from_streams(streams, self.name, titles=self.benchmarks)
-
-
-def get_benchmark(name: str) -> Benchmark | BenchmarkSequence:
-    """The registered benchmark of that name.
-
-    Raises:
-        ValueError: If there is none; the message lists those there are.
-    """
-    if name in BENCHMARKS:
-        return BENCHMARKS[name]
-    close = difflib.get_close_matches(str(name), BENCHMARKS, n=2)
-    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(f"benchmark={name!r} is not registered.{hint} There are {', '.join(map(repr, BENCHMARKS))}.")
 
 
 _PYCIL_ORDER = "class order: PyCIL's seed"
@@ -414,6 +273,7 @@ _SINGLE = (
 )
 
 # Order I is alphabetical; order II: order = [9, 6, 7, 8, 5, 10, 0, 1, 3, 4, 2] in ZSCL's mtil/results.ipynb.
+_BY_NAME = {benchmark.name: benchmark for benchmark in _SINGLE}
 _MTIL_DATASETS = (
     *("aircraft", "caltech101", "cifar100", "dtd", "eurosat", "flowers102"),
     *("food-101", "mnist", "oxford-pet", "stanford-cars", "sun397"),
@@ -421,7 +281,7 @@ _MTIL_DATASETS = (
 _MTIL_ORDER_II = (9, 6, 7, 8, 5, 10, 0, 1, 3, 4, 2)
 _MTIL = BenchmarkSequence(
     name="mtil",
-    benchmarks=_MTIL_DATASETS,
+    benchmarks=tuple(_BY_NAME[name] for name in _MTIL_DATASETS),
     prompts={"cifar100": CIFAR_PROMPTS},
     source=f"Multi-domain task-incremental learning, order I: {_ZSCL} and README.md",
 )
@@ -434,8 +294,21 @@ BENCHMARKS: dict[str, Benchmark | BenchmarkSequence] = {
         replace(
             _MTIL,
             name="mtil-order-2",
-            benchmarks=tuple(_MTIL_DATASETS[position] for position in _MTIL_ORDER_II),
+            benchmarks=tuple(_BY_NAME[_MTIL_DATASETS[position]] for position in _MTIL_ORDER_II),
             source="Multi-domain task-incremental learning, order II: ZSCL (ICCV 2023), mtil/results.ipynb",
         ),
     )
 }
+
+
+def get_benchmark(name: str) -> Benchmark | BenchmarkSequence:
+    """The registered benchmark of that name.
+
+    Raises:
+        ValueError: If there is none; the message lists those there are.
+    """
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    close = difflib.get_close_matches(str(name), BENCHMARKS, n=2)
+    hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(f"benchmark={name!r} is not registered.{hint} There are {', '.join(map(repr, BENCHMARKS))}.")

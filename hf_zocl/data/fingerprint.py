@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
-from .tasks import TaskStream
+from .stream import TaskStream
 
 
 # Images are read whole up to so many bytes in all; of more, every second, third … alone.

@@ -20,7 +20,8 @@ from transformers.utils import logging
 from ..files import written_whole
 from ..models.pixels import CORRUPT, eight_bits, why_corrupt
 from .fingerprint import file_digest
-from .tasks import Task, TaskStream
+from .stream import TaskStream
+from .tasks import Task
 
 
 logger = logging.get_logger(__name__)

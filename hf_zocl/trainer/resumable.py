@@ -75,8 +75,9 @@ def saving(path: str | Path, tensors: Iterable[torch.Tensor] = ()) -> Iterator[N
 class ResumableTrainer(Trainer):
     """A training that goes on from a checkpoint ends with the weights and the logs of one that never stopped.
 
-    For that, a checkpoint also holds the loss not yet logged, and what a `TaskAware` model counts. A checkpoint is whole
-    or not taken for one, and is for as many processes as saved it, with as many examples a step. It takes the arguments of `Trainer`.
+    For that, a checkpoint also holds the loss not yet logged, and what a `TaskAware` model counts. A checkpoint is
+    whole or not taken for one, and is for as many processes as saved it, with as many examples a step. It takes the
+    arguments of `Trainer`.
 
     A subclass says what it trains without autograd (`_gradient_free_parameters`), what it trains that the model lacks
     (`_foreign_parameters`), and whether its checkpoints leave out what is frozen (`_leaves_out_frozen`); it extends

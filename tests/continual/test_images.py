@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from hf_zocl.data.fingerprint import stream_digest
 from hf_zocl.data.images import ImageCollator, LazyImages, PixelCodec, prepare_images
-from hf_zocl.data.tasks import TaskStream
+from hf_zocl.data.stream import TaskStream
 from hf_zocl.sample import sample_path
 
 

@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from hf_zocl.checks import WrongTypeError
 from hf_zocl.data.image_folders import image_folder_files
 from hf_zocl.data.images import PixelCodec
-from hf_zocl.data.tasks import TaskStream
+from hf_zocl.data.stream import TaskStream
 from hf_zocl.models.pixels import eight_bits
 from hf_zocl.sample import sample_path
 

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.run_arguments import build_held_out, build_stream
-from hf_zocl.data.tasks import TaskStream
+from hf_zocl.data.stream import TaskStream
 from hf_zocl.report import format_results
 
 

@@ -15,7 +15,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
-from hf_zocl.data.tasks import TaskStream, clean_class_name
+from hf_zocl.data.splits import clean_class_name
+from hf_zocl.data.stream import TaskStream
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -553,7 +554,7 @@ MILLION = """
 import resource, sys, time
 import numpy as np, pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
-from hf_zocl.data.tasks import TaskStream
+from hf_zocl.data.stream import TaskStream
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 before = peak()
 rows = 1_000_000
