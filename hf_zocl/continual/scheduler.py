@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ from transformers.utils import logging
 
 from ..checks import check_type
 from ..data.fingerprint import stream_digest
-from ..data.images import DEFAULT_CACHE_GB, ImageCollator, PixelCodec, prepare_images
+from ..data.images import DEFAULT_CACHE_GB, PixelCodec, prepare_images
 from ..data.stream import TaskStream
 from ..data.tasks import Task
 from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
@@ -42,13 +41,13 @@ from ..trainer.resumable import saving
 from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
 from .folder_lock import FolderLock
-from .measures import means, peak_memory_bytes, reset_peak_memory, versions
+from .measures import peak_memory_bytes, reset_peak_memory, versions
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .processes import by_main_process
 from .run_checks import check_measurable
 from .run_folder import RESULTS_FILE, ResumeError, RunFolder
-from .task_check import TaskCheck
 from .task_record import task_info
+from .task_training import TaskTraining
 
 
 logger = logging.get_logger(__name__)
@@ -199,7 +198,7 @@ class ContinualTaskScheduler:
         for task in self._images[len(results["accuracy_matrix"]) :]:
             logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
             task_aware(self.model).begin_task(task.index)  # before the trainer asks which parameters are trainable
-            trained = self._train(task, checkpoint, begin)
+            trained = self._training.train(task, checkpoint, begin, self._callbacks(task))
             checkpoint = begin = None
             started -= trained.earlier_seconds
             results["training"].append(trained.means)
@@ -310,30 +309,16 @@ class ContinualTaskScheduler:
                 self.folder.write(results)
         return results
 
-    def _train(self, task: Task, checkpoint: Path | None, begin: Callable[[], None] | None) -> _Trained:
-        """Train on one task, from its beginning or from a checkpoint within it; `begin` is called after a step."""
-        template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
-        # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
-        names, _ = self.stream.training_classes(task.index)
-        if len(names) > len(task.class_names):
-            logger.info(f"{task.name} has one class: it is trained among the {len(names)} classes seen.")
-        self.model.set_classes(names, template if isinstance(template, str) else template[0])
-        # Every task draws directions of its own.
-        zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
-        trainer = self._trainer(task.name, task, zo_seed=zo_seed)
-        check = TaskCheck(task.name, trainer)
-        if begin is not None:
-            trainer.add_callback(first_step := _AfterFirstStep(begin))
-        trainer.train(resume_from_checkpoint=checkpoint)
-        check.finish()
-        if begin is not None:
-            first_step.call()  # where there was none
-        return _Trained(means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
-
     def evaluator(self, is_own: bool = True) -> StreamEvaluator:
         """What measures the model as it is now, on this stream or, without the classes known besides, on another."""
         known = self.known_classes if is_own and self.stream.scenario == "class" else ()
-        return StreamEvaluator(self.model, self.processor, self._trainer("evaluation"), self._codec, known)
+        return StreamEvaluator(
+            self.model,
+            self.processor,
+            self._training.trainer("evaluation", callbacks=self.callbacks),
+            self._codec,
+            known,
+        )
 
     def _evaluate(self, task: Task, results: dict[str, Any]) -> None:
         """Add what is measured after `task` to the results."""
@@ -359,35 +344,16 @@ class ContinualTaskScheduler:
             before = [record["zero_shot"] for record in held_out.values()]
             results["zero_shot_retention"] = zero_shot_retention(before, [r["after"][-1] for r in held_out.values()])
 
-    def _trainer(self, name: str, task: Task | None = None, zo_seed: int | None = None) -> ZOCLTrainer:
-        """A trainer of one task's images, or, without a task, one to evaluate with."""
-        labels = (self.stream.arrival_labels, 0)
-        if task is not None:
-            labels = (task.arrival_labels, self.stream.training_classes(task.index)[1])
-        args = dataclasses.replace(
-            self.args,
-            output_dir=str(self.folder.trainer_folder(name)),
-            run_name=f"{self.args.run_name or self.stream.name}-{name}",
-            zo_seed=zo_seed,
-            # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
-            ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
-            logging_nan_inf_filter=False,  # a loss that is not finite is to be seen (`TaskCheck`)
-            remove_unused_columns=False,  # the collator makes the model's inputs from the image column
-            dataloader_drop_last=self.args.dataloader_drop_last and task is not None,  # every test image counts
-            report_to=self.args.report_to if task is not None else "none",
-            push_to_hub=False,  # tasks are pushed as a whole
-            hub_token=None,  # the Trainer writes its arguments into its checkpoints
-        )
-        callbacks = list(self.callbacks)
-        if task is not None and self._pusher is not None and self.args.hub_strategy not in ("every_task", "end"):
-            callbacks.append(PushOnSave(self._pusher, self.args.hub_strategy, task.index))
-        return self.trainer_class(
-            model=self.model,
-            args=args,
-            train_dataset=None if task is None else task.train,
-            data_collator=ImageCollator(self.processor, *labels, self._codec),
-            callbacks=callbacks,
-        )
+    @property
+    def _training(self) -> TaskTraining:
+        parts = self.model, self.processor, self.stream, self.args, self.trainer_class, self.folder, self._codec
+        return TaskTraining(*parts)
+
+    def _callbacks(self, task: Task) -> list[TrainerCallback]:
+        """What a task's trainer calls back: the caller's, and where the Hub gets every save, that."""
+        if self._pusher is None or self.args.hub_strategy in ("every_task", "end"):
+            return self.callbacks
+        return [*self.callbacks, PushOnSave(self._pusher, self.args.hub_strategy, task.index)]
 
     def _save(self, task: Task, results: dict[str, Any], replay_log: ReplayLog | None) -> None:
         """Save what a complete task leaves behind; the results last, for they say that all of it is there."""
@@ -431,27 +397,3 @@ class ContinualTaskScheduler:
         except ValueError as error:
             raise ResumeError(f"resume: {error}") from error
         set_peft_model_state_dict(self.model.clip, weights, adapter_name=trained_adapter(self.model.clip))
-
-
-class _AfterFirstStep(TrainerCallback):
-    """Calls a function once, when the first step is done: what can fail before training has not failed then."""
-
-    def __init__(self, function: Callable[[], None]):
-        self._function: Callable[[], None] | None = function
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.call()
-
-    def call(self) -> None:
-        function, self._function = self._function, None
-        if function is not None:
-            function()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Trained:
-    """What is left of a task's trainer: the means of its logs, its steps, its time in processes that were killed."""
-
-    means: dict[str, float]
-    replay_log: ReplayLog | None
-    earlier_seconds: float

@@ -84,15 +84,15 @@ def test_steps_that_are_too_large_end_with_one_error(tmp_path):
 
 def test_a_task_without_its_steps_is_not_complete(tmp_path):
     built = scheduler(tmp_path)
-    trainer = built._trainer
 
-    def short(name, task=None, zo_seed=None):
-        made = trainer(name, task, zo_seed)
-        if name == "task-02":  # data that run out
-            made._run_epoch = lambda *args, **kwargs: setattr(made.control, "should_training_stop", True)
-        return made
+    class Short(built.trainer_class):  # its data run out
+        def _run_epoch(self, *args, **kwargs):
+            if self.args.run_name.endswith("task-02"):
+                self.control.should_training_stop = True
+            else:
+                super()._run_epoch(*args, **kwargs)
 
-    built._trainer = short
+    built.trainer_class = Short
     with pytest.raises(TaskError, match="task-02 ended after 0 of 4 steps, and is not complete: go on with --resume"):
         built.run()
     assert_the_first_task_alone_is_complete(tmp_path)

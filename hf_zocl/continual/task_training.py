@@ -1,0 +1,136 @@
+"""Training of one task: its trainer, and what is left of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from transformers import ProcessorMixin, TrainerCallback
+from transformers.utils import logging
+
+from ..data.images import ImageCollator, PixelCodec
+from ..data.stream import TaskStream
+from ..data.tasks import Task
+from ..models import CLIPClassifier
+from ..trainer import ZOCLTrainer
+from ..trainer.arguments import ZOCLTrainingArguments
+from ..zo import ReplayLog
+from .measures import means
+from .run_folder import RunFolder
+from .task_check import TaskCheck
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What is left of a task's trainer.
+
+    Attributes:
+        means: The means of its logs, by name.
+        replay_log: Its zeroth-order steps, where they are logged.
+        earlier_seconds: Its time in processes that were stopped.
+    """
+
+    means: dict[str, float]
+    replay_log: ReplayLog | None
+    earlier_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskTraining:
+    """Makes a trainer for each task of a stream, and trains with it.
+
+    Args:
+        model, processor, stream, args, trainer_class: As the scheduler has them.
+        folder: The run's folder, in which trainers work.
+        codec: How the collator's images are kept.
+    """
+
+    model: CLIPClassifier
+    processor: ProcessorMixin
+    stream: TaskStream
+    args: ZOCLTrainingArguments
+    trainer_class: type[ZOCLTrainer]
+    folder: RunFolder
+    codec: PixelCodec
+
+    def trainer(
+        self,
+        name: str,
+        task: Task | None = None,
+        callbacks: Iterable[TrainerCallback] = (),
+        zo_seed: int | None = None,
+    ) -> ZOCLTrainer:
+        """A trainer of one task's images, or, without a task, one to evaluate with."""
+        labels = (self.stream.arrival_labels, 0)
+        if task is not None:
+            labels = (task.arrival_labels, self.stream.training_classes(task.index)[1])
+        args = dataclasses.replace(
+            self.args,
+            output_dir=str(self.folder.trainer_folder(name)),
+            run_name=f"{self.args.run_name or self.stream.name}-{name}",
+            zo_seed=zo_seed,
+            # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
+            ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
+            logging_nan_inf_filter=False,  # a loss that is not finite is to be seen (`TaskCheck`)
+            remove_unused_columns=False,  # the collator makes the model's inputs from the image column
+            dataloader_drop_last=self.args.dataloader_drop_last and task is not None,  # every test image counts
+            report_to=self.args.report_to if task is not None else "none",
+            push_to_hub=False,  # tasks are pushed as a whole
+            hub_token=None,  # the Trainer writes its arguments into its checkpoints
+        )
+        return self.trainer_class(
+            model=self.model,
+            args=args,
+            train_dataset=None if task is None else task.train,
+            data_collator=ImageCollator(self.processor, *labels, self.codec),
+            callbacks=list(callbacks),
+        )
+
+    def train(
+        self,
+        task: Task,
+        checkpoint: Path | None = None,
+        begin: Callable[[], None] | None = None,
+        callbacks: Iterable[TrainerCallback] = (),
+    ) -> Trained:
+        """Train on one task, from its beginning or from a checkpoint within it; `begin` is called after a step.
+
+        Raises:
+            TaskError: If the training diverges, or ends before its last step.
+        """
+        template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
+        # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
+        names, _ = self.stream.training_classes(task.index)
+        if len(names) > len(task.class_names):
+            logger.info(f"{task.name} has one class: it is trained among the {len(names)} classes seen.")
+        self.model.set_classes(names, template if isinstance(template, str) else template[0])
+        # Every task draws directions of its own.
+        zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
+        trainer = self.trainer(task.name, task, callbacks, zo_seed)
+        check = TaskCheck(task.name, trainer)
+        if begin is not None:
+            trainer.add_callback(first_step := _AfterFirstStep(begin))
+        trainer.train(resume_from_checkpoint=checkpoint)
+        check.finish()
+        if begin is not None:
+            first_step.call()  # where there was none
+        return Trained(means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
+
+
+class _AfterFirstStep(TrainerCallback):
+    """Calls a function once, when the first step is done: what can fail before training has not failed then."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function: Callable[[], None] | None = function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.call()
+
+    def call(self) -> None:
+        function, self._function = self._function, None
+        if function is not None:
+            function()
