@@ -27,7 +27,8 @@ from hf_zocl import LayerAssignment, MoEAdapterConfig, ZOCLTrainer, ZOCLTraining
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.models.moe_adapter import layer as moe_layer
 from hf_zocl.models.moe_adapter import model as moe_model
-from hf_zocl.models.moe_adapter.layer import MoEAdapter, MoEAdapterLayer, mix_all, noisy_top_k
+from hf_zocl.models.moe_adapter.layer import MoEAdapter, MoEAdapterLayer
+from hf_zocl.models.moe_adapter.mixture import mix_all, noisy_top_k
 from hf_zocl.sample import sample_path
 from hf_zocl.zo.assignment import locate
 from tests.helpers import image_batch, image_examples, mini_clip_classifier
