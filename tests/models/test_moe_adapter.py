@@ -25,10 +25,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_zocl import LayerAssignment, MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
-from hf_zocl.models.moe_adapter import layer as moe_layer
 from hf_zocl.models.moe_adapter import model as moe_model
-from hf_zocl.models.moe_adapter.layer import MoEAdapter, MoEAdapterLayer
-from hf_zocl.models.moe_adapter.mixture import mix_all, noisy_top_k
+from hf_zocl.models.moe_adapter.layer import MoEAdapter, MoEAdapterLayer, Router
+from hf_zocl.models.moe_adapter.mixture import ExpertWeights, mix_all, noisy_top_k
 from hf_zocl.sample import sample_path
 from hf_zocl.zo.assignment import locate
 from tests.helpers import image_batch, image_examples, mini_clip_classifier
@@ -181,9 +180,9 @@ def test_at_initialisation_the_outputs_are_the_base_models_to_the_last_bit(confi
 def test_the_weights_of_several_candidates_can_be_stacked():
     x, gates = torch.randn(6, 5, 8), torch.rand(6, 2)
     candidates = [[tuple(torch.randn(*s) for s in ((4, 8), (4,), (8, 4), (8,))) for _ in range(2)] for _ in range(3)]
-    as_weights = [[moe_layer.ExpertWeights(*expert) for expert in experts] for experts in candidates]
+    as_weights = [[ExpertWeights(*expert) for expert in experts] for experts in candidates]
     stacked = [
-        moe_layer.ExpertWeights(*(torch.stack(tensors) for tensors in zip(*copies, strict=True)))
+        ExpertWeights(*(torch.stack(tensors) for tensors in zip(*copies, strict=True)))
         for copies in zip(*candidates, strict=True)
     ]
     apart = [mix_all(x[2 * i : 2 * i + 2], gates[2 * i : 2 * i + 2], as_weights[i]) for i in range(3)]
@@ -593,7 +592,7 @@ def test_the_balance_loss_reaches_the_loss_in_training_alone():
     model = mini_clip_classifier(adapter="moe", moe_num_experts=4, moe_balance_loss=0.1)
     batch, gates = image_batch(), []
     for module in model.modules():
-        if isinstance(module, moe_layer.Router):
+        if isinstance(module, Router):
             module.register_forward_hook(lambda module, args, routing: gates.append(routing))
     output = model.train()(**batch)
     expected = F.cross_entropy(output.logits, batch["labels"])
