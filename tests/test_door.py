@@ -88,6 +88,7 @@ def test_every_script_is_behind_the_door(arguments, message, tmp_path, monkeypat
     script, *given = (str(tmp_path) if argument == "MINE" else argument for argument in arguments)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     monkeypatch.setattr(sys, "argv", [f"scripts/{script}", *given])
+    monkeypatch.syspath_prepend(str((ROOT / "scripts" / script).parent))
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
     said = str(end.value)

@@ -245,7 +245,7 @@ def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monk
         engine.Row("  one by one", branch="language", queries=8, without="batches"),
         engine.Row("  without towers", branch="language", queries=8, without="towers"),
     ]
-    monkeypatch.setattr(engine, "ROWS", rows)
+    monkeypatch.setattr("engine_rows.ROWS", rows)
     monkeypatch.setattr(engine, "SWEEP", engine.SWEEP[:3])
     monkeypatch.setattr(engine, "measure_apart", engine.measure_here)
     engine.run_engine_benchmark(engine.Setting(batch=4, rounds=1, threads=1), "all", tmp_path / "engine.json")

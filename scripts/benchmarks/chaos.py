@@ -17,7 +17,6 @@ push, too. A run is a process of its own, which has imported the package already
 import argparse
 import hashlib
 import json
-import mmap
 import os
 import random
 import re
@@ -30,18 +29,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from chaos_phases import PHASES, Trace
 from huggingface_hub import HfApi
 
 from hf_zocl.commands import Parser, command
 from hf_zocl.commands import train as train_command
-from hf_zocl.continual import evaluation, scheduler
 from hf_zocl.continual.folder_lock import LOCK_FILE
-from hf_zocl.hub import push
 from hf_zocl.hub.commits import changes
 from hf_zocl.hub.public import public_files
-from hf_zocl.trainer import ZOCLTrainer
 
 
 RECIPE = """
@@ -50,48 +46,8 @@ RECIPE = """
 --max_train_images_per_class 24 --max_test_images_per_class 10 --per_device_train_batch_size 16
 --zo_queries vision=2,language=2 --lora_dropout 0.1 --disable_tqdm true --use_cpu true
 """.split()
-# What a run may be in the middle of, and the function in which it is.
-PHASES = {
-    "starting": (train_command, "build_scheduler"),
-    "measuring": (evaluation.StreamEvaluator, "_run"),
-    "in a step": (ZOCLTrainer, "training_step"),
-    "saving within a task": (ZOCLTrainer, "_save_checkpoint"),
-    "saving a task": (scheduler.ContinualTaskScheduler, "_save"),
-    "pushing": (push, "push_files"),
-}
 ANY = "any moment"
 NOT_COMPARED = ("seconds", "peak_memory_bytes", "recipe", "versions")
-
-
-class Trace:
-    """What the phases of a run are doing, in memory that the run shares with its killer."""
-
-    def __init__(self):
-        shape = (len(PHASES), 3)
-        self.entered, self.active, self.seconds = (
-            np.frombuffer(mmap.mmap(-1, 8 * shape[0] * shape[1]), dtype=np.float64).reshape(shape).T
-        )
-
-    def watch(self) -> None:
-        """In the run's process: let every phase's function say when it begins and ends."""
-        for number, (owner, name) in enumerate(PHASES.values()):
-            setattr(owner, name, self._watched(number, getattr(owner, name)))
-
-    def _watched(self, number: int, function):
-        def call(*args, **kwargs):
-            started = time.perf_counter()
-            self.entered[number] += 1
-            self.active[number] += 1
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.active[number] -= 1
-                self.seconds[number] += time.perf_counter() - started
-
-        return call
-
-    def now(self) -> str:
-        return " and ".join(name for name, active in zip(PHASES, self.active, strict=True) if active) or "in between"
 
 
 @dataclass

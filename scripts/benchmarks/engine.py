@@ -13,127 +13,22 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
+from engine_report import format_bars, format_rows, format_sweep, write
+from engine_rows import BARS, GPU_BARS, SHAPES, SWEEP, Row, Setting, choose_rows
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.commands import command
-from hf_zocl.hub.checkpoint import write_json
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan
 from hf_zocl.sample import sample_path
 from hf_zocl.zo import LayerAssignment, ZOEstimator, build_zo_optimizer
-
-
-SHAPES = {
-    "vit-b-16": ({"hidden_size": 768, "layers": 12, "heads": 12, "patch_size": 16}, {"hidden_size": 512, "heads": 8}),
-    "vit-l-14": (
-        {"hidden_size": 1024, "layers": 24, "heads": 16, "patch_size": 14},
-        {"hidden_size": 768, "heads": 12},
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is the same for all rows."""
-
-    shape: str = "vit-b-16"
-    batch: int = 32
-    rounds: int = 3
-    device: str = "cpu"
-    threads: int = 2
-
-    @property
-    def bf16(self) -> bool:
-        return self.device != "cpu"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to train, and the figures measured of it."""
-
-    name: str
-    kind: str = "zocl"  # inference, fo, mezo, zocl or bare
-    adapter: str = "lora"
-    classes: int = 20
-    branch: str = "dual"
-    layers: str = "all"
-    estimator: str = "one-sided"
-    queries: int = 1
-    without: str | None = None  # a shortcut: towers, layers, batches (and packing), or packing
-    figures: dict[str, float] = field(default_factory=dict, compare=False)
-
-
-DUAL = Row("dual, two-sided", estimator="two-sided")
-ROWS = [
-    Row("inference", "inference"),
-    Row("FO", "fo"),
-    Row("MeZO", "mezo"),
-    DUAL,
-    Row("dual, two-sided, bare loop", "bare", estimator="two-sided"),
-    Row("dual, one-sided"),
-    Row("vision", branch="vision"),
-    Row("language", branch="language"),
-    Row("dual hop-even", layers="hop-even"),
-    Row("vision hop-even", branch="vision", layers="hop-even"),
-    Row("vision prefix-6", branch="vision", layers="prefix-6"),
-    Row("vision suffix-6", branch="vision", layers="suffix-6"),
-    Row("vision suffix-6, q=4", branch="vision", layers="suffix-6", queries=4),
-    Row("  without layer reuse", branch="vision", layers="suffix-6", queries=4, without="layers"),
-    Row("language, q=8", branch="language", queries=8),
-    Row("  one by one", branch="language", queries=8, without="batches"),
-    Row("  batched, not packed", branch="language", queries=8, without="packing"),
-    Row("  without tower reuse", branch="language", queries=8, without="towers"),
-    Row("MeZO, 100 classes", "mezo", classes=100),
-    Row("dual, two-sided, 100 classes", estimator="two-sided", classes=100),
-    Row("inference, MoE", "inference", adapter="moe"),
-    Row("FO, MoE", "fo", adapter="moe"),
-    Row("dual, two-sided, MoE", estimator="two-sided", adapter="moe"),
-    Row("vision, MoE", branch="vision", adapter="moe"),
-    Row("language, MoE", branch="language", adapter="moe"),
-]
-SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
-
-# (what, the row, the row beside it, the figure, at most)
-BARS = [
-    ("memory over the weights, dual vs inference", DUAL.name, "inference", "activation_bytes", 1.05),
-    (
-        "memory over the weights, dual vs inference, MoE",
-        "dual, two-sided, MoE",
-        "inference, MoE",
-        "activation_bytes",
-        1.05,
-    ),
-    ("time, dual vs FO", DUAL.name, "FO", "seconds", 1.0),
-    ("time, dual vs MeZO, 100 classes", "dual, two-sided, 100 classes", "MeZO, 100 classes", "seconds", 0.7),
-    ("time, language q=8 (vision FO) vs FO", "language, q=8", "FO", "seconds", 1.15),
-    ("ZO part, vision suffix-6 q=4, layer reuse", "vision suffix-6, q=4", "  without layer reuse", "zo_seconds", 0.6),
-    ("ZO part, 8 language queries batched", "language, q=8", "  one by one", "zo_seconds", 0.7),
-    ("time, ZOCLTrainer vs a bare loop", DUAL.name, "dual, two-sided, bare loop", "seconds", 1.03),
-]
-GPU_BARS = [
-    ("peak memory, dual vs FO, LoRA", DUAL.name, "FO", "peak_bytes", 0.115),
-    ("peak memory, dual vs FO, MoE", "dual, two-sided, MoE", "FO, MoE", "peak_bytes", 0.109),
-    ("peak memory, vision vs FO, MoE", "vision, MoE", "FO, MoE", "peak_bytes", 0.347),
-    ("peak memory, language vs FO, MoE", "language, MoE", "FO, MoE", "peak_bytes", 0.621),
-    ("time, dual vs FO, on GPU", DUAL.name, "FO", "seconds", 0.75),
-]
-
-
-def choose_rows(which: str, bars: list[tuple]) -> list[Row]:
-    """`all` rows, those that the `bars` need, or of these the `quick` ones: one adapter, 20 classes, no bare loop."""
-    needed = {name for _, *names, _, _ in bars for name in names} | {"inference, MoE"}
-    chosen = [row for row in ROWS if which == "all" or row.name in needed]
-    if which != "quick":
-        return chosen
-    return [row for row in chosen if row.adapter == "lora" and row.classes == 20 and row.kind != "bare"]
 
 
 def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> None:
@@ -444,78 +339,6 @@ def peak_memory(device: str) -> int:
         return torch.get_device_module(device).max_memory_allocated()
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-# Showing.
-
-
-def format_rows(rows: list[Row], setting: Setting) -> str:
-    lines = [
-        f"{setting.shape}, batch {setting.batch}, {setting.device}, {setting.threads} threads, "
-        f"{'bf16 autocast' if setting.bf16 else 'float32'}, torch {torch.__version__}, median of {setting.rounds}",
-        "",
-        f"{'':<32}{'s/step':>9}{'ZO part':>9}{'passes':>8}{'peak MiB':>10}{'over weights':>14}{'images/s':>10}",
-    ]
-    for row in rows:
-        cells = [("seconds", 9, ".2f", 1), ("zo_seconds", 9, ".2f", 1), ("passes", 8, ".2f", 1)]
-        cells += [("peak_bytes", 10, ".0f", 2**20), ("activation_bytes", 14, ".0f", 2**20)]
-        cells += [("images_per_second", 10, ".1f", 1)]
-        lines.append(f"{row.name:<32}" + "".join(_cell(row.figures, *cell) for cell in cells))
-    return "\n".join(lines)
-
-
-def _cell(figures: dict[str, float], name: str, width: int, form: str, unit: int) -> str:
-    return (format(figures[name] / unit, form) if name in figures else "").rjust(width)
-
-
-def format_bars(bars: list[tuple], rows: dict[str, Row]) -> str:
-    lines = [f"{'ratio':<52}{'is':>8}{'at most':>9}"]
-    for title, row, beside, figure, limit in bars:
-        if row not in rows or beside not in rows:
-            continue
-        if rows[beside].figures[figure] == 0:  # a model so small that its pass takes no memory from the system
-            lines.append(f"{title:<52}{'–':>8}{limit:>9.3f}")
-            continue
-        ratio = rows[row].figures[figure] / rows[beside].figures[figure]
-        lines.append(f"{title:<52}{ratio:>8.3f}{limit:>9.3f}{'' if ratio <= limit else '   missed'}")
-    return "\n".join(lines)
-
-
-def format_sweep(sweep: dict[str, dict[str, float]]) -> str:
-    """Seconds against q, and the straight line through them."""
-    queries = torch.tensor([float(name.split("=")[1]) for name in sweep])
-    seconds = torch.tensor([figures["seconds"] for figures in sweep.values()])
-    design = torch.stack([torch.ones_like(queries), queries], dim=1)
-    base, slope = torch.linalg.lstsq(design, seconds).solution.tolist()
-    residual = ((seconds - base - slope * queries).square().sum() / (seconds - seconds.mean()).square().sum()).item()
-    points = ", ".join(f"q={int(q)}: {s:.2f} s" for q, s in zip(queries, seconds.tolist(), strict=True))
-    return f"cost against q: {points}\nstraight line: {base:.2f} s + {slope:.3f} s a query, R² = {1 - residual:.4f}"
-
-
-def write(output: Path, setting: Setting, rows: list[Row], sweep: dict[str, dict[str, float]]) -> None:
-    """The figures as JSON, and a bar chart beside it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    content = {
-        "setting": asdict(setting),
-        "torch": torch.__version__,
-        "rows": [asdict(row) for row in rows],
-        "sweep": sweep,
-    }
-    write_json(output, content)
-    figure = Figure(figsize=(11, 0.32 * len(rows) + 1.4), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    names = [row.name.strip() for row in rows]
-    positions = range(len(rows))
-    left.barh(positions, [row.figures["seconds"] for row in rows], color="#0072B2")
-    left.set(title="seconds a step", yticks=list(positions), yticklabels=names)
-    right.barh(positions, [row.figures.get("activation_bytes", 0) / 2**20 for row in rows], color="#D55E00")
-    right.set(title="peak memory over the weights (MiB)")
-    left.invert_yaxis()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="0.85")
-        axes.set_axisbelow(True)
-    figure.savefig(output.with_suffix(".png"), dpi=120, metadata={"Software": None})
 
 
 @command

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from engine import SHAPES, Setting, run_engine_benchmark
+from engine import run_engine_benchmark
+from engine_rows import SHAPES, Setting
 from scaling import run_scaling_benchmark
 
 from hf_zocl import MoEAdapterConfig

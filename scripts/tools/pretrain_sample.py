@@ -25,9 +25,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -36,21 +33,23 @@ import torch.nn.functional as F
 from images import ImageSet, Normalizer, augment, load_images
 from small_clip import (
     EVALUATION_TEMPLATE,
+    Bridge,
     build_model,
     image_features,
     linear_probe,
+    moving_average,
     save_float16,
     staged_folder,
     text_features,
     zero_shot_accuracy,
     zero_shot_by_class,
 )
-from teacher import cached_features, load_teacher
-from torch import Tensor, nn
+from targets import Words, soft_targets
+from teacher import cached_features
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from transformers import CLIPModel, CLIPProcessor
-from wordnet import ClassTree, Node
-from words import cached_embeddings
+from wordnet import Node
 
 from hf_zocl.commands import Parser, command
 from hf_zocl.sample import sample_path
@@ -62,7 +61,6 @@ CANDIDATES = 256  # classes that an image is told from, at a step, and the most 
 KINDS_WEIGHT = 0.5  # of the loss over kinds, beside the one over classes
 TEXTS = 160  # words that the text tower learns at a step, and as many of the step's own names
 STOP = 0.15  # the chance that a kind of WordNet is kept whole
-LABEL_WEIGHT = 0.5  # of the label, beside the teacher's classes
 TOKEN_DROP = 0.5
 WARMUP_STEPS = 200
 TEMPLATES = (
@@ -98,72 +96,6 @@ The curve, on 2,000 held-out images of Tiny-ImageNet's pretraining half and on C
 {curve}
 The training images are for research use (Stanford CS231n, from ImageNet).
 """
-
-
-@dataclass
-class Words:
-    """Names, their MiniLM vectors and the tree of classes.
-
-    Attributes:
-        tree: WordNet above the classes of ImageNet-1k.
-        texts: All names and descriptions.
-        vectors: Of each text, (texts, 384).
-        vocabulary: The positions in `texts` of names, of classes and of other things.
-        labels: The numbers, of the 1,000, of the classes that have images, in the order of the images' labels.
-    """
-
-    tree: ClassTree
-    texts: list[str]
-    vectors: Tensor
-    vocabulary: np.ndarray
-    labels: np.ndarray
-
-    @classmethod
-    def load(cls, order: dict, folder: Path, device: torch.device, max_words: int | None = None) -> Words:
-        names = dict(zip(order["wnid"], order["synonyms"], strict=True))
-        tree = ClassTree(names)
-        vocabulary = tree.names() + tree.other_names()[:max_words]
-        texts = vocabulary + sorted({text for node in tree.nodes for text in node.described})
-        vectors = cached_embeddings(texts, folder, device).to(device)
-        labels = np.array([tree.wnids.index(wnid) for wnid in order["wnid"]])
-        return cls(tree, texts, vectors, np.arange(len(vocabulary)), labels)
-
-    @cached_property
-    def leaves(self) -> list[Node]:
-        """The 1,000 classes, by number."""
-        single = {node.leaves[0]: node for node in self.tree.nodes if not node.children}
-        return [single[number] for number in range(len(single))]
-
-    @cached_property
-    def position(self) -> dict[str, int]:
-        return {text: number for number, text in enumerate(self.texts)}
-
-    def membership(self, nodes: list) -> Tensor:
-        """Return which node every class belongs to: (1000,)."""
-        owner = torch.empty(1000, dtype=torch.long)
-        for number, node in enumerate(nodes):
-            owner[node.leaves] = number
-        return owner
-
-
-def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """Return an exponential moving average that forgets the first steps faster, as `AveragedModel` wants it."""
-
-    @torch.no_grad()
-    def update(average: list[Tensor], present: list[Tensor], steps: Tensor) -> None:
-        torch._foreach_lerp_(average, present, 1 - min(decay, (1 + int(steps)) / (10 + int(steps))))
-
-    return update
-
-
-class Bridge(nn.Module):
-    """What training needs beside the CLIP: the maps from MiniLM's space and to the teacher's."""
-
-    def __init__(self, projection: int, width: int, word_width: int, teacher_width: int):
-        super().__init__()
-        self.words = nn.Linear(word_width, projection, bias=False)
-        nn.init.orthogonal_(self.words.weight)
-        self.teacher = nn.Linear(width, teacher_width)
 
 
 class Pretraining:
@@ -344,17 +276,6 @@ class Pretraining:
                 self.save(file)
                 last_save = time.monotonic()
         return self.average.module
-
-
-def soft_targets(features: Tensor, labels: Tensor, words: Words, device: torch.device) -> Tensor:
-    """Return each image's classes: its label and the teacher's probabilities of the 1,000 classes, in float16."""
-    head = load_teacher(device)._fc
-    with torch.inference_mode():
-        soft = torch.cat([head(part.to(device).float()).softmax(-1).half() for part in features.split(5000)])
-    number = torch.from_numpy(words.labels).to(device)[labels.to(device)]
-    soft = (1 - LABEL_WEIGHT) * soft
-    soft[torch.arange(len(soft), device=device), number] += LABEL_WEIGHT
-    return soft
 
 
 def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_class: str) -> None:

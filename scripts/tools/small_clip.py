@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from images import ImageSet, Normalizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
 
@@ -144,3 +144,23 @@ def save_float16(model: CLIPModel, processor_from: Path, folder: Path) -> None:
         shutil.copy(processor_from / name, folder / name)
     for file in folder.iterdir():
         file.chmod(0o644)  # the source may be read-only, and safetensors writes for the owner alone
+
+
+def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
+    """Return an exponential moving average that forgets the first steps faster, as `AveragedModel` wants it."""
+
+    @torch.no_grad()
+    def update(average: list[Tensor], present: list[Tensor], steps: Tensor) -> None:
+        torch._foreach_lerp_(average, present, 1 - min(decay, (1 + int(steps)) / (10 + int(steps))))
+
+    return update
+
+
+class Bridge(nn.Module):
+    """What training needs beside the CLIP: the maps from MiniLM's space and to the teacher's."""
+
+    def __init__(self, projection: int, width: int, word_width: int, teacher_width: int):
+        super().__init__()
+        self.words = nn.Linear(word_width, projection, bias=False)
+        nn.init.orthogonal_(self.words.weight)
+        self.teacher = nn.Linear(width, teacher_width)
