@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .hub import load_task_checkpoint
     from .models import CLIPClassifier, MoEAdapterConfig, MoEAdapterModel
     from .passes import TaskAware
-    from .trainer import ZeroOrderArguments, ZeroOrderMixin, ZOCLTrainer, ZOCLTrainingArguments
+    from .trainer import ZeroOrderArguments, ZeroOrderMixin, ZOCLTrainer, ZOCLTrainingArguments, zeroth_order
     from .zo import LayerAssignment
 
 
@@ -38,6 +38,7 @@ _HOMES = {
     "ZeroOrderArguments": "trainer",
     "ZeroOrderMixin": "trainer",
     "load_task_checkpoint": "hub",
+    "zeroth_order": "trainer",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "ZeroOrderArguments",
     "ZeroOrderMixin",
     "load_task_checkpoint",
+    "zeroth_order",
 ]
 
 
