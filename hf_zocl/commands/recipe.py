@@ -126,8 +126,8 @@ def _hints() -> dict[str, Any]:
 def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, AdapterArguments, ZOCLTrainingArguments]:
     _, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [option.lstrip("-") for option in parser._option_string_actions]
-        close = difflib.get_close_matches(unknown[0].partition("=")[0].lstrip("-"), options, n=1)
+        word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        close = difflib.get_close_matches(word, [*_hints(), "recipe", "preset"], n=1)
         raise ValueError(f"unknown argument {shown(unknown[0])}." + (f" Did you mean --{close[0]}?" if close else ""))
     try:
         run, adapter, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)

@@ -7,6 +7,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..trainer import ZOCLTrainer
+from ..trainer.compat import pending_loss
 
 
 logger = logging.get_logger(__name__)
@@ -35,7 +36,7 @@ class TaskCheck(TrainerCallback):
         trainer.add_callback(self)
 
     def on_step_end(self, args, state, control, **kwargs):
-        is_first = ~self.trainer._tr_loss.isfinite() & (self._bad_step < 0)
+        is_first = ~pending_loss(self.trainer).isfinite() & (self._bad_step < 0)
         self._bad_step = torch.where(is_first, state.global_step, self._bad_step)
         if control.should_log or control.should_save or control.should_training_stop:
             self._check_finite(state.global_step)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 
+from ..trainer.compat import rows_in_table
 from .stream import TaskStream
 
 
@@ -48,7 +49,8 @@ def _sizes(data: datasets.Dataset) -> np.ndarray:
     lengths = pc.binary_length(pc.struct_field(column, "bytes"))
     sizes = pc.fill_null(pc.cast(lengths, pa.int64()), -1).to_numpy()
     paths = pc.struct_field(column, "path")
-    rows = np.arange(len(data)) if data._indices is None else data._indices.column(0).to_numpy()
+    chosen = rows_in_table(data)
+    rows = np.arange(len(data)) if chosen is None else chosen.to_numpy()
     sizes = sizes[rows]
     for place in np.flatnonzero(sizes < 0):
         path = paths[int(rows[place])].as_py()

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..trainer.compat import rows_in_table
 from .splits import Split
 
 
@@ -79,7 +80,7 @@ class _Files:
     def of(cls, split: Split) -> _Files:
         data = split.data
         column = data.data.table["image"]
-        rows = None if data._indices is None else data._indices.column(0)
+        rows = rows_in_table(data)
         contents, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
         sizes = pc.binary_length(contents)
         if rows is not None:

@@ -68,10 +68,9 @@ class TaskCardData(ModelCardData):
             eval_results=self._eval_results(),
         )
 
-    def _to_dict(self, data_dict: dict[str, Any]) -> None:
-        for name in ("task", "repo_id", "revision"):  # no metadata
-            data_dict.pop(name)
-        super()._to_dict(data_dict)
+    def to_dict(self) -> dict[str, Any]:
+        own = ("task", "repo_id", "revision")  # no metadata
+        return {name: value for name, value in super().to_dict().items() if name not in own}
 
     def _eval_results(self) -> list[EvalResult]:
         """What older readers of the Hub read: Last, Avg, and the accuracy on each task."""

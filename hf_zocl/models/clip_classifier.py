@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 
 from ..checks import check_count, check_texts, check_type, check_writable, shown
 from ..passes.task_aware import TaskAware, task_aware
+from ..private_names import version
 from .moe_adapter import collect_balance_losses
 from .pixels import read_image
 
@@ -292,7 +293,7 @@ class CLIPClassifier(TaskAware, nn.Module):
         adapters = [m for m in self.clip.modules() if isinstance(m, BaseTunerLayer)]
         tensors = [*self.clip.parameters(), *self.clip.buffers()]
         return (
-            sum(tensor._version for tensor in tensors),
+            sum(map(version, tensors)),
             hash(tuple(tensor.data_ptr() for tensor in tensors)),
             tuple((layer.disable_adapters, *layer.active_adapters, *layer.merged_adapters) for layer in adapters),
             tuple(scale for layer in adapters for scale in getattr(layer, "scaling", {}).items()),

@@ -61,7 +61,7 @@ class TowerPlan:
         self.within_towers: set[Perturbation] = set()
         owners: dict[int, list[tuple[nn.Module, str]]] = {}
         for module in model.modules():
-            for name, parameter in module._parameters.items():
+            for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 owners.setdefault(id(parameter), []).append((module, name))
         for perturbation in self.all_perturbations:
             for name, tower in self.towers.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ..private_names import version
+
 
 # Attention grows with the square of a row's length; about here a longer row stops paying.
 MAX_ROW_TOKENS = 128
@@ -87,7 +89,7 @@ class Packing:
         if ids is None or mask is None or mask.dim() != 2:
             return None
         # How often each was changed in place, too. Both are kept, so that no other tensor takes their identity.
-        key = (id(ids), ids._version, id(mask), mask._version)
+        key = (id(ids), version(ids), id(mask), version(mask))
         if key != self._key:
             buffers = {id(buffer) for buffer in self._model.buffers()}
             if not {id(ids), id(mask)} <= buffers:

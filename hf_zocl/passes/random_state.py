@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..private_names import TorchDispatchMode, own_buffers, version, written_tensors
 from .task_aware import task_aware
 
 
@@ -39,7 +39,7 @@ class Buffers:
     def places(self) -> dict[str, tuple[nn.Module, str]]:
         """The module that holds each buffer, and its name there, by its full name."""
         modules = [(f"{path}." if path else "", module) for path, module in self._model.named_modules()]
-        return {prefix + name: (module, name) for prefix, module in modules for name in module._buffers}
+        return {prefix + name: (module, name) for prefix, module in modules for name in own_buffers(module)}
 
     def is_copied(self, name: str, tensor: torch.Tensor) -> bool:
         return tensor.nbytes <= SMALL_BYTES or name in self.changing
@@ -65,10 +65,10 @@ class Buffers:
         """Of a large buffer that is not copied; None before it is known which are changed."""
         if not self.is_watched:
             return None
-        known, version, checksum = self._checksums.get(name, (lambda: None, 0, None))
-        if known() is not tensor or version != tensor._version:
+        known, seen, checksum = self._checksums.get(name, (lambda: None, 0, None))
+        if known() is not tensor or seen != version(tensor):
             checksum = _checksum(tensor)
-            self._checksums[name] = (weakref.ref(tensor), tensor._version, checksum)
+            self._checksums[name] = (weakref.ref(tensor), version(tensor), checksum)
         return checksum
 
 
@@ -94,12 +94,12 @@ class ForwardState:
         self.device = device
         self.buffers = buffers if isinstance(buffers, Buffers) else Buffers(buffers)
         self.places = self.buffers.places() if earlier is None else earlier.places
-        present = {name: module._buffers.get(key) for name, (module, key) in self.places.items()}
+        present = {name: own_buffers(module).get(key) for name, (module, key) in self.places.items()}
         self.tensors = {name: tensor for name, tensor in present.items() if tensor is not None}
         # A module that replaces a buffer may say in an attribute that it has.
         self.attributes = {module: _plain_attributes(module) for module, _ in self.places.values()}
         # Counted by torch at every change in place; comparing values would wait for the accelerator.
-        self.versions = {name: tensor._version for name, tensor in self.tensors.items()}
+        self.versions = {name: version(tensor) for name, tensor in self.tensors.items()}
         self.values: dict[str, torch.Tensor] = {}
         self.checksums: dict[str, int | None] = {}
         for name, tensor in self.tensors.items():
@@ -121,16 +121,16 @@ class ForwardState:
     def restore(self) -> None:
         for name, (module, key) in self.places.items():
             tensor = self.tensors.get(name)
-            if module._buffers.get(key) is not tensor:  # a pass has put another in its place
-                module._buffers[key] = tensor
+            if own_buffers(module).get(key) is not tensor:  # a pass has put another in its place
+                own_buffers(module)[key] = tensor
                 vars(module).update(self.attributes[module])
-            if tensor is None or (tensor._version == self.versions[name] and name not in self.buffers.changing):
+            if tensor is None or (version(tensor) == self.versions[name] and name not in self.buffers.changing):
                 continue
             if name in self.values:
                 tensor.copy_(self.values[name])
             else:
                 self._see_that_it_holds_the_same(name, tensor)
-            self.versions[name] = tensor._version
+            self.versions[name] = version(tensor)
         torch.set_rng_state(self.cpu)
         random.setstate(self.python)
         if self.numpy is not None:
@@ -195,12 +195,8 @@ class _CopyBeforeWriting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        schema = getattr(func, "_schema", None)
-        for number, argument in enumerate(schema.arguments if schema is not None else ()):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[number] if number < len(args) else kwargs.get(argument.name)
-                for tensor in given if isinstance(given, (list, tuple)) else [given]:
-                    self._keep(tensor)
+        for tensor in written_tensors(func, args, kwargs):
+            self._keep(tensor)
         return func(*args, **kwargs)
 
     def _keep(self, tensor: Any) -> None:

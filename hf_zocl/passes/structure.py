@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
+from ..private_names import UNCOMPILED
 from ..zo.perturbation import Perturbation
 
 
@@ -44,18 +44,23 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
     found = [
         module
         for module in model.modules()
-        if all(isinstance(module._modules.get(name), nn.Module) for name in attributes.values())
-        and isinstance(module._parameters.get("logit_scale"), torch.Tensor)
+        if set(attributes.values()) <= _children(module).keys()
+        and "logit_scale" in dict(module.named_parameters(recurse=False))
     ]
     if len(found) != 1:
         return {}
     towers = {}
     for name, attribute in attributes.items():
         module = found[0].get_submodule(attribute)
-        encoder = module._modules.get("encoder")
-        layers = encoder._modules.get("layers") if encoder is not None and "embeddings" in module._modules else None
+        children = _children(module)
+        is_known = {"embeddings", "encoder"} <= children.keys()
+        layers = _children(children["encoder"]).get("layers") if is_known else None
         towers[name] = Tower(name, module, layers if isinstance(layers, nn.ModuleList) else None)
     return towers
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(module.named_children())
 
 
 @contextmanager
@@ -74,4 +79,4 @@ def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
 
 def forward_of(module: nn.Module, forward: Callable) -> AbstractContextManager:
     """Let `forward` stand in for the module's own, also where `module.compile()` was called."""
-    return shadowed(module, forward=forward, _compiled_call_impl=None)
+    return shadowed(module, forward=forward, **UNCOMPILED)

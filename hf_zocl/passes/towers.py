@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
+from ..private_names import attention_kernel, without_autocast
 from ..zo.directions import Combination
 from ..zo.estimators import Point
 from ..zo.estimators.base import wide
-from .autocast import without_autocast
 from .candidates import repeat, rows_of, stacked
 from .plain import PlainEvaluation, at, watch
 from .plan import LAYERS, PACKING, REST, STACKING, TOWERS, Shortcut, TowerPlan
@@ -245,8 +245,7 @@ class TowerEvaluation:
             return False
         if first > 0:
             return self._uses((LAYERS, name))
-        config = getattr(self.plan.towers[name].module, "config", None)
-        return self._packs(name) and getattr(config, "_attn_implementation", None) == "sdpa"
+        return self._packs(name) and attention_kernel(self.plan.towers[name].module) == "sdpa"
 
     def _packs(self, name: str) -> bool:
         return name == PACKING[1] and self.pack_prompts and self.plan.packable and self._uses(PACKING)
@@ -258,7 +257,7 @@ class TowerEvaluation:
             yield
             return
         layers, first = list(tower.layers), self.plan.first_layer[tower.name] or 0
-        with shadowed(tower.module._modules["encoder"], layers=[*layers[skip:first], inserted, *layers[first:]]):
+        with shadowed(tower.module.get_submodule("encoder"), layers=[*layers[skip:first], inserted, *layers[first:]]):
             yield
 
     def _run_tower(self, name: str, offsets: Iterable[Combination | None]) -> None:

@@ -13,11 +13,11 @@ import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType, broadcast, find_batch_size, recursively_apply
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import Trainer
+
+from .compat import HookedTrainer, asks_for_items, forget_prepared, is_sharded, training_shard
 
 
-class DataParallelTrainer(Trainer):
+class DataParallelTrainer(HookedTrainer):
     """The mean of the processes' losses, and so of their gradients, is that over all examples of the batch.
 
     Also where an epoch's last batch gives the processes unequal shares, which accelerate evens out by repeating
@@ -45,10 +45,8 @@ class DataParallelTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
         """The Trainer's, without the examples that accelerate repeats to fill the last batch of every process."""
         self._shares.clear()
-        # Whoever has made the dataloader: a subclass may do so on its own.
-        shard = getattr(self.callback_handler.train_dataloader, "batch_sampler", None)
-        self._shard = shard if isinstance(shard, BatchSamplerShard) else None
-        if self._shard is not None and not hasattr(shard.batch_sampler, "sampler"):
+        shard = self._shard = training_shard(self)
+        if shard is not None and not hasattr(shard.batch_sampler, "sampler"):
             shard.batch_sampler = _CountingBatchSampler.of(shard.batch_sampler)
         own_examples = partial(self._own_examples, items_of_all=self.args.average_tokens_across_devices)
         batches, items = super().get_batch_samples(map(own_examples, epoch_iterator), num_batches, device)
@@ -108,9 +106,8 @@ class DataParallelTrainer(Trainer):
             size, own = find_batch_size(inputs), own_counts[self.accelerator.process_index]
             inputs = recursively_apply(partial(_first_rows, size=size, count=max(own, 1)), inputs)
             # The Trainer counts items where there are labels and the loss asks for their number.
-            is_asked = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
             labels = inputs.get("labels")
-            if not (items_of_all and is_asked and isinstance(labels, torch.Tensor)):
+            if not (items_of_all and asks_for_items(self) and isinstance(labels, torch.Tensor)):
                 share = own * count / sum(own_counts)
             elif own == 0:
                 # Such a loss is a sum divided by the items of all processes: it is in proportion already.
@@ -121,23 +118,20 @@ class DataParallelTrainer(Trainer):
         self._shares.append(share)
         return inputs
 
-    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
-        """The Trainer's, before accelerate wraps the model for several processes.
+    def _before_wrapping(self, model: nn.Module) -> nn.Module:
+        """The model, to be prepared anew, as it must be for training after an evaluation.
 
-        A model that accelerate has prepared once, for an evaluation, it takes as it is from then on, and training
-        would go without the data-parallel wrapper: it must be prepared anew. Where nothing requires a gradient there
-        is nothing to wrap for, and torch refuses to.
+        Where nothing requires a gradient there is nothing to wrap for, and torch refuses to.
         """
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         is_launched = self.accelerator.distributed_type != DistributedType.NO  # perhaps as the only process
-        if training and model is self.model and is_launched and not is_sharded:
-            self.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-            model._is_accelerate_prepared = False
-            trained = self._gradient_free_parameters
-            if trained and not any(parameter.requires_grad for parameter in model.parameters()):
-                broadcast([parameter.data for parameter in trained])  # the wrapper does this first
-                return self.accelerator.prepare_model(model, evaluation_mode=True)
-        return super()._wrap_model(model, training, dataloader)
+        if not is_launched or is_sharded(self):
+            return model
+        forget_prepared(self.accelerator, model)
+        trained = self._gradient_free_parameters
+        if trained and not any(parameter.requires_grad for parameter in model.parameters()):
+            broadcast([parameter.data for parameter in trained])  # the wrapper does this first
+            return self.accelerator.prepare_model(model, evaluation_mode=True)
+        return model
 
 
 def leave_process_group() -> None:

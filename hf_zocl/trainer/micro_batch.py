@@ -14,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from ..passes import ForwardState, PlainEvaluation, TowerEvaluation
-from ..passes.autocast import without_autocast
 from ..passes.random_state import uncounted
+from ..private_names import without_autocast
 from ..zo import Estimate, Evaluation
+from .compat import gradient_scaler
 from .differences import why_flat
 from .quiet import leaving_no_trace
 
@@ -84,7 +85,7 @@ class MicroBatch:
             self._backward(loss, **kwargs)
             self._recording.close()
             self._make_estimate()
-        elif self.trainer.accelerator.scaler is not None:
+        elif gradient_scaler(self.trainer.accelerator) is not None:
             self._give_scaler_something_to_see(loss)
 
     @property
@@ -183,7 +184,7 @@ class MicroBatch:
 
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
         """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
-        self.trainer.accelerator.scaler.scale(loss)
+        gradient_scaler(self.trainer.accelerator).scale(loss)
         parameter = self.trainer.split.zo_parameters[0]
         parameter.grad = torch.zeros_like(parameter)
 

@@ -27,11 +27,13 @@ from ..zo import (
     build_zo_optimizer,
 )
 from .arguments import ZeroOrderArguments
+from .compat import accumulated_batches, put_first, scales_loss
 from .data_parallel import DataParallelTrainer
 from .differences import DEFAULT_EPS, DifferenceWatch
 from .micro_batch import MicroBatch
 from .replay_file import load_replay_log, save_replay_log
 from .resumable import ResumableTrainer
+from .step_log import StepLog, add_moments
 
 
 logger = logging.get_logger(__name__)
@@ -86,8 +88,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._is_detached = False
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
-        self._zo_logs: dict[str, torch.Tensor | float] = {}
-        self._layer_logs: dict[str, torch.Tensor] = {}
+        self._step_log = StepLog()
         self.replay_log: ReplayLog | None = None
         if args.zo_branch == "none":
             return
@@ -108,9 +109,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         # A host may have made it, or wrapped it in an adapter.
         if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             self._assign_layers()  # fail before any work
-        self.add_callback(_InstallEstimate(self))
-        callbacks = self.callback_handler.callbacks
-        callbacks.insert(0, callbacks.pop())  # what looks at the gradients is to see the estimate
+        put_first(self, _InstallEstimate(self))  # what looks at the gradients is to see the estimate
 
     @property
     def _has_many_zo_parameters(self) -> bool:
@@ -249,24 +248,21 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """Keep a micro-batch's estimate until the optimizer's step."""
         self._watch.see(estimate)
         # A quotient of losses has no scale of its own.
-        own_scale = scale if self._estimator.formula.has_scale else 1.0 / self.current_gradient_accumulation_steps
+        own_scale = scale if self._estimator.formula.has_scale else 1.0 / accumulated_batches(self)
         self._estimates.append((estimate, own_scale))
-        self._zo_logs["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
+        self._step_log.see(estimate)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the zeroth-order figures, and a model's own (`TaskAware.extra_logs`), beside the loss.
-
-        The variance of every layer goes into the history alone: it would fill a console.
-        """
+        """`Trainer.log`, with the zeroth-order figures and a model's own (`TaskAware.extra_logs`) beside the loss."""
         is_of_training = "loss" in logs
         if is_of_training:
-            logs.update({name: float(value) for name, value in self._zo_logs.items()})
+            logs.update({name: float(value) for name, value in self._step_log.figures.items()})
             if self._watch is not None:
                 logs.update(self._watch.logs())
             logs.update(task_aware(self.model).extra_logs())
         super().log(logs, start_time)
         if is_of_training:
-            self.state.log_history[-1].update({name: float(value) for name, value in self._layer_logs.items()})
+            self.state.log_history[-1].update({name: float(value) for name, value in self._step_log.by_layer.items()})
 
     def _forget_estimates(self) -> None:
         self._estimates.clear()
@@ -282,7 +278,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if self._estimator.is_streamed:
             self._hybrid.stream = self._stream_estimates(estimates, limit)
             return
-        self._log_moments(self._estimator.write(estimates))
+        self._see_gradient(self._estimator.write(estimates))
         if limit > 0:
             nn.utils.clip_grad_norm_(self.split.zo_parameters, limit)
 
@@ -296,24 +292,12 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             factor = torch.as_tensor(limit / (norm + 1e-6)).clamp(max=1.0)
         total: dict[Place, Moments] = {}
         for moments in self._estimator.stream(estimates, factor):
-            _add_moments(total, moments)
+            add_moments(total, moments)
             yield
-        self._log_moments(total)
+        self._see_gradient(total)
 
-    def _log_moments(self, moments: dict[Place, Moments]) -> None:
-        branches: dict[str | None, Moments] = {}
-        for (branch, layer), own in moments.items():
-            _add_moments(branches, {branch: own})
-            if layer is not None:
-                self._layer_logs[_log_name("zo_variance", branch, layer)] = own.variance
-        for branch, own in branches.items():
-            self._zo_logs[_log_name("zo_variance", branch)] = own.variance
-        self._zo_logs["zo_grad_norm"] = sum(own.squares for own in branches.values()).sqrt()
-        rates = self._zo_learning_rates
-        # By the peaks: at the start of a warm-up all rates are zero.
-        if len({self.args.learning_rates_by_branch[branch] for branch in rates}) == 1:
-            rates = {None: next(iter(rates.values()))}
-        self._zo_logs |= {_log_name("zo_learning_rate", branch): rate for branch, rate in rates.items()}
+    def _see_gradient(self, moments: dict[Place, Moments]) -> None:
+        self._step_log.see_gradient(moments, self._zo_learning_rates, self.args.learning_rates_by_branch)
 
     def _replay_settings(self) -> ReplaySettings:
         args, estimator = self.args, self._estimator
@@ -372,12 +356,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         return log
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
-        """What the Trainer multiplies the loss of a micro-batch by (see `Trainer.loss_is_scaled_for_ga`)."""
-        is_scaled = self.loss_is_scaled_for_ga
-        if is_scaled is None:
-            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            is_scaled = by_model or self.compute_loss_func is not None
-        return 1.0 if is_scaled else 1.0 / self.current_gradient_accumulation_steps
+        """What the Trainer multiplies the loss of a micro-batch by."""
+        return 1.0 if scales_loss(self, num_items_in_batch) else 1.0 / accumulated_batches(self)
 
     @property
     def _zo_learning_rates(self) -> dict[str | None, float]:
@@ -386,15 +366,6 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
-
-
-def _add_moments(total: dict[Any, Moments], more: dict[Any, Moments]) -> None:
-    for place, moments in more.items():
-        total[place] = total[place] + moments if place in total else moments
-
-
-def _log_name(figure: str, branch: str | None, layer: int | str | None = None) -> str:
-    return figure + (f"_{branch}" if branch else "") + ("" if layer is None else f"_layer_{layer}")
 
 
 class _InstallEstimate(TrainerCallback):

@@ -16,13 +16,14 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import NO_ROOM, existing_folder, fingerprint, room_error, written_whole
 from ..passes.task_aware import task_aware
+from .compat import HookedTrainer, continue_logging, is_sharded, last_logged_step, pending_loss
 
 
 logger = logging.get_logger(__name__)
@@ -72,7 +73,7 @@ def saving(path: str | Path, tensors: Iterable[torch.Tensor] = ()) -> Iterator[N
         raise SaveError(path, cause) from error
 
 
-class ResumableTrainer(Trainer):
+class ResumableTrainer(HookedTrainer):
     """A training that goes on from a checkpoint ends with the weights and the logs of one that never stopped.
 
     For that, a checkpoint also holds the loss not yet logged, and what a `TaskAware` model counts. A checkpoint is
@@ -97,7 +98,6 @@ class ResumableTrainer(Trainer):
         self.earlier_seconds = 0.0
         self._started = 0.0
         self._checkpoint: Path | None = None
-        self._saves_checkpoint = False
         self.add_callback(_Begin(self))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
@@ -163,61 +163,62 @@ class ResumableTrainer(Trainer):
         if self._checkpoint is not None:
             self._restore_progress(self._checkpoint)
 
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """As the Trainer, which would take one more step from a checkpoint that was saved after the last one."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
+    def _has_epoch(self) -> bool:
+        """Not after the last step: the Trainer would take one more from a checkpoint that was saved after it."""
+        return self.state.global_step < self.state.max_steps
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """`Trainer._save_checkpoint`; no half checkpoint is taken for a whole one.
-
-        What says that all is there is written after the Trainer's last file, and before it removes older checkpoints.
+    @contextmanager
+    def _saving_checkpoint(self, folder: Path) -> Iterator[None]:
+        """No half checkpoint is taken for a whole one, and one that cannot be written is removed.
 
         Raises:
-            SaveError: If it cannot be written; half of one is removed then.
+            SaveError: If it cannot be written.
         """
-        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:  # another's, or the half of an earlier one
             remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
-        self._saves_checkpoint = True
-        save_state = self.state.save_to_json
-
-        def save_state_and_manifest(path: str) -> None:
-            save_state(path)
-            _write_manifest(folder)
-
-        self.state.save_to_json = save_state_and_manifest
         try:
-            with saving(folder, self._largest_file()):
-                super()._save_checkpoint(model, trial)
+            with self._without_frozen(), saving(folder, self._largest_file()):
+                yield
         except Exception:
             if self.args.should_save and not is_whole(folder):
                 remove_checkpoint(folder)
             raise
-        finally:
-            self._saves_checkpoint = False
-            del self.state.save_to_json  # the instance's own
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _after_state(self, folder: Path) -> None:
+        """What says that all is there is written after the Trainer's last file."""
+        _write_manifest(folder)
+
+    @contextmanager
+    def _without_frozen(self) -> Iterator[None]:
+        """Inside, the Trainer is given no frozen parameters to save, where a checkpoint leaves them out."""
         is_known = isinstance(self.model, (PreTrainedModel, PeftModel))
-        if self._saves_checkpoint and state_dict is None and not is_known and self._leaves_out_frozen:
-            frozen = self._frozen_names()
-            state_dict = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
-        super()._save(output_dir, state_dict)
+        if is_known or is_sharded(self) or not self._leaves_out_frozen:
+            yield
+            return
+        frozen = self._frozen_names()
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """As the Trainer; parameters that are not trained need not be in a checkpoint, all others must."""
+        def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+            for name in frozen:
+                state.pop(prefix + name, None)
+
+        handle = self.model.register_state_dict_post_hook(leave_out)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _accepts(self, load_result: Any) -> bool:
+        """Parameters that are not trained need not be in a checkpoint, all others must."""
         if isinstance(self.model, (PreTrainedModel, PeftModel)):
-            return super()._issue_warnings_after_load(load_result)
+            return False
         missing = sorted(set(load_result.missing_keys) - self._frozen_names())
         if missing or load_result.unexpected_keys:
             raise ResumeError(
                 f"{self._checkpoint}: the checkpoint of another model: "
                 f"missing {missing or 'nothing'}, unexpected {load_result.unexpected_keys or 'nothing'}."
             )
+        return True
 
     @property
     def _leaves_out_frozen(self) -> bool:
@@ -244,10 +245,9 @@ class ResumableTrainer(Trainer):
         named = self.model.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if not parameter.requires_grad and id(parameter) not in trained}
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        """The random state, and beside it what else a training needs that goes on; of every process its own."""
-        super()._save_rng_state(output_dir)
-        self._save_progress(Path(output_dir))
+    def _before_state(self, folder: Path) -> None:
+        """Beside the random state, what else a training needs that goes on; of every process its own."""
+        self._save_progress(folder)
         self.accelerator.wait_for_everyone()  # what the Trainer writes next says that everything is there
 
     def _save_progress(self, folder: Path) -> None:
@@ -255,8 +255,8 @@ class ResumableTrainer(Trainer):
         counts = task_aware(self.model).training_state()
         progress = {
             "seconds": torch.tensor(self.earlier_seconds + time.perf_counter() - self._started, dtype=torch.float64),
-            "pending_loss": self._tr_loss.detach(),
-            "last_logged_step": torch.tensor(self._globalstep_last_logged),
+            "pending_loss": pending_loss(self).detach(),
+            "last_logged_step": torch.tensor(last_logged_step(self)),
             "processes": torch.tensor(self.args.world_size),
             "examples_per_step": torch.tensor(self._examples_per_step),
             **{f"model.{name}": value for name, value in counts.items()},
@@ -271,9 +271,7 @@ class ResumableTrainer(Trainer):
             return
         progress = load_file(file)
         self.earlier_seconds = float(progress["seconds"])
-        self._globalstep_last_logged = int(progress["last_logged_step"])
-        self._tr_loss += progress["pending_loss"].to(self._tr_loss.device)
-        self._total_loss_scalar -= float(progress["pending_loss"])  # `train_loss` is of the steps of this call
+        continue_logging(self, int(progress["last_logged_step"]), progress["pending_loss"])
         for number, parameter in enumerate(self._foreign_parameters):
             if f"foreign.{number}" not in progress:
                 raise ResumeError(f"{file} lacks parameters that are trained and are none of the model's.")

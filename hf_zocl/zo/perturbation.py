@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
+from ..private_names import add_each, add_to_each, copy_to_each
 from .assignment import ZOGroup
 from .directions import Combination, draw_direction
 
@@ -112,7 +113,7 @@ class Perturbation:
             if offset.is_tangent:
                 self._assign(saved)
             else:
-                torch._foreach_copy_(data, saved)
+                copy_to_each(data, saved)
 
     def _move(self, data: list[torch.Tensor], saved: list[torch.Tensor], offset: Combination) -> None:
         pieces = self.pieces(self.vector(offset))
@@ -120,7 +121,7 @@ class Perturbation:
             # The parameters themselves: what is written to their data leaves them without a tangent.
             self._assign(map(forward_ad.make_dual, saved, pieces))
         else:
-            torch._foreach_add_(data, pieces)
+            add_to_each(data, pieces)
 
     @torch.no_grad()
     def _assign(self, values: Iterable[torch.Tensor]) -> None:
@@ -141,7 +142,7 @@ class Perturbation:
         if moved is None or not self.is_rounded:
             return drawn
         # Rounded as in `at`.
-        ends = [torch._foreach_add(self._data, self.pieces(drawn * size)) for size in moved]
+        ends = [add_each(self._data, self.pieces(drawn * size)) for size in moved]
         first, second = (torch.cat([tensor.flatten().to(drawn.dtype) for tensor in end]) for end in ends)
         return (first - second).div_(moved[0] - moved[1])
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from ..private_names import TorchDispatchMode, is_compile_wrapper, is_compiled, storage_id, tree_leaves
 from .assignment import ZOGroup
 from .directions import Combination, direction_seed
 from .perturbation import Moments, Perturbation
@@ -230,13 +229,13 @@ class _Calls:
 
     def look(self, module: nn.Module, *_: Any) -> None:
         # A wrapper of `torch.compile`: what is compiled takes no notice of a hook that comes and goes.
-        self.compiled |= "_orig_mod" in module._modules
+        self.compiled |= is_compile_wrapper(module)
 
 
 @contextmanager
 def _watched_calls(model: nn.Module, units: Iterable[_Unit]) -> Iterator[_Calls]:
     calls = _Calls()
-    calls.compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    calls.compiled = any(map(is_compiled, model.modules()))
     modules = dict.fromkeys(module for unit in units for scope in unit.scopes for module in scope)
     handle = nn.modules.module.register_module_forward_pre_hook(calls.look)
     try:
@@ -268,7 +267,7 @@ class _Reads(TorchDispatchMode):
 
 def _storage(tensor: torch.Tensor) -> int:
     try:
-        return tensor.untyped_storage()._cdata
+        return storage_id(tensor)
     except (NotImplementedError, RuntimeError):  # a sparse tensor has none
         return id(tensor)
 

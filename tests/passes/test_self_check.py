@@ -12,7 +12,7 @@ from hf_zocl.models import CLIPClassifierOutput
 from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, candidates, find_towers
 from hf_zocl.passes import prompts as packing
 from hf_zocl.passes import towers as evaluation
-from hf_zocl.passes.autocast import without_autocast
+from hf_zocl.private_names import without_autocast
 from hf_zocl.zo import LayerAssignment, ZOEstimator
 from tests.helpers import arguments, image_batch, image_examples, mini_clip_classifier
 from tests.passes.test_towers import (

@@ -1,0 +1,109 @@
+"""Private names of torch, and one of transformers' configurations, each behind a function.
+
+They are here because the floors that know no Trainer need them (`zo`, `passes`, `models`). Those of the Trainer, of
+accelerate and of datasets are in `trainer/compat.py`, those of PEFT in `models/moe_adapter/model.py`. All are true of
+torch 2.13 and transformers 5.20 to 5.24; `tests/test_private_names.py` fails by the name of one that a release drops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+# A mode that sees every operation of a block, with its tensors; and the leaves of nested lists, tuples and dicts.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+
+
+# A module's attributes as they are where `module.compile()` was not called: its call is that of `forward`.
+UNCOMPILED = {"_compiled_call_impl": None}
+
+
+def add_each(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The sums of many pairs of tensors, in one launch on an accelerator (`torch._foreach_add`)."""
+    return torch._foreach_add(tensors, others)
+
+
+def add_to_each(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+    """`add_each`, in place (`torch._foreach_add_`)."""
+    torch._foreach_add_(tensors, others)
+
+
+def copy_to_each(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy many tensors into many others, in one launch on an accelerator (`torch._foreach_copy_`)."""
+    torch._foreach_copy_(tensors, values)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place, but for what was written through `.data` (`Tensor._version`).
+
+    Comparing values instead would wait for the accelerator.
+    """
+    return tensor._version
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """A number that a tensor and all views of it share (`UntypedStorage._cdata`).
+
+    The address of the data, which is public, is 0 of a storage without bytes, whichever it is.
+
+    Raises:
+        NotImplementedError, RuntimeError: If the tensor has no storage, as a sparse one.
+    """
+    return tensor.untyped_storage()._cdata
+
+
+def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
+    """A module's own buffers by name, also those that are None; what is set here is set (`Module._buffers`)."""
+    return module._buffers
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `module.compile()` was called (`Module._compiled_call_impl`)."""
+    return module._compiled_call_impl is not None
+
+
+def is_compile_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile(module)` returns (its only child is called `_orig_mod`)."""
+    return any(name == "_orig_mod" for name, _ in module.named_children())
+
+
+def written_tensors(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """What an operation is to write to, of its arguments in a `TorchDispatchMode` (`OpOverload._schema`)."""
+    schema = getattr(operation, "_schema", None)
+    for number, argument in enumerate(schema.arguments if schema is not None else ()):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[number] if number < len(args) else kwargs.get(argument.name)
+            yield from given if isinstance(given, (list, tuple)) else [given]
+
+
+@contextmanager
+def without_autocast(device_type: str) -> Iterator[None]:
+    """Inside, no autocast is on: neither one around this block, nor one entered within it (`autocast._enabled`)."""
+    enter = torch.autocast.__enter__
+
+    def enter_disabled(context: torch.autocast) -> Any:
+        enabled, context._enabled = context._enabled, False
+        try:
+            return enter(context)
+        finally:
+            context._enabled = enabled
+
+    with torch.autocast(device_type, enabled=False):
+        torch.autocast.__enter__ = enter_disabled
+        try:
+            yield
+        finally:
+            torch.autocast.__enter__ = enter
+
+
+def attention_kernel(module: nn.Module) -> str | None:
+    """Which attention a model of transformers runs, such as `sdpa`; None of another model.
+
+    The configuration takes `attn_implementation`, and says what it took by `_attn_implementation` alone.
+    """
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)

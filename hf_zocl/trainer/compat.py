@@ -1,0 +1,192 @@
+"""Private and undocumented names of transformers, accelerate and datasets: all that the package uses are here.
+
+`HookedTrainer` is a Trainer with places to step in that transformers does not offer; the functions say what has no
+public name. All are true of transformers 5.20 to 5.24, accelerate 1.15 and datasets 5.1 to 5.2;
+`tests/trainer/test_compat.py` fails by the name of one that a release drops. Those that the lower floors use are in
+`private_names.py`, PEFT's in `models/moe_adapter/model.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+
+class HookedTrainer(Trainer):
+    """A `Trainer` with more places to step in. It does nothing of its own: a subclass extends the hooks it needs.
+
+    Callbacks come too late for all of them, or too early: `on_save` when older checkpoints are gone, `on_epoch_begin`
+    before a step that nothing stops, `on_train_begin` when the model is wrapped.
+    """
+
+    def _saving_checkpoint(self, folder: Path) -> AbstractContextManager:
+        """What surrounds the saving of a checkpoint, in every process."""
+        return nullcontext()
+
+    def _before_state(self, folder: Path) -> None:
+        """Called in every process when all of a checkpoint is saved but the Trainer's state."""
+
+    def _after_state(self, folder: Path) -> None:
+        """Called where the state is saved, just after it: before a checkpoint is pushed, and older ones removed."""
+
+    def _has_epoch(self) -> bool:
+        """Whether there is a step left for the next epoch."""
+        return True
+
+    def _accepts(self, load_result: Any) -> bool:
+        """Whether a checkpoint's weights, just loaded, need no warning of what is missing or too many."""
+        return False
+
+    def _before_wrapping(self, model: nn.Module) -> nn.Module:
+        """The model that accelerate will prepare for training; or another, if it is prepared already."""
+        return model
+
+    # What transformers calls.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """`Trainer._save_checkpoint` saves a checkpoint within a training, and removes older ones."""
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with self._saving_checkpoint(folder), _after_saving(self.state, lambda: self._after_state(folder)):
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """`Trainer._save_rng_state` is the last that it does for a checkpoint in every process."""
+        super()._save_rng_state(output_dir)
+        self._before_state(Path(output_dir))
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """`Trainer._run_epoch` takes the steps of an epoch, and one at least."""
+        if self._has_epoch():
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """`Trainer._issue_warnings_after_load` looks at what `load_state_dict` returned for a checkpoint."""
+        if not self._accepts(load_result):
+            super()._issue_warnings_after_load(load_result)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
+        """`Trainer._wrap_model` comes just before `accelerator.prepare`; a model other than its own is prepared."""
+        if training and model is self.model:
+            model = self._before_wrapping(model)
+        return super()._wrap_model(model, training, dataloader)
+
+
+@contextmanager
+def _after_saving(state: TrainerState, call: Callable[[], None]) -> Iterator[None]:
+    """Inside, `call` follows `state.save_to_json`, the last file of a checkpoint."""
+    save = state.save_to_json
+
+    def save_and_call(path: str) -> None:
+        save(path)
+        call()
+
+    state.save_to_json = save_and_call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del state.save_to_json  # the instance's own
+
+
+def pending_loss(trainer: Trainer) -> torch.Tensor:
+    """The sum of the losses of the steps not yet logged (`_tr_loss`), not summed over processes.
+
+    A callback is given no loss, and `Trainer.log` the mean over several steps.
+    """
+    return trainer._tr_loss
+
+
+def last_logged_step(trainer: Trainer) -> int:
+    """The step at which the training loss was last logged (`_globalstep_last_logged`)."""
+    return trainer._globalstep_last_logged
+
+
+def continue_logging(trainer: Trainer, step: int, loss: torch.Tensor) -> None:
+    """As a training begins: let it have logged last at `step`, with the sum `loss` since then.
+
+    The Trainer begins with 0 at its first step. What was lost by earlier calls counts in the log, but not in
+    `train_loss` (`_total_loss_scalar`), which is of the steps of this call.
+    """
+    trainer._globalstep_last_logged = step
+    trainer._tr_loss += loss.to(trainer._tr_loss.device)
+    trainer._total_loss_scalar -= float(loss)
+
+
+def scales_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | None) -> bool:
+    """Whether a micro-batch's loss is scaled by its items already, or else is to be divided by the micro-batches.
+
+    `Trainer.training_step` decides by `loss_is_scaled_for_ga`, where a host sets it, and else by
+    `model_accepts_loss_kwargs` and `compute_loss_func`.
+    """
+    if trainer.loss_is_scaled_for_ga is not None:
+        return trainer.loss_is_scaled_for_ga
+    by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return by_model or trainer.compute_loss_func is not None
+
+
+def accumulated_batches(trainer: Trainer) -> int:
+    """The micro-batches of this step: an epoch's last has fewer (`current_gradient_accumulation_steps`)."""
+    return trainer.current_gradient_accumulation_steps
+
+
+def asks_for_items(trainer: Trainer) -> bool:
+    """Whether the loss is told of the items of a step (`model_accepts_loss_kwargs`, `compute_loss_func`)."""
+    return trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+
+
+def is_sharded(trainer: Trainer) -> bool:
+    """Whether FSDP or DeepSpeed wraps the model (`is_fsdp_enabled`, `is_deepspeed_enabled`)."""
+    return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+
+
+def put_first(trainer: Trainer, callback: TrainerCallback) -> None:
+    """Add a callback before all others (`callback_handler.callbacks`); `add_callback` adds it after them."""
+    trainer.add_callback(callback)
+    callbacks = trainer.callback_handler.callbacks
+    callbacks.insert(0, callbacks.pop())
+
+
+def training_shard(trainer: Trainer) -> BatchSamplerShard | None:
+    """How the training examples are shared out among the processes, if they are.
+
+    `callback_handler.train_dataloader` is the one in use, whoever has made it; a callback is given it, too.
+    """
+    sampler = getattr(trainer.callback_handler.train_dataloader, "batch_sampler", None)
+    return sampler if isinstance(sampler, BatchSamplerShard) else None
+
+
+def gradient_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
+    """What scales the loss for float16; None without it (`Accelerator.scaler`)."""
+    return accelerator.scaler
+
+
+def forget_prepared(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let accelerate prepare a model anew for which it has done so (`_is_accelerate_prepared`).
+
+    One that was prepared for an evaluation it takes as it is from then on, without a data-parallel wrapper.
+    """
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model._is_accelerate_prepared = False
+
+
+def rows_in_table(data: datasets.Dataset) -> pa.ChunkedArray | None:
+    """The rows of `data.data`, its table, that a dataset is made of; None if it is all of them (`_indices`)."""
+    return None if data._indices is None else data._indices.column(0)
+
+
+def dataset_fingerprint(data: datasets.Dataset) -> str:
+    """The name of a dataset's content in datasets' own cache, which changes with every change (`_fingerprint`)."""
+    return data._fingerprint

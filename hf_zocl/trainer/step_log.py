@@ -1,0 +1,59 @@
+"""The zeroth-order figures of a step, for the training log."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..zo import Estimate, Moments, Place
+
+
+class StepLog:
+    """What the latest step's estimates were, by the names that the log has for it.
+
+    Attributes:
+        figures: For the console and the history.
+        by_layer: The variance of every layer, for the history alone: it would fill a console.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, torch.Tensor | float] = {}
+        self.by_layer: dict[str, torch.Tensor] = {}
+
+    def see(self, estimate: Estimate) -> None:
+        """Take note of a micro-batch's differences of losses."""
+        self.figures["zo_loss_difference"] = torch.cat(list(estimate.differences.values())).abs().mean()
+
+    def see_gradient(
+        self, moments: Mapping[Place, Moments], rates: Mapping[str | None, float], peaks: Mapping[str | None, float]
+    ) -> None:
+        """Take note of what goes to the optimizer.
+
+        Args:
+            moments: Of the gradient, by branch and layer.
+            rates: The present learning rate of every branch.
+            peaks: Its highest one: at the start of a warm-up all rates are zero.
+        """
+        branches: dict[str | None, Moments] = {}
+        for (branch, layer), own in moments.items():
+            add_moments(branches, {branch: own})
+            if layer is not None:
+                self.by_layer[_name("zo_variance", branch, layer)] = own.variance
+        for branch, own in branches.items():
+            self.figures[_name("zo_variance", branch)] = own.variance
+        self.figures["zo_grad_norm"] = sum(own.squares for own in branches.values()).sqrt()
+        if len({peaks[branch] for branch in rates}) == 1:
+            rates = {None: next(iter(rates.values()))}
+        self.figures |= {_name("zo_learning_rate", branch): rate for branch, rate in rates.items()}
+
+
+def add_moments(total: dict[Any, Moments], more: Mapping[Any, Moments]) -> None:
+    """Add moments to those of the same places."""
+    for place, moments in more.items():
+        total[place] = total[place] + moments if place in total else moments
+
+
+def _name(figure: str, branch: str | None, layer: int | str | None = None) -> str:
+    return figure + (f"_{branch}" if branch else "") + ("" if layer is None else f"_layer_{layer}")
