@@ -3,12 +3,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 
-# Of the Hugging Face packages, the releases that the tests ran with (transformers: 5.20, 5.23 and 5.24); of torch, the
+# The oldest releases that `.ci/environment oldest` tests (datasets before 5.1 wants huggingface_hub 1); of torch, the
 # first with the functions used. constraints.txt has the very releases of `make`.
 REQUIRED = [
     "torch>=2.6",
     "transformers>=5.20,<6",
-    "datasets>=5.0",
+    "datasets>=5.1",
     "accelerate>=1.15",
     "peft>=0.21",
     "evaluate>=0.4.6",
@@ -19,8 +19,8 @@ REQUIRED = [
     "matplotlib>=3.9",
     "pillow>=10",
     "pyyaml>=6.0",
-    "psutil>=5.9",
-    "xxhash>=3.0",
+    "psutil>=5.9.3",
+    "xxhash>=3.1",
 ]
 # reproduce: the paired tests of scripts/studies/reproduce.py.
 EXTRAS = {"reproduce": ["scipy>=1.13"]}

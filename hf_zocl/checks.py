@@ -94,7 +94,7 @@ def check_fields(arguments: Any, names: Collection[str] | None = None, but: Sequ
         WrongTypeError: If a value has another type than its field.
         ValueError: If a number is not finite or too large, or a text is one that no file can hold.
     """
-    hints = _hints(type(arguments))
+    hints = _hints(type(arguments))  # type: ignore[arg-type]
     for field in dataclasses.fields(arguments):
         types = alternatives(hints[field.name])
         is_asked = field.init and field.name not in but and (names is None or field.name in names)

@@ -23,17 +23,17 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 UNCOMPILED = {"_compiled_call_impl": None}
 
 
-def add_each(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def add_each(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """The sums of many pairs of tensors, in one launch on an accelerator (`torch._foreach_add`)."""
     return torch._foreach_add(tensors, others)
 
 
-def add_to_each(tensors: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> None:
+def add_to_each(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> None:
     """`add_each`, in place (`torch._foreach_add_`)."""
     torch._foreach_add_(tensors, others)
 
 
-def copy_to_each(tensors: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+def copy_to_each(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
     """Copy many tensors into many others, in one launch on an accelerator (`torch._foreach_copy_`)."""
     torch._foreach_copy_(tensors, values)
 
@@ -94,11 +94,11 @@ def without_autocast(device_type: str) -> Iterator[None]:
             context._enabled = enabled
 
     with torch.autocast(device_type, enabled=False):
-        torch.autocast.__enter__ = enter_disabled
+        torch.autocast.__enter__ = enter_disabled  # type: ignore[method-assign]
         try:
             yield
         finally:
-            torch.autocast.__enter__ = enter
+            torch.autocast.__enter__ = enter  # type: ignore[method-assign]
 
 
 def attention_kernel(module: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Private names of transformers, accelerate and datasets: each is there, is what is thought, and is used here alone."""
+"""Private names of transformers, accelerate and datasets: each is there, is what is thought, and stays here."""
 
 import ast
 import inspect
@@ -26,7 +26,7 @@ from .test_trainer import Mlp, rows
 PACKAGE = Path(hf_zocl.__file__).parent
 # Where private names of other packages may stand, and of which package: of torch's and transformers' lowest names, of
 # the Trainer's, accelerate's and datasets', and of PEFT's.
-HOMES = {"private_names.py", "trainer/compat.py", "models/moe_adapter/model.py"}
+HOMES = {"private_names.py", "trainer/compat.py", "models/moe_adapter/model.py", "models/moe_adapter/layer.py"}
 # Of a named tuple, these are public: the underscore keeps them apart from its fields.
 PUBLIC = {"_replace", "_asdict", "_fields", "_make"}
 # What a metric of evaluate is to define.
