@@ -179,7 +179,7 @@ def forget_prepared(accelerator: Accelerator, model: nn.Module) -> None:
     One that was prepared for an evaluation it takes as it is from then on, without a data-parallel wrapper.
     """
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    model._is_accelerate_prepared = False
+    model._is_accelerate_prepared = False  # type: ignore[assignment]
 
 
 def rows_in_table(data: datasets.Dataset) -> pa.ChunkedArray | None:
