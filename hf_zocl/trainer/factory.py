@@ -45,7 +45,7 @@ def zeroth_order(trainer: type[Trainer], arguments: type[TrainingArguments]) -> 
                 f"{name}={given.__qualname__}: it is defined within a function, so a checkpoint could not be read "
                 "elsewhere; expected a class of a module."
             )
-    return _with_mixin(trainer), _with_mixin(arguments)
+    return _with_mixin(trainer), _with_mixin(arguments)  # type: ignore[arg-type]
 
 
 @cache
