@@ -74,11 +74,7 @@ class PushQueue:
 
     @classmethod
     def read(cls, output_dir: Path) -> PushQueue | None:
-        """The queue that an earlier run left, if it left one.
-
-        Raises:
-            ValueError: If the file is no queue.
-        """
+        """The queue that an earlier run left, if it left one; a ValueError if the file is no queue."""
         file = output_dir / QUEUE_FILE
         if not file.is_file():
             return None
