@@ -4,10 +4,9 @@ import logging
 import sys
 from pathlib import Path
 
-from ..hub.checkpoint import RESULTS_FILE, task_folder
-from ..hub.push import HubPusher
-from ..hub.push_queue import PushQueue, complete_tasks
-from ..hub.task_file import read_json
+from ..hub.checkpoint import RESULTS_FILE, complete_tasks
+from ..hub.push import HubPusher, PushQueue
+from ..hub.task_info import read_json, task_folder
 from .door import Parser, command
 
 

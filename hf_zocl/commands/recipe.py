@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from ..checks import shown
 from ..continual.run_arguments import RunArguments, build_held_out, build_stream
 from ..continual.scheduler import ContinualTaskScheduler
-from ..hub.pretrained import load_pretrained
+from ..hub.load import load_pretrained
 from ..models import AdapterArguments, CLIPClassifier
 from ..trainer.arguments import PER_TOWER, ZOCLTrainingArguments
 from .library import recipe_file

@@ -13,7 +13,9 @@ from transformers import Trainer, TrainingArguments
 
 from ..data.images import PixelCodec, prepare_images
 from ..data.stream import TaskStream
-from ..hub.checkpoint import find_task_checkpoint, load_task_checkpoint, read_task
+from ..hub.checkpoint import find_task_checkpoint
+from ..hub.load import load_task_checkpoint
+from ..hub.task_info import read_task
 from .evaluation import StreamEvaluator
 from .run_arguments import RunArguments, build_stream
 

@@ -12,17 +12,10 @@ from typing import Any
 from transformers.utils import logging
 
 from ..files import remove_unfinished
-from ..hub.checkpoint import (
-    FIGURE,
-    RESULTS_FILE,
-    checkpoint_parts,
-    read_sealed_task,
-    remove_task_checkpoint,
-)
+from ..hub.checkpoint import FIGURE, RESULTS_FILE, checkpoint_parts, read_sealed_task, remove_task_checkpoint
 from ..hub.public import public_recipe
-from ..hub.push_on_save import SCRATCH
-from ..hub.push_queue import QUEUE_FILE, is_task_name, task_number
-from ..hub.task_file import TASK_FILE, read_json, task_folder, write_json
+from ..hub.push import QUEUE_FILE, SCRATCH
+from ..hub.task_info import TASK_FILE, is_task_name, read_json, task_folder, task_number, write_json
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
 

@@ -18,13 +18,12 @@ from ..data.fingerprint import stream_digest
 from ..data.images import DEFAULT_CACHE_GB, PixelCodec, prepare_images
 from ..data.stream import TaskStream
 from ..data.tasks import Task
-from ..hub.checkpoint import FIGURE, read_adapter_weights, save_task_checkpoint
-from ..hub.fetch import fetch_run
-from ..hub.known import check_processor
-from ..hub.push import HubPusher
-from ..hub.push_on_save import PushOnSave
-from ..hub.push_queue import complete_tasks
-from ..hub.task_file import task_folder
+from ..hub.checkpoint import FIGURE, complete_tasks, save_task_checkpoint
+from ..hub.load import read_adapter_weights
+from ..hub.push import HubPusher, PushOnSave
+from ..hub.repository import fetch_run
+from ..hub.task_info import task_folder
+from ..hub.untrusted import check_processor
 from ..models import (
     CLIPClassifier,
     base_digest,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import datasets
 import numpy as np
 
-from ..hub.checkpoint import task_folder
+from ..hub.task_info import task_folder
 
 
 @dataclass(frozen=True)

@@ -32,14 +32,14 @@ class NoAnswerError(OSError):
 
 
 def answered(ask: Callable[[], T], patience: float | None = None) -> T:
-    """What `ask` returns, which asks the Hub for a few kilobytes: the client would wait for its answer without end.
+    """Call `ask`, which asks the Hub for a few kilobytes: its client would wait for the answer without end.
 
     Args:
         ask: Called in a thread of its own.
         patience: Seconds; default: `ANSWER_PATIENCE`.
 
     Raises:
-        NoAnswerError: If there is no answer so long.
+        NoAnswerError: If there is no answer within that time.
     """
     patience = ANSWER_PATIENCE if patience is None else patience
     outcome: dict[str, Any] = {}
@@ -84,13 +84,13 @@ def persistently(
             if note is not None:
                 note(error, max(wait, after))
             else:
-                logger.warning(f"The Hub: {_line(error)}; again in {max(wait, after):g} s.")
+                logger.warning(f"The Hub: {one_line(error)}; again in {max(wait, after):g} s.")
             time.sleep(max(wait, after))
     raise AssertionError("the last attempt returns or raises")
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether asking again would change nothing."""
+    """True of an error that comes again however often the Hub is asked."""
     return status_of(error) in {*REFUSALS, 404} or isinstance(error, (OfflineModeIsEnabled, NoAnswerError))
 
 
@@ -123,7 +123,7 @@ def asked_wait(error: BaseException) -> float:
 def download(repo_id: str, patterns: Sequence[str], revision: str | None = None, **hub_kwargs: Any) -> Path:
     """The folder in the Hub's cache with the files of a repository that match one of `patterns`.
 
-    A Hub that is switched off, or does not answer, is none: then the files are those that were downloaded before.
+    Where the Hub is switched off or does not answer, the files are those that were downloaded before.
 
     Args:
         repo_id: The repository.
@@ -141,7 +141,7 @@ def download(repo_id: str, patterns: Sequence[str], revision: str | None = None,
     api = HfApi(token=hub_kwargs.get("token"), library_name="hf_zocl")
 
     def look() -> None:
-        """What `snapshot_download` asks as well, and waits for without end; files have a time limit of their own."""
+        """Ask as `snapshot_download` does, which would wait without end; for files it has its own time limit."""
         list(api.list_repo_tree(repo_id, recursive=True, revision=api.model_info(repo_id, revision=revision).sha))
 
     try:
@@ -150,7 +150,7 @@ def download(repo_id: str, patterns: Sequence[str], revision: str | None = None,
     except Exception as error:
         if status_of(error) is not None and is_final(error):
             raise
-        reason = _line(error)
+        reason = one_line(error)
     try:
         folder = Path(snapshot_download(repo_id, **{**options, "local_files_only": True}))
     except Exception:
@@ -168,6 +168,7 @@ def _response(error: BaseException | None) -> Any:
     return None
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException, most: int = 1) -> str:
+    """An error's class and the first lines of its message, at most so many, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {' '.join(lines[:most]) or 'no message'}"

@@ -1,4 +1,4 @@
-"""What of a run may leave this machine: a checkpoint's files as they are pushed, and text without secrets."""
+"""The parts of a run that may leave this machine: a checkpoint's files as they are pushed, text without secrets."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from ..sample import resolve
-from .checkpoint import RESULTS_FILE, checkpoint_parts
-from .local_paths import last_component, without_local_paths
-from .model_card import render_task_card
-from .seal import ADAPTER_CONFIG, BASE_CONFIG, BASE_WEIGHTS, check_seal, seal
-from .task_file import TASK_FILE, check_place, read_json, read_task
+from .card import render_task_card
+from .checkpoint import (
+    ADAPTER_CONFIG,
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    RESULTS_FILE,
+    checkpoint_parts,
+    read_sealed,
+    seal,
+)
+from .task_info import TASK_FILE, check_place, last_component, read_json, without_local_paths
 
 
 # Arguments that are always paths, so also where a relative one reads like the name of a repository.
@@ -42,8 +48,7 @@ def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
         ValueError: If `folder` is no task checkpoint, or not as it was saved, or a file is a link out of its folder.
         FileNotFoundError: If its base model is a local folder that is no longer there or has no safetensors.
     """
-    info = read_task(folder)
-    check_seal(folder, info)  # the copy is sealed anew: damage must not become what is expected
+    info = read_sealed(folder)  # the copy is sealed anew: damage must not become what is expected
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in checkpoint_parts(folder) if path.is_file()
     }

@@ -1,18 +1,27 @@
-"""Every task's checkpoint to the Hub: in order, in the background, and from a queue that outlives the run.
+"""A run's checkpoints to the Hub: in order, in the background, and from a queue that outlives the run.
 
-One repository holds a run. A task is one commit on `main`, whose files are exactly the task's checkpoint, and one tag,
-`task-01`, `task-02` and so on.
+A push writes
+
+- when a task is complete: one commit on `main` and the tag `task-03`. The commit holds exactly that task's checkpoint
+  (`public.public_files`): adapter, processor, `task.json`, `results.json`, figure, card, and a base model that is a
+  local folder. `last-checkpoint/` goes; whatever else is on `main` stays (`repository.push_files`).
+- within a task, if `hub_strategy` says so: one commit with the adapter, and with the Trainer's checkpoint in
+  `last-checkpoint/` or `checkpoints/task-03/checkpoint-40/` (`PushOnSave`); no tag.
+- into the run's folder: `push_queue.json`, as long as a task waits (`PushQueue`).
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub import constants as hub_constants
@@ -23,29 +32,78 @@ from huggingface_hub.utils import (
     enable_progress_bars,
     validate_repo_id,
 )
+from safetensors.torch import save
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..models import adapter_weights
 from ..trainer.arguments import ZOCLTrainingArguments
-from .client import REFUSALS, WAITS, answered, persistently, status_of
-from .commits import changes, foreign_names, push_files
+from .checkpoint import ADAPTER_WEIGHTS
+from .client import REFUSALS, WAITS, answered, one_line, persistently, status_of
 from .public import public_files, redact
-from .push_queue import QUEUE_FILE, PushQueue, task_number
-from .task_file import read_task, task_folder
+from .repository import LAST_CHECKPOINT, ForeignRepositoryError, changes, make_repository, push_files
+from .task_info import read_task, task_folder, task_number, write_json
 
 
 logger = logging.get_logger(__name__)
 
+QUEUE_FILE = "push_queue.json"
 CHECK_PATIENCE = 60
 PATIENCE = 1800
+SCRATCH = ".push-"  # begins the name of a folder that lives as long as its push
+PUSHED = (".safetensors", ".json", ".pt", ".pth")  # not the arguments (.bin): they hold tokens and paths
 
 
-class ForeignRepositoryError(ValueError):
-    """A repository holds something else, with which a run's checkpoints would be read."""
+@dataclass
+class PushQueue:
+    """The tasks that wait to be pushed, kept in `output_dir/push_queue.json` as long as there are any; no token.
+
+    Args:
+        output_dir: The run's folder.
+        repo_id: The repository as it was asked for, with or without a user's name before it.
+        private: Whether the repository is private, if it has to be created.
+        pending: The names of the tasks' folders, the next one first.
+        error: Why the next one could not be pushed.
+    """
+
+    output_dir: Path
+    repo_id: str
+    private: bool | None = None
+    pending: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    @classmethod
+    def read(cls, output_dir: Path) -> PushQueue | None:
+        """The queue that an earlier run left, if it left one; a ValueError if the file is no queue."""
+        file = output_dir / QUEUE_FILE
+        if not file.is_file():
+            return None
+        try:
+            queue = cls(output_dir, **json.loads(file.read_text(encoding="utf-8")))
+            is_list = isinstance(queue.pending, list) and all(isinstance(name, str) for name in queue.pending)
+            if not isinstance(queue.repo_id, str) or not is_list or queue.private not in (None, True, False):
+                raise TypeError("repo_id is text, pending a list of names, private true, false or null")
+            return queue
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file}: expected a queue of tasks to push, as a run leaves it ({error}).") from error
+
+    def write(self) -> None:
+        """Write it, or remove an empty one; on a full disk it lives on in memory, and a resumed run makes it anew."""
+        file = self.output_dir / QUEUE_FILE
+        try:
+            if self.pending:
+                content = asdict(self)
+                del content["output_dir"]
+                write_json(file, content)
+            else:
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning(f"{file} could not be written ({error}); run again with --resume to push what is left.")
 
 
 @dataclass
 class Save:
-    """What is pushed from within a task.
+    """A push from within a task.
 
     Args:
         files: Path in the repository → file or content.
@@ -113,18 +171,13 @@ class HubPusher:
         """
         if args.hub_revision not in (None, "main"):
             raise ValueError(f"hub_revision={args.hub_revision!r}: a run's tasks are commits on main; leave it out.")
-        pusher = cls(
-            args.output_dir,
-            args.hub_model_id,
-            token=args.hub_token,
-            private=args.hub_private_repo,
-            always_push=args.hub_always_push,
-        )
+        options = {"token": args.hub_token, "private": args.hub_private_repo, "always_push": args.hub_always_push}
+        pusher = cls(args.output_dir, args.hub_model_id, **options)
         pusher.check()
         return pusher
 
     def check(self) -> None:
-        """Create the repository, so that what is wrong with the token or the name is known before any work is done.
+        """Create the repository, so that a wrong token or name is known before any work is done.
 
         A Hub that is down or switched off (`HF_HUB_OFFLINE`) is no reason not to train: what is pushed then waits.
 
@@ -150,10 +203,8 @@ class HubPusher:
 
     def push(self, *tasks: int) -> None:
         """Put tasks into the queue, and push in the background; returns at once."""
-        with self._lock:
-            names = [task_folder(task) for task in tasks]
-            # A task that is trained again is pushed again, after those before it.
-            self.queue.pending = sorted({*self.queue.pending, *names}, key=task_number)
+        with self._lock:  # a task that is trained again is pushed again, after those before it
+            self.queue.pending = sorted({*self.queue.pending, *map(task_folder, tasks)}, key=task_number)
             self.queue.write()
             self._start()
 
@@ -184,12 +235,11 @@ class HubPusher:
             worker.join(patience)
         with self._lock:
             left = list(self.queue.pending)
-        where = f"{self.output_dir}"
         if left:
             reason = self.queue.error or f"still going on after {patience:.0f} s"
             logger.warning(
-                f"Not on the Hub yet: {', '.join(left)} ({reason}). They are complete in {where}; push them with "
-                f"`python -m hf_zocl push {where}`, or run again with --resume."
+                f"Not on the Hub yet: {', '.join(left)} ({reason}). They are complete in {self.output_dir}; push them "
+                f"with `python -m hf_zocl push {self.output_dir}`, or run again with --resume."
             )
         elif self.repo_id is not None:
             logger.info(f"All tasks are on the Hub: {hub_constants.ENDPOINT}/{self.repo_id}")
@@ -207,19 +257,19 @@ class HubPusher:
                 if not self.queue.pending:
                     return outcomes
                 name = self.queue.pending[0]
+            reason = None
             try:
                 outcomes[name] = self._push_task(name)
             except Exception as error:
-                outcomes[name] = self._describe(error)
-                logger.warning(f"{name} could not be pushed: {outcomes[name]}")
-                with self._lock:
-                    self.queue.error = outcomes[name]
-                    self.queue.write()
-                return outcomes
+                outcomes[name] = reason = self._describe(error)
+                logger.warning(f"{name} could not be pushed: {reason}")
             with self._lock:
-                self.queue.pending.remove(name)
-                self.queue.error = None
+                self.queue.error = reason
+                if reason is None:
+                    self.queue.pending.remove(name)
                 self.queue.write()
+            if reason is not None:
+                return outcomes
 
     def _start(self) -> None:
         """Start the worker where there is work and none at work; the caller holds the lock."""
@@ -252,55 +302,85 @@ class HubPusher:
         finally:
             save.clear()
 
-    def _attempt(self, action: Callable[[], str]) -> str:
-        """Do `action`, and again after each of the waits, unless the Hub refuses it."""
-
+    def _push_task(self, name: str) -> str:
         def note(error: Exception, wait: float) -> None:
             if isinstance(error, RepositoryNotFoundError):
                 self.repo_id = None  # it was deleted: the next attempt creates it
             logger.warning(f"Pushing failed ({self._describe(error)}); again in {wait:g} s.")
 
-        return persistently(action, self.waits, note, final=self._is_final)
+        def is_final(error: Exception) -> bool:
+            return status_of(error) in REFUSALS or isinstance(error, (OfflineModeIsEnabled, ForeignRepositoryError))
 
-    @staticmethod
-    def _is_final(error: Exception) -> bool:
-        return status_of(error) in REFUSALS or isinstance(error, (OfflineModeIsEnabled, ForeignRepositoryError))
-
-    def _push_task(self, name: str) -> str:
         folder = self.output_dir / name
-        files = public_files(folder, self._attempt(self._repository))
-        return self._attempt(lambda: push_files(self._api(), self._repository(), name, files, _message(folder)))
+        files = public_files(folder, persistently(self._repository, self.waits, note, is_final))
+        info = read_task(folder)
+        message = f"Task {info['task']} of {info['num_tasks']}"
+        return persistently(
+            lambda: push_files(self._api(), self._repository(), name, files, message), self.waits, note, is_final
+        )
 
     def _api(self) -> HfApi:
         return HfApi(token=self.token, library_name="hf_zocl")
 
     def _repository(self) -> str:
-        """The repository's full name; it is created if it is not there.
-
-        Raises:
-            ForeignRepositoryError: If it holds something else that would be read with a checkpoint.
-        """
+        """The repository's full name; it is created if it is not there."""
         if self.repo_id is None:
-            api = self._api()
-            repo_id = api.create_repo(self.queue.repo_id, private=self.queue.private, exist_ok=True).repo_id
-            if foreign := foreign_names(api, repo_id):
-                raise ForeignRepositoryError(
-                    f"hub_model_id={self.queue.repo_id!r}: the repository {repo_id} holds something else "
-                    f"({', '.join(foreign[:3])}), which would be read with the run's checkpoints: choose another one."
-                )
-            self.repo_id = repo_id
+            self.repo_id = make_repository(self._api(), self.queue.repo_id, self.queue.private)
         return self.repo_id
 
     def _describe(self, error: BaseException) -> str:
         """One line that says what happened and, where the user can do something about it, what."""
-        status = status_of(error)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        text = " ".join(lines[:3]) or "no message"
-        if isinstance(error, RuntimeError) and error.__cause__ is not None:
-            text += f" {str(error.__cause__).strip().splitlines()[0]}" if str(error.__cause__).strip() else ""
-        if status in (401, 403):
+        text = one_line(error, most=3)
+        if isinstance(error, RuntimeError) and str(error.__cause__ or "").strip():
+            text += f" {str(error.__cause__).strip().splitlines()[0]}"
+        if status_of(error) in (401, 403):
             text += f" The token needs the right to write to {self.queue.repo_id}: hub_token, HF_TOKEN, hf auth login."
-        return redact(f"{type(error).__name__}: {text}", self.token or get_token())
+        return redact(text, self.token or get_token())
+
+
+class PushOnSave(TrainerCallback):
+    """Pushes the adapter at every save within a task, and the Trainer's checkpoint with it where that is asked for.
+
+    Args:
+        pusher: Pushes it.
+        strategy: `every_save`: the adapter; `checkpoint`: also the checkpoint, as `last-checkpoint/`;
+            `all_checkpoints`: also every checkpoint, as `checkpoints/task-03/checkpoint-40/`.
+        task: The task, counted from 1.
+    """
+
+    def __init__(self, pusher: HubPusher, strategy: str, task: int):
+        self.pusher, self.strategy, self.task = pusher, strategy, task
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model.clip).items()}
+        files: dict[str, Path | bytes] = {ADAPTER_WEIGHTS: save(weights, metadata={"format": "pt"})}
+        scratch, replaces = None, ()
+        if self.strategy != "every_save":
+            scratch = checkpoint.with_name(f"{SCRATCH}{checkpoint.name}")  # the Trainer may remove its own meanwhile
+            folder = LAST_CHECKPOINT
+            if self.strategy == "all_checkpoints":
+                folder = f"checkpoints/{task_folder(self.task)}/{checkpoint.name}/"
+            files |= {folder + path.name: path for path in _second_names(checkpoint, scratch)}
+            replaces = (folder,)
+        self.pusher.push_save(Save(files, replaces, f"Task {self.task}, step {state.global_step}", scratch))
+
+
+def _second_names(source: Path, target: Path) -> list[Path]:
+    """Give a folder's files a second name in `target`, or copy them where the file system has no links."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    for path in source.iterdir():
+        if path.suffix in PUSHED and path.is_file() and not path.is_symlink() and not path.name.startswith("."):
+            try:
+                os.link(path, target / path.name)
+            except OSError:
+                shutil.copy2(path, target / path.name)
+    return sorted(target.iterdir())
 
 
 @contextmanager
@@ -314,8 +394,3 @@ def _no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             enable_progress_bars()
-
-
-def _message(folder: Path) -> str:
-    info = read_task(folder)
-    return f"Task {info['task']} of {info['num_tasks']}"

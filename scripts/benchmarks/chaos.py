@@ -36,8 +36,8 @@ from huggingface_hub import HfApi
 from hf_zocl.commands import Parser, command
 from hf_zocl.commands import train as train_command
 from hf_zocl.continual.folder_lock import LOCK_FILE
-from hf_zocl.hub.commits import changes
 from hf_zocl.hub.public import public_files
+from hf_zocl.hub.repository import changes
 
 
 RECIPE = """

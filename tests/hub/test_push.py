@@ -21,14 +21,12 @@ from transformers.trainer_utils import HubStrategy
 from hf_zocl import ZOCLTrainingArguments, load_task_checkpoint
 from hf_zocl.commands.recipe import Recipe
 from hf_zocl.continual.run_arguments import RunArguments
-from hf_zocl.hub.checkpoint import find_task_checkpoint, save_task_checkpoint
+from hf_zocl.hub.checkpoint import find_task_checkpoint, save_task_checkpoint, seal_task_checkpoint
 from hf_zocl.hub.client import asked_wait
-from hf_zocl.hub.fetch import fetch_run
 from hf_zocl.hub.public import public_files, public_recipe, redact
-from hf_zocl.hub.push import HubPusher
-from hf_zocl.hub.push_queue import QUEUE_FILE, PushQueue, is_task_name
-from hf_zocl.hub.seal import seal_task_checkpoint
-from hf_zocl.hub.task_file import read_json
+from hf_zocl.hub.push import QUEUE_FILE, HubPusher, PushQueue
+from hf_zocl.hub.repository import fetch_run
+from hf_zocl.hub.task_info import is_task_name, read_json
 from hf_zocl.models import AdapterArguments
 from hf_zocl.sample import sample_path
 from hf_zocl.trainer.arguments import HUB_STRATEGIES
@@ -345,7 +343,7 @@ def test_a_hub_that_never_answers_is_left_to_the_next_run(client, hub, run):
 
 def test_a_full_disk_stops_no_push(client, hub, run, caplog, monkeypatch):
     # Every write of the queue finds no space left.
-    monkeypatch.setattr("hf_zocl.hub.push_queue.write_json", lambda path, content: Path("/dev/full").write_text("{}"))
+    monkeypatch.setattr("hf_zocl.hub.push.write_json", lambda path, content: Path("/dev/full").write_text("{}"))
     assert push_all(run) == []
     assert is_complete(hub)
     assert "No space left on device" in caplog.text

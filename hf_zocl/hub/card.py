@@ -17,8 +17,7 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined
 
 from ..report.escape import markdown, markdown_code, one_line
-from .local_paths import last_component, without_local_paths
-from .task_file import task_folder
+from .task_info import last_component, task_folder, without_local_paths
 
 
 TEMPLATE = "task_checkpoint.md"
@@ -73,7 +72,7 @@ class TaskCardData(ModelCardData):
         return {name: value for name, value in super().to_dict().items() if name not in own}
 
     def _eval_results(self) -> list[EvalResult]:
-        """What older readers of the Hub read: Last, Avg, and the accuracy on each task."""
+        """Last, Avg, and the accuracy on each task, in the form that older readers of the Hub read."""
         task, metrics = self.task, self.task["metrics"]
         values = {
             "Last (accuracy on all classes seen)": metrics["last"],
@@ -113,7 +112,7 @@ class TaskCardData(ModelCardData):
 
     @property
     def base_is_here(self) -> bool:
-        """Whether the base model lies in the repository of the card."""
+        """True if the base model lies in the repository of the card."""
         return self.repo_id is not None and (self.base_is_local or self.task["base_model"] == self.repo_id)
 
     @property
@@ -128,19 +127,26 @@ class TaskCardData(ModelCardData):
 
     @property
     def title(self) -> str:
-        """What the dataset is called."""
+        """The dataset's name in the text."""
         recipe = self.task["recipe"]
         names = (self.task["benchmark"], self.task["dataset"], recipe.get("dataset_name"), recipe.get("dataset_path"))
         return next((without_local_paths(name) for name in names if name and name != "none"), "a local dataset")
 
     @property
     def among(self) -> str:
-        """What a test image is predicted among."""
+        """The classes that a test image is predicted among."""
         return AMONG.get(self.task.get("scenario", "class"), "all classes seen")
 
     @property
     def classes_by_task(self) -> dict[str, list[str]]:
-        return _classes_by_task(self.task)
+        """The names of each task's classes, by the task's number and title."""
+        task = self.task
+        if task.get("scenario") == "domain":  # all tasks share the classes
+            return {f"{number}: {title}": task["classes"] for number, title in enumerate(task["task_titles"], start=1)}
+        names = iter(task["classes"])
+        titles = [f": {title}" if title else "" for title in task.get("task_titles", [None] * len(task["task_sizes"]))]
+        numbered = enumerate(zip(task["task_sizes"], titles, strict=True), start=1)
+        return {f"{number}{title}": list(islice(names, size)) for number, (size, title) in numbered}
 
     @property
     def accuracies(self) -> list[float]:
@@ -163,7 +169,7 @@ class TaskCardData(ModelCardData):
 
     @property
     def towers(self) -> dict[str, dict[str, str]]:
-        """How each numbered layer was trained, by tower."""
+        """The mode in which each numbered layer was trained, by tower."""
         towers = self.task["assignment"]["towers"].items()
         return {tower: {layer: mode for layer, mode in layers.items() if layer.isdigit()} for tower, layers in towers}
 
@@ -173,17 +179,25 @@ class TaskCardData(ModelCardData):
 
     @property
     def picture(self) -> str:
-        return _layer_picture(self.towers)
+        """One line per tower, one column per layer, below a line of layer numbers."""
+        towers = {one_line(tower).replace("`", "'"): layers for tower, layers in self.towers.items()}
+        width = max(map(len, [*towers, "layer"]))
+        depth = max(int(layer) for layers in towers.values() for layer in layers)
+        rows = {"layer": [str(layer) for layer in range(1, depth + 1)]}
+        for tower, layers in towers.items():
+            rows[tower] = [MARKS[layers[layer]] if layer in layers else "" for layer in rows["layer"]]
+        return "\n".join(
+            (name.ljust(width) + "".join(f"{cell:>4}" for cell in row)).rstrip() for name, row in rows.items()
+        )
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The arguments that say how the checkpoint was made, and nothing of where."""
-        shown = {
-            name: value
+        """The arguments that say how the checkpoint was made, and nothing of where, as the command line has them."""
+        return {
+            name: _as_given(without_local_paths(value))
             for name, value in self.task["recipe"].items()
             if value is not None and _is_shown(name, self.task["adapter"])
         }
-        return {name: without_local_paths(value) for name, value in shown.items()}
 
 
 def render_task_card(task: dict[str, Any], repo_id: str | None = None, revision: str | None = None) -> ModelCard:
@@ -236,32 +250,15 @@ def _template() -> str:
     return (packaged if packaged.is_file() else checkout).read_text(encoding="utf-8")
 
 
-def _classes_by_task(task: dict[str, Any]) -> dict[str, list[str]]:
-    if task.get("scenario") == "domain":  # all tasks share the classes
-        return {f"{number}: {title}": task["classes"] for number, title in enumerate(task["task_titles"], start=1)}
-    names = iter(task["classes"])
-    titles = [f": {title}" if title else "" for title in task.get("task_titles", [None] * len(task["task_sizes"]))]
-    numbered = enumerate(zip(task["task_sizes"], titles, strict=True), start=1)
-    return {f"{number}{title}": list(islice(names, size)) for number, (size, title) in numbered}
-
-
-def _layer_picture(towers: dict[str, dict[str, str]]) -> str:
-    """One line per tower, one column per layer, below a line of layer numbers."""
-    width = max(map(len, [*towers, "layer"]))
-    depth = max(int(layer) for layers in towers.values() for layer in layers)
-    towers = {one_line(tower).replace("`", "'"): layers for tower, layers in towers.items()}
-    rows = {"layer": [str(layer) for layer in range(1, depth + 1)]}
-    for tower, layers in towers.items():
-        rows[tower] = [MARKS[layers[layer]] if layer in layers else "" for layer in rows["layer"]]
-    return "\n".join(
-        (name.ljust(width) + "".join(f"{cell:>4}" for cell in row)).rstrip() for name, row in rows.items()
-    )
-
-
 def _is_shown(argument: str, adapter: str) -> bool:
     """The arguments of adapters that this checkpoint does not have say nothing of it."""
     owner = argument.split("_")[0]
     return bool(SHOWN_ARGUMENTS.fullmatch(argument)) and (owner not in ADAPTERS or owner == adapter)
+
+
+def _as_given(value: Any) -> Any:
+    """An argument's value as the command line has it: a mapping is `vision=1, language=8`."""
+    return ", ".join(f"{key}={_as_given(item)}" for key, item in value.items()) if isinstance(value, dict) else value
 
 
 def _quoted(text: str) -> str:

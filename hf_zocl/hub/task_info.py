@@ -1,10 +1,12 @@
-"""`task.json`: what a checkpoint says of itself, written whole and read with suspicion."""
+"""The record `task.json`, in which a checkpoint speaks of itself: written whole, read with every field checked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,23 @@ from ..files import written_whole
 TASK_FILE = "task.json"
 FORMAT_VERSION = 2  # 1 had no checksums
 MODES = ("zo", "fo", "fo+zo", "frozen")
+LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 
 
 def task_folder(task: int) -> str:
     """The name of a task's folder, and of its revision on the Hub: `task-01`, `task-02`, …"""
     return f"task-{task:02d}"
+
+
+def is_task_name(name: str) -> bool:
+    """True of a name that `task_folder` gives."""
+    number = name.removeprefix("task-")
+    return number.isdecimal() and int(number) > 0 and name == task_folder(int(number))
+
+
+def task_number(name: str) -> int:
+    """The task of a name that `task_folder` gives."""
+    return int(name.removeprefix("task-"))
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -65,8 +79,27 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def without_local_paths(value: Any) -> Any:
+    """A value, or the items of lists and dictionaries, of whose local paths only the last component is left."""
+    if isinstance(value, list):
+        return [without_local_paths(item) for item in value]
+    if isinstance(value, dict):
+        return {key: without_local_paths(item) for key, item in value.items()}
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.partition("=")  # held_out=name=folder
+    if equals and LOCAL_PATH.match(path):
+        return f"{name}={last_component(path)}"
+    return last_component(value) if LOCAL_PATH.match(value) else value
+
+
+def last_component(path: str | os.PathLike[str]) -> str:
+    """The last component of a path of any system."""
+    return re.split(r"[\\/]+", os.fspath(path).rstrip("\\/"))[-1]
+
+
 def is_snapshot(folder: Path) -> bool:
-    """Whether a folder lies in the Hub's cache, which keeps files in `blobs` and links in `snapshots/COMMIT`."""
+    """True of a folder in the Hub's cache, which keeps files in `blobs` and links to them in `snapshots/COMMIT`."""
     return folder.resolve().parent.name == "snapshots"
 
 
@@ -112,7 +145,7 @@ def read_task(folder: Path) -> dict[str, Any]:
 
 
 def is_sealed(info: dict[str, Any]) -> bool:
-    """Whether a `task.json` carries checksums; those of the first release did not."""
+    """True of a `task.json` with checksums; those of the first release had none."""
     return "files" in info or "sha256" in info
 
 
@@ -123,7 +156,7 @@ def task_digest(info: dict[str, Any]) -> str:
 
 
 def _contradiction(info: dict[str, Any]) -> str | None:
-    """What cannot all be true of one checkpoint."""
+    """The first statements that cannot all be true of one checkpoint."""
     tasks, metrics = info["task"], info["metrics"]
     lengths = {"task_sizes": info["task_sizes"], "metrics.accuracy_matrix": metrics["accuracy_matrix"]}
     lengths |= {"metrics.seen_accuracy": metrics["seen_accuracy"]}
@@ -154,7 +187,8 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """True of a finite number; a bool is none."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # of more digits than a float has
@@ -193,7 +227,7 @@ def _optional(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 _MISSING = object()
-_NUMBERS = _list(_is_number, least=1)
+_NUMBERS = _list(is_number, least=1)
 _LAYERS = _either(_is_text, _list(_either(_is_text, _is_count)))
 _MODES_BY_LAYER = _dict(lambda mode: _is_text(mode) and mode in MODES)
 _PROMPTS = _either(_is_prompt, _list(_is_prompt, least=1))
@@ -227,19 +261,19 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         _with(
             accuracy_matrix=_list(_NUMBERS, least=1),
             seen_accuracy=_NUMBERS,
-            last=_is_number,
-            avg=_is_number,
-            forgetting=_or_none(_is_number),
-            backward_transfer=_or_none(_is_number),
+            last=is_number,
+            avg=is_number,
+            forgetting=_or_none(is_number),
+            backward_transfer=_or_none(is_number),
         ),
         "accuracies",
     ),
     "zero_shot": (_with(seen_accuracy=_NUMBERS), "accuracies"),
-    "zero_shot_retention": (_optional(_or_none(_is_number)), "a number"),
-    "held_out": (_optional(_dict(_with(zero_shot=_is_number, after=_NUMBERS))), "accuracies by name"),
+    "zero_shot_retention": (_optional(_or_none(is_number)), "a number"),
+    "held_out": (_optional(_dict(_with(zero_shot=is_number, after=_NUMBERS))), "accuracies by name"),
     "recipe": (lambda value: isinstance(value, dict), "the run's arguments"),
     "seed": (_is_count, "a number"),
-    "seconds": (_or_none(_is_number), "a number"),
+    "seconds": (_or_none(is_number), "a number"),
     "peak_memory_bytes": (_or_none(_is_count), "a number"),
     "versions": (_dict(_is_text), "versions by package"),
     "files": (_optional(_dict(_with(bytes=_is_count, sha256=_is_text))), "sizes and checksums by file"),

@@ -14,8 +14,8 @@ from transformers import AutoProcessor, BertConfig, BertModel, BertTokenizer, CL
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.hub.known import check_processor
-from hf_zocl.hub.pretrained import load_pretrained
+from hf_zocl.hub.load import load_pretrained
+from hf_zocl.hub.untrusted import check_processor
 from hf_zocl.models import AdapterArguments, base_digest, check_trained_parameters, trained_adapter
 from hf_zocl.sample import sample_path
 

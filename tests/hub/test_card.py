@@ -20,7 +20,7 @@ from PIL import Image
 
 from hf_zocl import load_task_checkpoint
 from hf_zocl.hub import seal_task_checkpoint, write_task_card
-from hf_zocl.hub.model_card import TaskCardData, render_eval_results, render_task_card
+from hf_zocl.hub.card import TaskCardData, render_eval_results, render_task_card
 from hf_zocl.sample import sample_path
 from tests.hub.checkpoints import put_on_hub, save_checkpoint
 
@@ -414,6 +414,22 @@ def push(folder: Path, repository: str, base_model: str, cache: Path) -> None:
             shutil.copyfile(sample_path("mini-clip") / name, folder / name)
     seal_task_checkpoint(folder)
     put_on_hub(cache, repository, main=folder, task_03=folder)
+
+
+@pytest.mark.parametrize(
+    ("value", "cell"),
+    [
+        ({"vision": 1, "language": 8}, "vision=1, language=8"),
+        ({"vision": "auto", "language": 0.001}, "vision=auto, language=0.001"),
+        ({"vision": {"zo": 1}}, "vision=zo=1"),
+        ({"language": "/srv/private/x"}, "language=x"),
+        ("vision=1,language=8", "vision=1,language=8"),
+        (4, "4"),
+    ],
+)
+def test_a_value_for_each_tower_reads_as_on_the_command_line(task, value, cell):
+    task["recipe"]["zo_queries"] = value
+    assert f"\n| `zo_queries` | {cell} |\n" in str(render_task_card(task))
 
 
 @pytest.mark.parametrize("folder", sorted(path for path in EXAMPLES.iterdir() if path.is_dir()), ids=lambda p: p.name)

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from hf_zocl import load_task_checkpoint
 from hf_zocl.hub import seal_task_checkpoint
-from hf_zocl.hub.known import check_known, check_model_config
 from hf_zocl.hub.public import public_files
-from hf_zocl.hub.push_queue import PushQueue
+from hf_zocl.hub.push import PushQueue
+from hf_zocl.hub.untrusted import check_known, check_model_config
 from hf_zocl.sample import sample_path
 from tests.hub.checkpoints import change_json, save_checkpoint, task_info
 

@@ -1,25 +1,31 @@
-"""What a checkpoint's JSON may say: known keys, plain names, numbers in bounds; nothing that leads elsewhere.
+"""A stranger's checkpoint, refused where its files say more than they may: known keys, plain names, finite numbers.
 
-A checkpoint may come from a stranger. transformers and PEFT follow what such files name: other repositories, classes
-to import, kernels to fetch, expressions to search all module names by, sizes to allocate. Here all of that is refused
-by name before anything is done with it.
+transformers and PEFT follow what such files name: other repositories, classes to import, kernels to fetch, expressions
+to search all module names by, sizes to allocate. Here all of that is refused by name before anything is done with it.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import CLIPImageProcessor, CLIPProcessor, CLIPTokenizer, ProcessorMixin
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer, ProcessorMixin
 from transformers.activations import ACT2FN
 
 from ..checks import shown
 from ..files import room_error
-from .task_file import read_json
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .task_info import is_number, read_json
 
 
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
@@ -187,6 +193,49 @@ def check_processor(processor: ProcessorMixin, vocabulary: int, texts: Sequence[
             raise ValueError(f"{what}: {shown(text)} has the tokens {shown(ours)}; expected CLIP's, {shown(theirs)}.")
 
 
+def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
+    """Check that no weight is infinite or NaN: a model of such weights would still name a class.
+
+    Raises:
+        ValueError: If one is.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{what} is damaged: {name} holds values that are infinite or NaN.")
+
+
+def check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> None:
+    """Compare the adapter's tensors with those that the base model would be given, before either is loaded.
+
+    Raises:
+        ValueError: If they cannot be read, are damaged, or have other names or shapes.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    with refusing(f"{file} is damaged: it cannot be read as safetensors"), safe_open(file, framework="pt") as tensors:
+        found = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    with refusing(f"{folder / ADAPTER_CONFIG} does not fit its base model"), torch.device("meta"):
+        model = PeftModel(CLIPModel(clip_config), copy.deepcopy(config))
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if found == expected:
+        check_finite(load_file(file), str(file))
+        return
+    name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    raise ValueError(
+        f"{file} is foreign: {name} has the shape {found.get(name, 'none')}, "
+        f"where its base model and {ADAPTER_CONFIG} have {expected.get(name, 'none')}."
+    )
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever transformers, PEFT and tokenizers stumble over in a file becomes one error that says where."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what} ({type(error).__name__}: {' '.join(str(error).split())}).") from error
+
+
 def _read_image_processor(folder: Path) -> CLIPImageProcessor:
     file, content = folder / PROCESSOR, {}
     if file.is_file():
@@ -213,7 +262,7 @@ def _read_image_processor(folder: Path) -> CLIPImageProcessor:
 
 
 def _image_problem(key: str, value: Any) -> str | None:
-    """What an option of an image processor should be, if it is not that."""
+    """The values that an option of an image processor may have, if it has another one."""
     if key.startswith("do_"):
         return None if isinstance(value, bool) or value is None else "true or false"
     if key in ("size", "crop_size"):
@@ -226,15 +275,11 @@ def _image_problem(key: str, value: Any) -> str | None:
     if key in ("image_mean", "image_std"):
         least = 0 if key == "image_mean" else 1e-6
         values = value if isinstance(value, list) else [value]
-        is_right = len(values) in (1, 3) and all(_is_number(one) and least <= one <= 1e6 for one in values)
+        is_right = len(values) in (1, 3) and all(is_number(one) and least <= one <= 1e6 for one in values)
         return None if is_right or value is None else f"numbers from {least} on, one a channel"
     if key == "resample":
         return None if value is None or (isinstance(value, int) and 0 <= value <= 5) else "Pillow's number of a filter"
-    return None if _is_number(value) and 0 < value <= 1e6 else "a number greater than 0"
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return None if is_number(value) and 0 < value <= 1e6 else "a number greater than 0"
 
 
 def _read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
@@ -258,14 +303,12 @@ def _read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
     for key, value in options.items():
         if key == "model_max_length":
             # Without a length of its own transformers writes a number of thirty digits.
-            options[key] = min(value, GREATEST) if _is_number(value) and value >= 1 else None
+            options[key] = min(value, GREATEST) if is_number(value) and value >= 1 else None
         elif not isinstance(value, str) or (key.endswith("_side") and value not in ("left", "right")):
             raise ValueError(f"{folder / TOKENIZER_CONFIG}: {key}={shown(value)}: expected a token or a side.")
     options = {key: value for key, value in options.items() if value is not None}
-    try:
+    with refusing(f"{file}: its processor cannot be read"):
         tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs, **options)
-    except Exception as error:  # tokenizers has errors of its own
-        raise ValueError(f"{file}: its processor cannot be read ({error!r}).") from error
     if max(tokenizer.all_special_ids, default=0) >= vocabulary:
         raise ValueError(f"{folder / TOKENIZER_CONFIG} is foreign: the model does not know its special tokens.")
     return tokenizer

@@ -1,0 +1,384 @@
+"""A model from files: of one task's checkpoint, to predict with; of any CLIP model or adapter, to begin a run with."""
+
+from __future__ import annotations
+
+import shutil
+from collections import ChainMap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
+from transformers.utils import find_adapter_config_file, logging
+
+from ..files import replace_folder
+from ..models import (
+    ADAPTERS,
+    AdapterArguments,
+    CLIPClassifier,
+    adapter_arguments,
+    adapter_name,
+    add_adapter,
+    base_digest,
+    freeze,
+    in_training_dtype,
+)
+from ..models.clip_classifier import check_templates, prompt_tokens, same_prompts
+from ..sample import resolve
+from .checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_CONFIG,
+    BASE_WEIGHTS,
+    SEALED_FILES,
+    check_repository_name,
+    find_task_checkpoint,
+    read_sealed,
+    read_sealed_task,
+)
+from .client import download
+from .task_info import TASK_FILE, is_snapshot, read_json
+from .untrusted import (
+    check_adapter,
+    check_adapter_config,
+    check_finite,
+    check_model_config,
+    read_processor,
+    refusing,
+)
+
+
+logger = logging.get_logger(__name__)
+
+_DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
+
+
+def load_task_checkpoint(
+    path: str | Path,
+    task: int | Literal["best"] | None = None,
+    revision: str | None = None,
+    base_model: str | Path | None = None,
+    **hub_kwargs: Any,
+) -> tuple[CLIPClassifier, ProcessorMixin]:
+    """Load the model after one task: `model, processor = load_task_checkpoint("user/repo", task=3)`.
+
+    Only JSON, safetensors and text are read, and no code of a repository is run.
+
+    Args:
+        path: A checkpoint's folder, a run's folder (with `task`), or a repository on the Hub.
+        task: The task, counted from 1: the folder `task-NN` of a run, or the revision of a repository; or `best`, see
+            `best_task`. Default: the folder itself, or the newest checkpoint of a repository.
+        revision: A revision on the Hub, instead of `task`.
+        base_model: The base model's folder or name, where it is no longer where the checkpoint says.
+        hub_kwargs: `token`, `cache_dir` and the like, for `huggingface_hub.snapshot_download`.
+
+    Returns:
+        The classifier with the classes of all tasks seen so far, and those that the run knew already, in evaluation
+        mode; and the processor. Where tasks are whole datasets, a class that several of them have is there once.
+
+    Raises:
+        ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
+            file of the checkpoint is damaged, missing, or belongs to another one.
+        huggingface_hub.errors.HfHubHTTPError: If the Hub has no such repository or revision.
+    """
+    folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
+    with _hinting_at_download(folder):
+        info = read_sealed(folder)
+    options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
+    # In the run's own dtype, so that it predicts as it did there.
+    dtype = info["recipe"].get("dtype", "auto")
+    clip, _ = _load_adapted(folder, info, dtype, base_model, options)
+    processor = read_processor(folder, clip.config.text_config.vocab_size)
+    classes = (*_classes(info, clip, processor), *info.get("known_classes", ()))
+    model = CLIPClassifier(clip, processor.tokenizer, classes, info["prompt_template"])
+    model.image_processor = processor.image_processor
+    return model.eval(), processor
+
+
+def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -> list[str]:
+    """The classes to predict among; of whole datasets, each class once, though several have it."""
+    names, templates = info["classes"], check_templates(info["prompt_template"])
+    if info.get("scenario") != "cross-dataset":
+        return names
+    length = clip.config.text_config.max_position_embeddings
+    tokens = prompt_tokens(processor.tokenizer, names, templates, length)
+    repeated = {number for _, number, _ in same_prompts(tokens, len(names), templates)}
+    return [name for number, name in enumerate(names) if number not in repeated]
+
+
+def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter's weights in a run's folder `task-NN`, on the CPU.
+
+    Raises:
+        ValueError: If the folder is not, as it was saved, the checkpoint of that task.
+    """
+    read_sealed_task(folder)
+    file = folder / ADAPTER_WEIGHTS
+    with refusing(f"{file} is damaged: it cannot be read as safetensors"):
+        return load_file(file)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model to train, and what is known of it.
+
+    Args:
+        clip: The CLIP model with the adapter that is trained.
+        processor: Its processor.
+        base_model: What checkpoints name as the base model.
+        adapter: The arguments of the adapter's shape, by name.
+        known_classes: The classes that a task's checkpoint has learned already.
+    """
+
+    clip: PeftModel
+    processor: ProcessorMixin
+    base_model: str
+    adapter: dict[str, Any]
+    known_classes: tuple[str, ...] = ()
+
+
+def load_pretrained(
+    name: str,
+    args: AdapterArguments,
+    dtype: str = "auto",
+    seed: int = 0,
+    num_tasks: int = 1,
+    merge_into: str | Path | None = None,
+) -> Pretrained:
+    """Load the model that a run begins with.
+
+    Args:
+        name: A CLIP model (Hub id, folder, or embedded), which is given a fresh adapter; or a task's checkpoint or an
+            adapter of PEFT's, folder or Hub id, which is trained further.
+        args: The fresh adapter.
+        dtype: The base model's dtype.
+        seed: Of the fresh adapter's initial weights.
+        num_tasks: The length of the stream.
+        merge_into: Merge the adapter of `name` into its base model, keep the result in this folder, and give it a
+            fresh adapter; a merged model that is there already is taken as it is.
+
+    Raises:
+        ValueError: If there is no such model, a checkpoint is damaged, `args` ask for another adapter than the one
+            that is trained further, or the adapter cannot be merged or go on with another stream.
+    """
+    folder = _adapter_folder(name)
+    if merge_into is not None:
+        if folder is None:
+            raise ValueError(f"merge_into={str(merge_into)!r}: {name!r} has no adapter to merge.")
+        return _fresh(str(_merged(folder, Path(merge_into), dtype)), args, dtype, seed, num_tasks)
+    return _fresh(name, args, dtype, seed, num_tasks) if folder is None else _go_on(name, folder, args, dtype)
+
+
+def _fresh(name: str, args: AdapterArguments, dtype: str, seed: int, num_tasks: int) -> Pretrained:
+    base = resolve(name)
+    torch.manual_seed(seed)
+    clip = _load_clip(base, _read_clip_config(base, {}), dtype, {})
+    clip = add_adapter(clip, args, num_tasks=num_tasks)
+    given = {each.name: getattr(args, each.name) for each in fields(args)}
+    return Pretrained(clip, AutoProcessor.from_pretrained(base), name, given)
+
+
+def _go_on(name: str, folder: Path, args: AdapterArguments, dtype: str) -> Pretrained:
+    clip, info = _load_to_go_on(folder, dtype, is_trainable=True)
+    config = clip.peft_config["default"]
+    found = adapter_arguments(config)
+    _check_arguments(name, args, found)
+    if getattr(config, "num_routers", 1) > 1:
+        raise ValueError(
+            f"model_name_or_path={name!r}: its adapter has a router for each of {config.num_routers} tasks of its own "
+            "stream, and none for those of another: train a fresh one on its base model."
+        )
+    freeze(clip, args.frozen_parameters or ())
+    known = () if info is None else (*info["classes"], *info.get("known_classes", ()))
+    logger.info(f"Going on with the adapter of {name}" + (f", which knows {', '.join(known)}." if known else "."))
+    processor = _processor(folder, info, clip)
+    base_model = config.base_model_name_or_path if info is None else info["base_model"]
+    shape = {each.name: getattr(args, each.name) for each in fields(args)} | found
+    return Pretrained(clip, processor, base_model, shape, known)
+
+
+def _load_to_go_on(folder: Path, dtype: str, is_trainable: bool) -> tuple[PeftModel, dict[str, Any] | None]:
+    """The adapter in `folder` on its base model, which it names as found, and its `task.json`, if it has one."""
+    info = read_sealed(folder) if (folder / TASK_FILE).is_file() else None
+    adapted, base = _load_adapted(folder, info, dtype, is_trainable=is_trainable)
+    adapted.peft_config["default"].base_model_name_or_path = adapted.config.name_or_path = str(base)
+    return adapted, info
+
+
+def _processor(folder: Path, info: dict[str, Any] | None, clip: PeftModel) -> ProcessorMixin:
+    """A task's checkpoint has the processor; of another adapter it is the base model's."""
+    if info is not None:
+        return read_processor(folder, clip.config.text_config.vocab_size)
+    return AutoProcessor.from_pretrained(clip.peft_config["default"].base_model_name_or_path)
+
+
+def _adapter_folder(name: str) -> Path | None:
+    """The folder of the adapter that `name` is, downloaded if need be; None if it is a whole model."""
+    if resolve(name) != name:  # embedded
+        return None
+    folder = Path(name)
+    if not folder.is_dir():
+        check_repository_name(name)
+        found = find_adapter_config_file(name)
+        return None if found is None else download(name, [TASK_FILE, *SEALED_FILES])
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    tasks = sorted(file.parent.name for file in folder.glob(f"task-*/{TASK_FILE}"))
+    if tasks and not (folder / BASE_CONFIG).is_file():
+        raise ValueError(
+            f"model_name_or_path={name!r} is the folder of a run, with {tasks[0]} to {tasks[-1]}: name one of them, "
+            f"{folder / tasks[-1]}."
+        )
+    return None
+
+
+def _check_arguments(name: str, args: AdapterArguments, found: dict[str, Any]) -> None:
+    """Refuse arguments that ask for another adapter than the one that is there; a default asks for nothing."""
+    default = AdapterArguments()
+    for key, value in found.items():
+        given = getattr(args, key)
+        if _sorted(given) not in (_sorted(value), _sorted(getattr(default, key))):
+            raise ValueError(
+                f"{key}={given!r}: the adapter of model_name_or_path={name!r}, which is trained further, has "
+                f"{value!r}; leave {key} out, or give merge_into, which trains a fresh adapter."
+            )
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+
+
+def _merged(adapter: Path, folder: Path, dtype: str) -> Path:
+    """The folder with the base model into which an adapter was merged."""
+    if (folder / BASE_CONFIG).is_file():
+        return folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"merge_into={str(folder)!r} holds something else: expected a merged model, or a new folder.")
+    clip, info = _load_to_go_on(adapter, dtype, is_trainable=False)
+    processor = _processor(adapter, info, clip)
+    try:
+        merged = clip.merge_and_unload()
+    except (AttributeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"merge_into: the adapter in {adapter} cannot be merged ({error}).") from error
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    merged.save_pretrained(unfinished)
+    processor.save_pretrained(unfinished)
+    replace_folder(unfinished, folder)
+    return folder
+
+
+def _load_adapted(
+    folder: Path,
+    info: dict[str, Any] | None,
+    dtype: str,
+    base_model: str | Path | None = None,
+    options: dict[str, Any] | None = None,
+    is_trainable: bool = False,
+) -> tuple[PeftModel, str | Path]:
+    """The adapter in a folder on its base model, and the base model's folder or name."""
+    config = _read_adapter_config(folder, info)
+    base = _base_model_of(folder, info, config) if base_model is None else base_model
+    clip = _load_base_model(folder, base, config, dtype, options or {})
+    adapted = PeftModel.from_pretrained(clip, folder, config=config, is_trainable=is_trainable)
+    if info is not None:
+        _check_base_model(adapted, info, base)
+    return adapted, base
+
+
+def _read_adapter_config(folder: Path, info: dict[str, Any] | None) -> PeftConfig:
+    """The configuration of the adapter in a folder, which is that of `task.json`, if there is one."""
+    file = folder / ADAPTER_CONFIG
+    content = read_json(file)
+    check_adapter_config(content, str(file))
+    with refusing(f"{file} is damaged: it is no configuration of an adapter"):
+        config = PeftConfig.from_peft_type(**content)
+        name = adapter_name(config)
+    if info is not None and info["adapter"] in ADAPTERS and name != info["adapter"]:
+        raise ValueError(f"{file} is foreign: its adapter is {name!r}, expected {info['adapter']!r} ({TASK_FILE}).")
+    return config
+
+
+def _base_model_of(folder: Path, info: dict[str, Any] | None, config: PeftConfig) -> str | Path:
+    """The base model's folder or name: beside the adapter, embedded in this package, or as PEFT recorded it."""
+    if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
+        return folder
+    for known in (None if info is None else info["base_model"], config.base_model_name_or_path):
+        if isinstance(known, str) and resolve(known) != known:
+            return resolve(known)
+    name, file = config.base_model_name_or_path, folder / ADAPTER_CONFIG
+    if not isinstance(name, str):
+        raise ValueError(f"{file}: it names no base model ({name!r}): give base_model.")
+    if is_snapshot(folder):  # a name from the Hub must not become a path here
+        try:
+            check_repository_name(name)
+        except ValueError as error:
+            raise ValueError(
+                f"{file}: the base model {name!r} is no repository on the Hub: give base_model."
+            ) from error
+        if Path(name).exists():
+            raise ValueError(f"{file}: {name!r} is a repository and a folder here: say which, as base_model.")
+    return name
+
+
+def _load_base_model(
+    folder: Path, base_model: str | Path, config: PeftConfig, dtype: str, options: dict[str, Any]
+) -> CLIPModel:
+    """The base model, once it is known that the adapter fits it."""
+    options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
+    clip_config = _read_clip_config(base_model, options)
+    check_adapter(folder, clip_config, config)
+    # Given a folder with an adapter, transformers would put it into the model as well.
+    if (Path(base_model) / ADAPTER_CONFIG).is_file():
+        shards = [load_file(file) for file in sorted(Path(base_model).glob(BASE_WEIGHTS))]
+        options = {"state_dict": dict(ChainMap(*shards))}
+    return _load_clip(base_model, clip_config, dtype, {**options, "use_safetensors": True})
+
+
+def _read_clip_config(base_model: str | Path, options: dict[str, Any]) -> CLIPConfig:
+    """The configuration of a CLIP model, if one can be made of it."""
+    what = f"the base model {str(base_model)!r}"
+    with refusing(f"{what} cannot be read"):
+        content, _ = CLIPConfig.get_config_dict(base_model, **options)
+    check_model_config(content, what)
+    with refusing(f"{what} cannot be read"):
+        return CLIPConfig.from_pretrained(base_model, **options)
+
+
+def _load_clip(base_model: str | Path, config: CLIPConfig, dtype: str, options: dict[str, Any]) -> CLIPModel:
+    """A CLIP model, all of whose weights are there and finite; transformers would draw what is missing at random."""
+    what = f"the base model {str(base_model)!r}"
+    name = None if "state_dict" in options else base_model
+    with refusing(f"{what} cannot be read"):
+        clip, report = CLIPModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(f"{what} has no {missing[0]} (and {len(missing) - 1} more).")
+    check_finite(dict(clip.named_parameters()), what)
+    return in_training_dtype(clip, dtype)
+
+
+def _check_base_model(model: PeftModel, info: dict[str, Any], base_model: str | Path) -> None:
+    """Refuse a base model whose weights are not those on which a checkpoint's adapter was trained."""
+    expected = info.get("base_model_sha256")
+    if expected is not None and base_digest(model) != expected:
+        raise ValueError(
+            f"the base model {str(base_model)!r} has changed: its weights are not those on which the adapter was "
+            f"trained ({TASK_FILE}, base_model_sha256). Give the right one as base_model."
+        )
+
+
+@contextmanager
+def _hinting_at_download(folder: Path) -> Iterator[None]:
+    """A file that was damaged on its way from the Hub stays in the cache until it is asked for anew."""
+    try:
+        yield
+    except ValueError as error:
+        if is_snapshot(folder):
+            raise ValueError(f"{error} It was downloaded: force_download=True fetches it anew.") from error
+        raise
