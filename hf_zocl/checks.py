@@ -1,4 +1,4 @@
-"""What is given from outside, checked before work is done with it."""
+"""Checks of values given from outside, before any work is done with them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 class WrongTypeError(TypeError, ValueError):
     """An argument has a type that it cannot have; the message names the argument, its value and what was expected.
 
-    A `ValueError` too, for those who catch whatever is wrong with an argument.
+    It is also a `ValueError`, for callers that catch any fault of an argument.
     """
 
 
 def check_type(name: str, value: Any, types: type | tuple[type, ...], expected: str) -> None:
-    """Check the type of an argument; a bool is no number.
+    """Check the type of an argument; a bool does not count as a number.
 
     Raises:
-        WrongTypeError: If it is none of `types`.
+        WrongTypeError: If it is not one of `types`.
     """
     is_flag = isinstance(value, bool) and bool not in (types if isinstance(types, tuple) else (types,))
     if is_flag or not isinstance(value, types):
@@ -34,7 +34,7 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
     """Check that an argument is a whole number in a range.
 
     Raises:
-        WrongTypeError: If it is no whole number.
+        WrongTypeError: If it is not a whole number.
         ValueError: If it is out of the range.
     """
     span = f"a whole number from {least}" + ("" if most is None else f" to {most}")
@@ -44,10 +44,10 @@ def check_count(name: str, value: Any, least: int = 1, most: int | None = None) 
 
 
 def check_texts(name: str, values: Any) -> None:
-    """Check that an argument is a sequence of texts, each of which can be written down.
+    """Check that an argument is a sequence of texts, each of which can be written to a file.
 
     Raises:
-        WrongTypeError: If it is a text itself, or holds something else than texts.
+        WrongTypeError: If it is itself a text, or holds anything but texts.
         ValueError: If a text holds half a character (a lone surrogate), which no file can hold.
     """
     is_list = hasattr(values, "__len__") and hasattr(values, "__getitem__")  # an array is one, too
@@ -83,7 +83,7 @@ def shown(value: Any, limit: int = 80) -> str:
 def check_fields(arguments: Any, names: Collection[str] | None = None, but: Sequence[str] = ()) -> None:
     """Check what a dataclass of arguments holds against its annotations: texts, numbers, flags, and lists of them.
 
-    Fields of other types are left to whoever reads them.
+    Fields of other types are checked where they are read.
 
     Args:
         arguments: The dataclass.
@@ -92,7 +92,7 @@ def check_fields(arguments: Any, names: Collection[str] | None = None, but: Sequ
 
     Raises:
         WrongTypeError: If a value has another type than its field.
-        ValueError: If a number is not finite or too large, or a text is one that no file can hold.
+        ValueError: If a number is not finite or too large, or no file can hold a text.
     """
     hints = _hints(type(arguments))  # type: ignore[arg-type]
     for field in dataclasses.fields(arguments):
@@ -108,7 +108,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def expected(types: Sequence[Any]) -> str:
-    """What one of these types is, in words."""
+    """The name of one of these types, in words."""
     words = [_describe(each) for each in types if each is not type(None)]
     return " or ".join([*dict.fromkeys(words), *(["null"] if type(None) in types else [])])
 
@@ -157,10 +157,10 @@ def _check_value(name: str, value: Any, types: Sequence[Any]) -> None:
 
 
 def check_finite(name: str, value: Any) -> None:
-    """Check that a number is one that a computer can reckon with.
+    """Check that a number is finite and not too large.
 
     Raises:
-        ValueError: If it is infinite, NaN, or a whole number of more than 64 bits.
+        ValueError: If it is infinite, NaN, or a whole number that needs more than 64 bits.
     """
     if isinstance(value, numbers.Integral):
         if abs(int(value)) >= 2**63:

@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import Any
 
 
-# What the system says where there is no room: on the disk, within a quota, or for a file of that size (ulimit).
+# The system's numbers for lack of space: on the disk, within a quota, or for a file of that size (ulimit).
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A disk with less room than this is full: a write that fails has taken what there was.
+# A disk with less free space than this counts as full: the write that failed has used the rest.
 _LEAST_ROOM = 1 << 20
 
 
 def room_error(folder: Path, error: Exception, needed: int = 0) -> OSError | None:
-    """What the system says of `error`, if it is for want of room that something could not be written into `folder`.
+    """The system's words for `error`, if a write into `folder` failed for lack of space; otherwise None.
 
-    torch and safetensors raise errors without the system's number. So the disk is asked: for its free space, for as
-    much as a small file, and for a file that has grown as far as a file may.
+    torch and safetensors raise errors without the system's number, so the disk is asked: for its free space, by
+    writing a small file, and for a file that has reached the size limit.
 
     Args:
-        folder: Where it was to be written; it need not be there.
-        error: What was raised.
-        needed: The bytes of the greatest file: what was written of it may be gone, and its room be free again.
+        folder: The folder to write into; it need not exist.
+        error: The error that was raised.
+        needed: The size in bytes of the largest file. The part that was written may have been removed, and its space
+            freed.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error if error.errno in NO_ROOM else None
@@ -38,7 +39,7 @@ def room_error(folder: Path, error: Exception, needed: int = 0) -> OSError | Non
 
 
 def existing_folder(path: str | os.PathLike) -> Path:
-    """The innermost folder of `path` that is there."""
+    """The innermost folder of `path` that exists."""
     path = Path(path).absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
@@ -59,7 +60,7 @@ def _want_of_room(folder: Path, needed: int) -> int | None:
 
 
 def _greatest_file() -> int:
-    """The bytes that a file of this process may have (`ulimit -f`)."""
+    """The greatest size in bytes of a file of this process (`ulimit -f`)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -70,12 +71,12 @@ def _greatest_file() -> int:
 
 @contextmanager
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when the block ends, and is removed when it raises.
+    """Give a file next to `path` to write to. It replaces `path` when the block ends, and is removed if that raises.
 
-    Several processes of a machine may write the same file: the last wins.
+    Several processes of a machine may write the same file: the last one wins.
 
     Raises:
-        OSError: With the system's number where there is no room, whatever the block raised.
+        OSError: If there is no space, with the system's number, whatever the block raised.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -93,7 +94,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def replace_folder(unfinished: Path, folder: Path) -> None:
-    """Let a folder that is complete take the place of `folder`."""
+    """Replace `folder` by a complete folder."""
     for file in unfinished.rglob("*"):
         if file.is_file():
             _flush(file)
@@ -102,7 +103,7 @@ def replace_folder(unfinished: Path, folder: Path) -> None:
 
 
 def remove_unfinished(folder: Path, names: Collection[str]) -> None:
-    """Remove what a process which was killed was writing into `folder`, of files that have one of `names`."""
+    """Remove the unfinished files with one of `names` that a killed process left in `folder`."""
     for file in folder.glob(".*.tmp"):
         match = re.fullmatch(r"\.(.+)\.\d+\.tmp", file.name)
         if match and match[1] in names and file.is_file():
@@ -110,7 +111,7 @@ def remove_unfinished(folder: Path, names: Collection[str]) -> None:
 
 
 def fingerprint(content: Path | bytes) -> dict[str, Any]:
-    """Size and SHA-256 of a file, or of what is to be one."""
+    """The size and SHA-256 of a file, or of the content of one."""
     digest, size = hashlib.sha256(), 0
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -120,6 +121,6 @@ def fingerprint(content: Path | bytes) -> dict[str, Any]:
 
 
 def _flush(file: Path) -> None:
-    """A power cut must not leave a name without its content."""
+    """Flush to the medium, so that a power cut never leaves a name without its content."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())

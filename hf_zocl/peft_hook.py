@@ -1,4 +1,4 @@
-"""The MoE adapters become a PEFT method as soon as both `hf_zocl` and `peft` are imported, in either order."""
+"""Registers the MoE adapters with PEFT once both `hf_zocl` and `peft` are imported, in either order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ADAPTERS = "hf_zocl.models.moe_adapter"  # which registers itself
 
 
 def register_with_peft() -> None:
-    """Import the adapters if PEFT is imported already, and otherwise right after it is."""
+    """Import the adapters now if PEFT is imported already, otherwise right after PEFT is."""
     if "peft" in sys.modules:
         import_module(ADAPTERS)
     else:

@@ -1,4 +1,4 @@
-"""What is run from the command line, and what the commands have in common."""
+"""The commands of `python -m hf_zocl`, and the code that they share."""
 
 from .door import Parser, command, require
 

@@ -15,26 +15,27 @@ from typing import NoReturn
 import hf_zocl
 
 
-# What is wrong with a value, a file, the Hub, or what is installed; anything else is a bug.
+# Faults of a value, a file, the Hub, or the installed packages; anything else is a bug.
 REFUSALS = (ValueError, OSError, ImportError, MemoryError)
 INTERRUPTED = 130  # the exit status of shells: 128 + SIGINT
-# Seconds that a process which is not its machine's first waits before it says what was refused: as a rule the first
-# one says the same, and its end is the end of all.
+# Seconds that a process other than its machine's first waits before it reports a refusal: usually the first process
+# reports the same, and its end ends them all.
 PATIENCE = 10
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are errors like any other: one line, without the usage."""
+    """A parser whose errors are one line, like all others, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def command(main: Callable[[], None]) -> Callable[[], None]:
-    """Decorates a script's `main`: what is refused ends it with one line, `error: …`, and exit status 1.
+    """Decorate a script's `main`: a refusal ends it with one line, `error: …`, and exit status 1.
 
-    With `--debug` on the command line, without a value, it ends with the traceback. Bugs always do. Of the processes
-    that a launcher has started, the first speaks for all; what another one alone meets, that one says a little later.
+    With `--debug` on the command line, without a value, it ends with the traceback. Bugs always do. The first of
+    the processes that a launcher has started reports for all; an error that only another one meets is reported by that
+    one, a little later.
     """
 
     @functools.wraps(main)
@@ -61,7 +62,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
 
 
 def _is_first() -> bool:
-    """Whether this is the first process of a launch on its machine, or the only one."""
+    """Tell whether this is the first process of a launch on its machine, or the only one."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -80,12 +81,12 @@ def require(module: str, extra: str) -> None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an error says that something was wrong with what the command was given."""
+    """Tell whether an error is a fault of the command's input."""
     return isinstance(error, REFUSALS) or type(error).__name__ == "OutOfMemoryError"
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message on one line; of one that this package did not word, also its type."""
+    """An error's message on one line, with its type if the error is not from this package."""
     text = " ".join(str(error).split()) or "no message"
     return text if _is_worded_here(error) else f"{text} ({type(error).__name__}; --debug shows where)"
 

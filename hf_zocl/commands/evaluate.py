@@ -49,10 +49,10 @@ def task_number(text: str) -> int | str:
 
 
 def recipe_arguments(argv: list[str]) -> dict[str, Any]:
-    """Those of a recipe's arguments that were given, and no default.
+    """The recipe arguments that were given, without defaults.
 
     Raises:
-        ValueError: If one is no argument of a recipe.
+        ValueError: If one is not an argument of a recipe.
     """
     known = {*(each.name for each in fields(RunArguments)), *NUMERICS} - {"preset"}  # which is about training
     for argument in argv:

@@ -26,24 +26,24 @@ def names(kind: str) -> list[str]:
 
 
 def find(kind: str, name: str) -> Path | None:
-    """The file of a recipe or preset that the package has; None if it has none of that name."""
+    """The file of a recipe or preset in the package; None if no file has that name."""
     return _folder(kind) / f"{name}.yaml" if name in names(kind) else None
 
 
 def first_line(kind: str, name: str) -> str:
-    """What the comment that opens a file says in its first line."""
+    """The first line of the comment that opens a file."""
     return find(kind, name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
 def recipe_file(given: str, beside: Path | None = None) -> Path:
-    """The recipe that is meant by a name or a path; a name of the package's wins, `./name` is then the file.
+    """The file of a recipe, from a name or a path; the package's names come first (`./name` means the file).
 
     Args:
         given: A name or a path.
-        beside: A folder from which a path is looked up, too, before the current one.
+        beside: A folder in which a path is looked up before the current one.
 
     Raises:
-        ValueError: If there is neither.
+        ValueError: If there is no such name and no such file.
     """
     named = find("recipe", given)
     if named is not None:

@@ -37,7 +37,7 @@ def push_run(
     """Push the queue that a run left in its folder; without one, all complete tasks.
 
     Raises:
-        ValueError: If there is nothing to push, no token, or no name of a repository.
+        ValueError: If there is nothing to push, no token, or no repository name.
     """
     queue = PushQueue.read(output_dir)
     tasks = complete_tasks(output_dir)

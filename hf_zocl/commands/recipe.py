@@ -29,7 +29,7 @@ class Recipe:
 
     Args:
         run, adapter, training: The arguments.
-        entries: Those of them that stand in the recipe's file, with their places.
+        entries: The arguments that are in the recipe's file, with their places.
     """
 
     run: RunArguments
@@ -38,7 +38,7 @@ class Recipe:
     entries: Mapping[str, Entry] = field(default_factory=dict, repr=False)
 
     def placing(self) -> AbstractContextManager[None]:
-        """A context in which an error that names an argument of the recipe also says where that stands."""
+        """A context in which an error that names an argument of the recipe also says where it is."""
         return _placing(self.entries)
 
     def to_dict(self) -> dict[str, Any]:
@@ -47,12 +47,12 @@ class Recipe:
 
     @property
     def resume(self) -> bool | str:
-        """Whether to go on, by `resume` or `resume_from_checkpoint`; or the checkpoint's folder."""
+        """The value of `resume` or `resume_from_checkpoint`: True to go on, or the checkpoint's folder."""
         given = str(self.training.resume_from_checkpoint or self.run.resume)
         return {"true": True, "false": False}.get(given.lower(), given)
 
     def per_seed(self) -> list[Recipe]:
-        """A recipe for every seed, each with a folder of its own; without `seeds`, this one."""
+        """A recipe for every seed, each with its own folder; without `seeds`, this recipe."""
         seeds = self.run.seed_list(self.training.seed)
         if seeds is None:
             return [self]
@@ -81,8 +81,8 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         argv: The command line without the program's name; default: `sys.argv`.
 
     Raises:
-        ValueError: If there is no such recipe, or it is no mapping, names an argument that does not exist or one
-            twice, or includes itself; or if a value is of a wrong type or out of its range. The message names the
+        ValueError: If there is no such recipe, or it is not a mapping, names an unknown argument or one argument
+            twice, or includes itself; or if a value has the wrong type or is out of its range. The message names the
             value, and the file and the line of one from a recipe.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -140,7 +140,7 @@ def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, Adapte
 
 @contextmanager
 def _placing(entries: Mapping[str, Entry]) -> Iterator[None]:
-    """An error that names an argument of a recipe also says where that stands."""
+    """Let an error that names an argument of a recipe also say where it is."""
     try:
         yield
     except ValueError as error:
@@ -151,7 +151,7 @@ def _placing(entries: Mapping[str, Entry]) -> Iterator[None]:
 
 
 class RecipeParser(HfArgumentParser):
-    """Its errors are errors like any other: one line, without a screen of usage."""
+    """A parser whose errors are one line, like all others, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -161,7 +161,7 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
     """Load the model and the stream, add the adapter, and make the scheduler; nothing is trained or written yet.
 
     Raises:
-        ValueError: If the arguments do not fit one another, or a launcher asks for a sharded model.
+        ValueError: If the arguments do not fit each other, or a launcher asks for a sharded model.
     """
     run, training = recipe.run, recipe.training
     with recipe.placing():
@@ -179,7 +179,7 @@ def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe:
         pretrained = load_pretrained(
             run.model_name_or_path, recipe.adapter, run.dtype, training.seed, len(stream), run.merge_into
         )
-    # Of whole datasets two may have a class of the same name, which is no class of one task.
+    # Two whole datasets may have a class of the same name, which does not belong to one task.
     names = stream[0].class_names if stream.scenario == "cross-dataset" else stream.class_names
     model = CLIPClassifier(pretrained.clip, pretrained.processor.tokenizer, names, template)
     if not torch.accelerator.is_available():

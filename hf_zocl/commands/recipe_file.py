@@ -32,7 +32,7 @@ class Entry:
 
     Args:
         value: Of the argument's type.
-        place: Where it stands: `file.yaml, line 3`.
+        place: Where it is: `file.yaml, line 3`.
     """
 
     value: Any
@@ -40,10 +40,10 @@ class Entry:
 
 
 def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...] = ()) -> dict[str, Entry]:
-    """The arguments of a recipe, given over those of its preset, and these over those of the recipe that it includes.
+    """The arguments of a recipe. They override those of its preset, which override those of an included recipe.
 
     A value is what the argument's annotation makes of its text: `class_names: [yes, no]` are two names, and
-    `lora_rank: 8.0` is a whole number. `null` is a value for arguments that may be without one.
+    `lora_rank: 8.0` is a whole number. `null` is allowed for arguments that may be None.
 
     Args:
         path: The file.
@@ -51,9 +51,9 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
         including: The recipes that led here.
 
     Raises:
-        ValueError: If the file is no mapping, names an argument twice or one that does not exist, holds a
-            value of a wrong type, includes itself, or names a preset or another recipe that does not exist; the
-            message names the file, the line and the argument.
+        ValueError: If the file is not a mapping, names an argument twice or an unknown one, holds a value of the wrong
+            type, includes itself, or names a preset or another recipe that does not exist; the message names the file,
+            the line and the argument.
     """
     entries: dict[str, Entry] = {}
     for key, node in _mapping(path):
@@ -81,7 +81,7 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
 
 
 def read_preset(name: str, where: str, hints: Mapping[str, Any]) -> dict[str, Entry]:
-    """The arguments that a preset sets; `where` it was asked for opens the message of an error.
+    """The arguments that a preset sets; an error message opens with `where`, the place that asks for it.
 
     Raises:
         ValueError: If there is no such preset.
@@ -104,7 +104,7 @@ def _include(included: Entry, path: Path, hints: Mapping[str, Any], including: t
 
 
 def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:
-    """The same error, which also says where in the recipe the arguments that it names stand."""
+    """The same error, with the places in the recipe of the arguments that it names."""
     text = str(error)
     named = [name for name in dict.fromkeys(_WORD.findall(text)) if name in entries]
     places = [f"{name}: {entries[name].place}" for name in named if entries[name].place not in text]
@@ -135,7 +135,7 @@ def _mapping(path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
 
 
 def _value(node: yaml.Node, hint: Any, where: str, is_item: bool = False) -> Any:
-    """What an annotation makes of a value's text; in a list `null` is a text like any other."""
+    """A value's text, converted as its annotation says; in a list `null` is an ordinary text."""
     types = alternatives(hint)
     if isinstance(node, yaml.ScalarNode):
         found = _scalar(node, types, where, is_item)

@@ -37,18 +37,17 @@ def learn() -> None:
         for one in recipes:
             run(one)
         if len(recipes) > 1 and recipe.training.should_save:
-            # These seeds alone: the folder may hold other runs.
+            # Only these seeds: the folder may hold other runs.
             comparison = compare_groups([load_seeds([Path(one.training.output_dir) for one in recipes])])
             comparison.write(Path(recipe.training.output_dir))
             print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
 
 
 def prepare(recipe: Recipe, recipes: list[Recipe], stack: ExitStack) -> None:
-    """Before the first run: look at every folder; of several runs lock the folder that they share, and ask the Hub
-    about every repository.
+    """Check every folder and repository before the first run; several runs lock the folder that they share.
 
     Raises:
-        FolderInUseError, ValueError: If a folder is in use, or would lose something; or the Hub refuses a repository.
+        FolderInUseError, ValueError: If a folder is in use or would lose files, or the Hub refuses a repository.
     """
     for one in recipes:
         with FolderLock(one.training.output_dir):
@@ -79,7 +78,7 @@ def run(recipe: Recipe) -> None:
 
 
 def resume_of(recipe: Recipe) -> bool | str:
-    """Whether to go on: as asked for; and with what this launch has begun, if its processes were started anew."""
+    """The `resume` to run with: as asked for; True for a run of this launch if its processes were restarted."""
     return recipe.resume or (restarts() > 0 and is_begun(recipe))
 
 
@@ -88,23 +87,23 @@ def overwrites(recipe: Recipe) -> bool:
 
 
 def is_begun(recipe: Recipe) -> bool:
-    """Whether the run in `output_dir` is of this launch, whose first process outlives its restarts."""
+    """Tell whether this launch, whose first process outlives its restarts, began the run in `output_dir`."""
     results = Path(recipe.training.output_dir) / RESULTS_FILE
     return results.is_file() and results.stat().st_mtime >= psutil.Process(os.getppid()).create_time()
 
 
 def restarts() -> int:
-    """How often torchrun has started all processes anew because one had died."""
+    """The number of times that torchrun has restarted all processes because one died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def join_again() -> None:
-    """Form the process group where the processes before have left no addresses of theirs.
+    """Form the process group in a store without the addresses of earlier processes.
 
-    torchrun's own store outlives them, and new ones that read it wait for the dead (pytorch issue 135712).
+    torchrun's own store outlives them, and processes that read it wait for the dead ones (pytorch issue 135712).
 
     Raises:
-        ValueError: If it is the store of several machines, which count their restarts differently.
+        ValueError: If several machines share the store, because they count their restarts differently.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return

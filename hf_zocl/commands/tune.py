@@ -77,13 +77,14 @@ def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 
 @dataclasses.dataclass(frozen=True)
 class FirstTask:
-    """The judge of candidates.
+    """Measures candidates on the first task.
 
     Args:
         recipe: A recipe's file.
         seeds: A candidate's figures are means over them.
-        held_out: Training images per class that are tested on.
-        retention: What the model knew before.
+        held_out: Training images per class to test on.
+        retention: The stream on which zero-shot retention is measured.
+
         repetitions: How often the first task is trained before R is measured; None: as often as there are tasks.
     """
 
@@ -94,7 +95,7 @@ class FirstTask:
     repetitions: int | None = None
 
     def measure_all(self, grid: dict[str, list[str]], further: list[str]) -> list[dict[str, Any]]:
-        """Every combination of the grid's values."""
+        """Measure every combination of the grid's values."""
         combinations = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
         return [self.measure(candidate, further) for candidate in tqdm(combinations, desc="candidates")]
 
@@ -114,14 +115,14 @@ class FirstTask:
         return as_row(candidate, first_task, retained)
 
     def zero_shot(self, further: list[str]) -> dict[str, Any]:
-        """The row of the model as it came."""
+        """The row of the untrained model."""
         with self._scheduler([*further, "--seed", str(self.seeds[0])]) as (scheduler, _):
             held_out = accuracy(scheduler, scheduler.stream)
             return as_row({}, [held_out], [accuracy(scheduler, self.retention)])
 
     @contextmanager
     def _scheduler(self, further: list[str]) -> Iterator[tuple[ContinualTaskScheduler, int]]:
-        """A run over the first task alone, tested on training images that are held out; and the stream's tasks."""
+        """A run over the first task alone, tested on held-out training images; and the stream's tasks."""
         quiet = ["--disable_tqdm", "true", "--report_to", "none", "--push_to_hub", "false"]  # a candidate is no result
         with tempfile.TemporaryDirectory(prefix="hf-zocl-tune-") as folder:
             recipe = parse_recipe(["--recipe", self.recipe, *further, "--output_dir", folder, *quiet])
@@ -132,10 +133,10 @@ class FirstTask:
 
 
 def mark_best(rows: list[dict[str, Any]], keep: float | None = None) -> dict[str, Any]:
-    """Mark the candidate that is chosen, and return its row; zero-shot's row, the first, is no candidate.
+    """Mark the chosen candidate and return its row; the first row, zero-shot, is not a candidate.
 
     Raises:
-        ValueError: If none retains as much as `keep`.
+        ValueError: If no candidate retains as much as `keep`.
     """
     candidates, name = rows[1:], "score"
     if keep is not None:
@@ -165,7 +166,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
         DatasetDict(train=train, test=test),
         increment=len(names),
         name=f"{stream.name}, first task",
-        # The benchmark's names; those of later tasks are not looked at.
+        # The benchmark's names; those of later tasks are not read.
         class_names=[names.get(label, f"class {label}") for label in range(len(stream.arrival_labels))],
         class_order=stream[0].class_ids,
         partial_order=True,
@@ -174,7 +175,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
 
 
 def whole_first_task(recipe: Recipe) -> Dataset:
-    """All training images of the first task: the recipe's own cap leaves none to hold out."""
+    """All training images of the first task, because the recipe's cap leaves none to hold out."""
     run = dataclasses.replace(recipe.run, max_train_images_per_class=None)
     return build_stream(run, seed=recipe.training.data_seed or 0)[0][0].train
 

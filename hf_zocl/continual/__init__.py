@@ -1,4 +1,4 @@
-"""A stream of tasks is run and measured."""
+"""Running and measuring a stream of tasks."""
 
 from .checkpoint_evaluation import evaluate_checkpoint
 from .scheduler import ContinualTaskScheduler

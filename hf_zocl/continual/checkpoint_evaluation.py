@@ -20,7 +20,7 @@ from .evaluation import StreamEvaluator
 from .run_arguments import RunArguments, build_stream
 
 
-# The Trainer's arguments that a measurement may depend on, bit for bit.
+# The Trainer's arguments that may change a measurement, if only by a bit.
 NUMERICS = (
     "per_device_eval_batch_size",
     "bf16",
@@ -45,9 +45,9 @@ def evaluate_checkpoint(
     Args:
         path, task, revision: As for `load_task_checkpoint`.
         hub_kwargs: For `load_task_checkpoint`.
-        overrides: Arguments of a recipe instead of the run's (`RunArguments`, and `per_device_eval_batch_size` and its
-            like); None changes nothing. Another `benchmark`, `dataset_name` or `datasets` is measured whole, after its
-            last task; the run's own as it was after the checkpoint's task.
+        overrides: Arguments of a recipe instead of the run's (`RunArguments`, and others such as
+            `per_device_eval_batch_size`); None changes nothing. Another `benchmark`, `dataset_name` or `datasets` is
+            measured whole, after its last task; the run's own as it was after the checkpoint's task.
 
     Returns:
         `checkpoint`, `benchmark`, `scenario`, `task` (the stream's task after which it was measured), `classes`,
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
 
 
 def _run_arguments(recipe: dict[str, Any], given: dict[str, Any], is_own: bool) -> RunArguments:
-    """The run's own arguments, or, for another benchmark, none of its stream's."""
+    """The run's own arguments; for another benchmark, without those of its stream."""
     names = {each.name for each in fields(RunArguments)}
     if is_own and "benchmark" not in recipe:
         raise ValueError("the checkpoint's recipe names no benchmark (it was not trained by one): give benchmark.")
@@ -99,7 +99,7 @@ def _run_arguments(recipe: dict[str, Any], given: dict[str, Any], is_own: bool) 
 
 
 def _test_images(stream: TaskStream) -> TaskStream:
-    """The stream without its training images, which are then not decoded."""
+    """The stream without its training images, so that they are not decoded."""
     return stream.map_tasks(lambda task: replace(task, train=task.train.select([]), train_rows=None))
 
 

@@ -1,4 +1,4 @@
-"""What a model gets right on a stream's test images; the same in a run and when a checkpoint is evaluated later."""
+"""Evaluation of a model on a stream's test images, the same in a run and for a checkpoint later."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class Predictions:
 
 
 class StreamEvaluator:
-    """Measures a model on a stream's test images, predicting among what the stream's scenario says.
+    """Measures a model on a stream's test images, predicting among the classes that the stream's scenario names.
 
     Args:
-        model: The classifier; its classes are set anew for every evaluation.
+        model: The classifier; its classes are set again for every evaluation.
         processor: The CLIP model's processor.
         trainer: Its `predict` is used, with its arguments; its collator is replaced.
         codec: Reads images that are bytes.
-        known_classes: Classes that the model knows besides: every image is predicted among these as well.
+        known_classes: Further classes that the model knows: every image is predicted among these as well.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class StreamEvaluator:
         self.known_classes = tuple(known_classes)
 
     def after(self, stream: TaskStream, index: int) -> dict[str, Any]:
-        """Measure the model as it is to be measured after task `index`.
+        """Measure the model on everything seen after task `index`.
 
         Returns:
             `row` (the accuracy on the test images of tasks 1 to `index`), `seen` (the accuracy on all of them; where
@@ -99,7 +99,7 @@ class StreamEvaluator:
         return [float(self.predict(evaluation).hits.mean()) for evaluation in stream.future_evaluations(index)]
 
     def zero_shot(self, stream: TaskStream) -> dict[str, Any]:
-        """The model by the protocol of the whole stream, without training; one pass over all test images."""
+        """Measure the untrained model by the protocol of the whole stream, in one pass over all test images."""
         last = len(stream)
         if stream.scenario == "class":
             matrix, seen = self._zero_shot_by_class(stream)
@@ -120,7 +120,7 @@ class StreamEvaluator:
     def _zero_shot_by_class(self, stream: TaskStream) -> tuple[list[list[float]], list[float]]:
         counts = [len(stream.seen_class_names(task.index)) for task in stream]
         (everything,) = stream.evaluations(len(stream))
-        # Known classes stand among those that arrive, or after them.
+        # Known classes are among those that arrive, or after them.
         names = self._names(everything)
         known = [column for column, name in enumerate(names) if name in self.known_classes]
         columns = [[*range(count), *(column for column in known if column >= count)] for count in counts]
@@ -143,7 +143,7 @@ class StreamEvaluator:
         return Predictions(labels + first, ranked + first, confidences, evaluation.task_indices)
 
     def _run(self, evaluation: Evaluation, keep) -> tuple[Any, np.ndarray]:
-        """What `keep` makes of the logits, and the labels counted from the evaluation's first class."""
+        """The results of `keep` on the logits, and the labels counted from the evaluation's first class."""
         self.model.set_classes(self._names(evaluation), evaluation.prompt_template)
         self.trainer.data_collator = ImageCollator(
             self.processor, evaluation.tasks[0].arrival_labels, evaluation.first_label, self.codec
@@ -155,23 +155,23 @@ class StreamEvaluator:
         return output.predictions, output.label_ids
 
     def _names(self, evaluation: Evaluation) -> list[str]:
-        """What an evaluation's images are predicted among: its own classes, then the others that are known."""
+        """The classes to predict among: the evaluation's own, then the others that are known."""
         others = [name for name in self.known_classes if name not in evaluation.class_names]
         return [*evaluation.class_names, *others]
 
 
 def _rank(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # A stable sort: of equal scores the first class is ranked first, as argmax has it.
+    # A stable sort: of equal scores the first class is ranked first, like argmax.
     ranked = logits.sort(dim=-1, descending=True, stable=True).indices[:, :TOP_K]
     return ranked, logits.softmax(dim=-1).amax(dim=-1)
 
 
 def _stack(ranked: Sequence[np.ndarray]) -> np.ndarray:
-    """Rankings below one another; shorter ones (fewer classes) are filled with -1, which is no label."""
+    """The rankings, stacked; shorter ones (fewer classes) are filled with -1, which is not a label."""
     width = max(array.shape[1] for array in ranked)
     return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-1) for a in ranked])
 
 
 def _seen(stream: TaskStream, row: Sequence[float], by_image: float) -> float:
-    """Datasets weigh the same whatever their size, as in MTIL; otherwise images do."""
+    """The accuracy on all images seen; datasets that are tasks have equal weight, as in MTIL."""
     return float(np.mean(row)) if stream.scenario == "cross-dataset" else by_image

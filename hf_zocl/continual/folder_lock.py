@@ -29,16 +29,16 @@ class FolderInUseError(ValueError):
 
 
 class FolderLock:
-    """One process at a time may hold the lock of a folder; `with FolderLock(folder):`.
+    """A lock on a folder, held by one process at a time: `with FolderLock(folder):`.
 
-    The lock is the operating system's, on the file `.lock`, so a holder that is killed holds it no longer. Processes
-    that the holder forks do not hold it. Where a file system knows no locks there is a warning, and no lock.
+    The lock is the operating system's, on the file `.lock`, so a killed holder releases it. Processes that
+    the holder forks do not hold it. On a file system without locks there is a warning, and no lock.
 
     Args:
-        folder: The folder; it is made if it is not there, and removed again if it is empty in the end.
+        folder: The folder; it is made if it is missing, and removed at the end if it is empty.
 
     Raises:
-        FolderInUseError: On entering, if somebody holds the lock.
+        FolderInUseError: On entering, if another process holds the lock.
     """
 
     def __init__(self, folder: str | Path):
@@ -128,7 +128,7 @@ def _lock(file: IO[str]) -> None:
 
 
 def _let_go() -> None:
-    """A forked process, for example of a data loader, must not hold on to what its parent has locked."""
+    """Release the lock in a forked process, such as a data loader's, which must not hold it too."""
     for lock in _held:
         if lock._file is not None:
             lock._file.close()

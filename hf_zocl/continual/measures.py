@@ -1,4 +1,4 @@
-"""What a run costs and what it was run with: memory, versions, the means of a training's logs."""
+"""The cost and the environment of a run: memory, versions, and the means of a training's logs."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def reset_peak_memory() -> None:
-    """Let the peak begin anew, so that it is this run's and not an earlier one's of the same process."""
+    """Reset the peak, so that it does not include an earlier run of the same process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    # Linux alone can forget the peak of a process; elsewhere it is that of all runs so far.
+    # Only Linux can reset the peak of a process; elsewhere it is that of all runs so far.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
-    """The greatest memory of the run so far: the accelerator's allocations, or resident memory on a CPU."""
+    """The peak memory of the run so far in bytes: the accelerator's allocations, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

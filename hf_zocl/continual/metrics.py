@@ -1,9 +1,9 @@
 """Metrics of continual learning, as `evaluate.Metric` modules that need no network, and the functions behind them.
 
 The accuracy matrix A has a row per task: A[t][i] is the accuracy on the test images of task i after learning task t,
-predicting among all classes seen up to t (or what else the stream's scenario says). `seen_accuracy[t]` is the accuracy
-on the test images of all these classes. The full matrix has in each row the tasks to come as well, and A[0] is the
-untrained model.
+predicting among all classes seen up to t (or the classes that the stream's scenario names). `seen_accuracy[t]` is the
+accuracy on the test images of all these classes. Each row of the full matrix has the future tasks as well, and A[0] is
+the untrained model.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ def mtil_summary(full_matrix: Matrix) -> dict[str, float | None]:
 
 
 def zero_shot_retention(before: Sequence[float], after: Sequence[float]) -> float | None:
-    """What is left of the zero-shot accuracy on held-out datasets: mean of `after` / mean of `before`.
+    """Zero-shot retention on held-out datasets: mean of `after` / mean of `before`.
 
-    The quantity that ZSCL (Zheng et al., ICCV 2023) sets out to protect, as a share; above 1 it has grown. None where
-    there was nothing to keep.
+    The share that remains of the accuracy that ZSCL (Zheng et al., ICCV 2023) protects; above 1 it has grown. None if
+    the mean before is zero.
 
     Args:
         before: The untrained model's accuracy on every held-out dataset.
@@ -213,7 +213,7 @@ class BackwardTransfer(_StreamMetric):
 
 
 class _FullMatrixMetric(_StreamMetric):
-    """A metric over predictions on every task, those to come too, before the first task and after every one."""
+    """A metric over predictions on every task, future ones too, before the first task and after every task."""
 
     def _full_rows(self, predictions, references, task, after_task) -> list[list[float]]:
         hits = np.asarray(predictions) == np.asarray(references)

@@ -1,4 +1,4 @@
-"""What one process decides for all processes of a launch."""
+"""Decisions of one process for all processes of a launch."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from transformers import TrainingArguments
 
 
 def by_main_process(args: TrainingArguments, function: Callable[[], Any]) -> Any:
-    """What `function` returns in the main process, in every process; every process calls this.
+    """Call `function` in the main process and return its result in every process; every process calls this.
 
     Args:
         args: The training arguments, which know the processes.
-        function: Called in the main process alone.
+        function: Called only in the main process.
 
     Raises:
-        OSError, ValueError: What `function` raises, in every process: a ValueError with the same text in the others.
+        OSError, ValueError: If `function` raises one. The other processes raise a ValueError with the same text.
     """
     if args.world_size == 1:
         return function()

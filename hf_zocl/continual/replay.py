@@ -20,7 +20,7 @@ from .run_folder import RESULTS_FILE, RunFolder
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A rebuilt adapter beside the one in the task's checkpoint.
+    """A rebuilt adapter, compared with the one in the task's checkpoint.
 
     Args:
         steps: The steps that were taken again.
@@ -42,9 +42,9 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
 
     Args:
         run: A run's folder, all of whose trainable parameters are zeroth-order.
-        task: The task, counted from 1. Of the checkpoints that of the task before it is read; for the first task, the
-            adapter is drawn anew from the run's seed.
-        device: The run's device: directions are drawn there, and another kind of device draws others.
+        task: The task, counted from 1. The checkpoint of the task before it is read; for the first task, the
+            adapter is drawn again from the run's seed.
+        device: The run's device: directions are drawn there, and another kind of device draws different ones.
 
     Raises:
         ValueError: If there is no such run or task, or no log of it.

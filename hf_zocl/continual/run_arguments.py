@@ -1,4 +1,4 @@
-"""The arguments that say what a run learns: its model and its stream of tasks, and the stream built from them."""
+"""The arguments of a run's model and its stream of tasks, and the stream built from them."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RunArguments:
     Args:
         preset: The name of the preset that the run's arguments began with (`hf_zocl/commands/presets`).
         model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`. Or a task's checkpoint
-            (its folder, or a repository) or another adapter of PEFT's: it is trained further, and what is predicted is
-            predicted among the classes that a checkpoint knows, too.
+            (its folder, or a repository) or another PEFT adapter: it is trained further, and images are
+            predicted among the classes that a checkpoint knows as well.
         merge_into: Instead, merge that adapter into its base model, keep the result in this folder, and train a fresh
             adapter on it.
         dtype: The model's dtype once loaded: `auto` (its checkpoint's own, but float32 where that is half precision),
@@ -39,14 +39,14 @@ class RunArguments:
         dataset_name: Hub id of the dataset under `benchmark=none`.
         dataset_path: A local copy of the benchmark's dataset, or the dataset itself under `benchmark=none`.
         dataset_config: The dataset's configuration, where it has several.
-        dataset_revision: The dataset's revision on the Hub, a commit or a tag; default: the newest. A local
-            copy has none.
+        dataset_revision: The dataset's revision on the Hub, a commit or a tag; default: the newest. A local copy has
+            no revision.
         datasets: Several datasets (Hub ids or folders), each a task, under `benchmark=none` and `scenario=domain` or
             `cross-dataset`.
         train_split, test_split, image_column, label_column: Chosen by name and feature type unless given.
         name_column: A column of class names, where the labels are not readable.
         class_names: A name for every label id from 0, instead of the dataset's.
-        test_fraction: Share of every class that is tested on, of a dataset with one split only.
+        test_fraction: Share of every class to test on, for a dataset with only one split.
         scenario: `class`, `task`, `domain` or `cross-dataset`: what an image is predicted among.
         domain_column: The column whose values are the tasks of `scenario=domain`.
         learning: `sequential`: task by task; `joint`: all classes at once, the upper bound; `none`: zero-shot, the
@@ -54,17 +54,17 @@ class RunArguments:
         initial_increment, increment: Classes of the first task, and of every other.
         class_order: Label ids in order of arrival; else drawn by `class_order_seed`.
         partial_order: Whether `class_order` may leave classes out.
-        class_order_seed: Seed of numpy's permutation; 1993 is the field's.
+        class_order_seed: Seed of numpy's permutation; 1993 is the usual one in the field.
         max_train_images_per_class, max_test_images_per_class: Caps, drawn at random by `data_seed` or 0.
         prompt_template: The class prompt, with a `{}` for the name, or several (the first trains, their average
             predicts); default: the benchmark's.
         held_out: Benchmarks to measure before and after every task and never to train on, each a registered name or
             `name=folder` for a local copy.
-        evaluate_future: Also measure the tasks to come, for forward transfer; default: under `cross-dataset` alone.
-        image_cache_gb: Images are decoded once into a cache if their pixels fit into so many GB; 0: no cache.
+        evaluate_future: Also measure future tasks, for forward transfer; default: only under `cross-dataset`.
+        image_cache_gb: Images are decoded once into a cache if their pixels fit into this size in GB; 0: no cache.
         skip_corrupt: Leave out images that cannot be decoded, and count them, rather than stop.
         seeds: Run once with each of these as `seed`, `1993,1996,1997`, into `output_dir/seed-1993` and so on.
-        num_seeds: So many seeds, counted up from `seed`, instead.
+        num_seeds: The number of seeds, counted up from `seed`, instead.
         vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
         resume: Go on where the run in `output_dir` stopped, within a task too; so does `resume_from_checkpoint=true`,
             which also takes the folder of a checkpoint or of a complete task.
@@ -142,10 +142,10 @@ class RunArguments:
             )
 
     def seed_list(self, first: int) -> list[int] | None:
-        """The seeds of `seeds`, or `num_seeds` of them from `first` on; None where one run is all.
+        """The seeds of `seeds`, or `num_seeds` of them from `first` on; None for a single run.
 
         Raises:
-            ValueError: If they are not whole numbers, or one is there twice, or there is none.
+            ValueError: If they are not whole numbers, one occurs twice, or the list is empty.
         """
         if self.seeds is None and self.num_seeds is None:
             return None
@@ -203,7 +203,7 @@ def _stream_of_datasets(args: RunArguments, options: dict[str, Any]) -> TaskStre
 
 
 def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
-    """The held-out benchmarks, each as one task with the prompts of its own.
+    """The held-out benchmarks, each as one task with its own prompts.
 
     Raises:
         ValueError: If a benchmark is unknown, or a stream of several datasets.

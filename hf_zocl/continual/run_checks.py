@@ -14,7 +14,7 @@ _HALF = (
     "or fp16 is in force while the scheduler evaluates, too"
 )
 _MEASURED = "a run is measured with {needed!r}"
-# The argument, what it must be (None besides is as good), and why.
+# The argument, the value that it must have (or None), and why.
 _NEEDED = {
     "eval_strategy": ("no", _EVALUATES),
     "eval_on_start": (False, _EVALUATES),
@@ -36,7 +36,7 @@ def check_measurable(args: ZOCLTrainingArguments) -> None:
     """Check that a run with these arguments can be measured and scheduled.
 
     Raises:
-        ValueError: If not; it names the argument.
+        ValueError: If not; the message names the argument.
     """
     for name, (needed, why) in _NEEDED.items():
         value = getattr(args, name)

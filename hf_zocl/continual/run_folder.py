@@ -1,4 +1,4 @@
-"""What a run's folder knows of the run: which tasks are complete, and how far the next one is."""
+"""A run's folder: which tasks are complete, and how far the next one is."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint,
 
 logger = logging.get_logger(__name__)
 
-# The arguments that define a run, by their names and by how they begin. It may move house, be watched or be kept safe
-# in another way, and arguments may come with a new release of a library: the run is still the same.
+# The arguments that define a run, by their names and prefixes. Where it is, how it is monitored and how it is saved
+# may change, and a new release of a library may add arguments: the run is still the same.
 _OF_THE_RUN = {
     *(
         "model_name_or_path",
@@ -52,7 +52,7 @@ _OF_THE_RUN = {
     *("dataloader_drop_last", "train_sampling_strategy", "group_by_length", "length_column_name"),
 }
 _OF_THE_RUN_BY_PREFIX = ("zo_", "lora_", "moe_")
-# What going on reads and adds to.
+# The keys of the results that going on reads and adds to.
 _LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
 _NEEDED = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
 _NEEDED |= dict.fromkeys(("seconds", "peak_memory_bytes"), (int, float))
@@ -60,18 +60,18 @@ _HOW_TO_GO_ON = "--resume goes on with it, --overwrite_output_dir replaces it, a
 
 
 class RunFolderError(ValueError):
-    """A run cannot be in the folder that it was told to be in."""
+    """A run cannot use the folder that it was given."""
 
 
 class RunFolder:
-    """A run's folder, and what is true of it at every moment, also when the run was killed.
+    """A run's folder. This is true of it at every moment, even if the run is killed:
 
     - `results.json` is the one place that says which tasks are complete. It is replaced in one move, after everything
-      that it speaks of is there; it is there as soon as the first step is done. `task-NN/results.json` is its copy
+      that it names is there. It exists as soon as the first step is done. `task-NN/results.json` is its copy
       after task NN.
-    - `task-NN/` is complete or absent; one that `results.json` does not speak of yet is made anew.
+    - `task-NN/` is complete or absent; one that `results.json` does not name yet is made again.
     - `trainer/task-NN/checkpoint-S/` are the Trainer's checkpoints within a task, until the task is complete.
-    - Whatever else is there is not the run's, and stays.
+    - Everything else does not belong to the run, and stays.
 
     Args:
         path: The folder.
@@ -81,10 +81,10 @@ class RunFolder:
         self.path = Path(path)
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Check that a run may be in this folder.
+        """Check that a run may use this folder.
 
         Raises:
-            RunFolderError: If it holds a run, and what is to become of it was not said; or if it was said twice.
+            RunFolderError: If it holds a run, and neither or both of `resume` and `overwrite_output_dir` are given.
         """
         if resume and overwrite:
             raise RunFolderError("resume and overwrite_output_dir were both given: pass one.")
@@ -93,10 +93,10 @@ class RunFolder:
             raise RunFolderError(f"output_dir={str(self.path)!r} holds a run ({holds.name}): {_HOW_TO_GO_ON}.")
 
     def check_free(self, tasks: int) -> None:
-        """Check that a run of so many tasks overwrites nothing in this folder, which holds no run.
+        """Check that a run with this number of tasks overwrites nothing in this folder, which holds no run.
 
         Raises:
-            RunFolderError: If a file of a name that the run would write is there.
+            RunFolderError: If a file is there whose name the run would write.
         """
         there = next(self._written(tasks, any_task=True), None)
         if there is not None:
@@ -107,11 +107,11 @@ class RunFolder:
 
     @property
     def holds_run(self) -> bool:
-        """Whether there is a run: its results, or a copy of them."""
+        """Tell whether the folder holds a run: its results, or a copy of them."""
         return self._evidence() is not None
 
     def check_removable(self) -> None:
-        """Check that it is known what of this folder is a run's.
+        """Check that it is known which files in this folder a run wrote.
 
         Raises:
             RunFolderError: If it is not.
@@ -119,9 +119,9 @@ class RunFolder:
         self._record()
 
     def start(self, results: dict[str, Any]) -> None:
-        """Remove what an earlier run wrote, where there was one, and write the first results in its place.
+        """Remove what an earlier run wrote, if there was one, and write the first results in its place.
 
-        The earlier results go last, so that they say what is left to be removed if this is cut off.
+        The earlier results are removed last, so that they say what is left to remove if this is cut off.
         """
         if self._evidence() is not None:
             tasks = len(self._record()["tasks"])
@@ -151,14 +151,14 @@ class RunFolder:
     ) -> dict[str, Any] | None:
         """The results so far, or None if there are none.
 
-        Where `results.json` is lost, they are those of the last complete task, and are put in its place.
+        If `results.json` is lost, the copy in the last complete task's folder takes its place.
 
         Args:
             recipe: All arguments of the run that is to go on.
             class_names: Its classes, in order of arrival.
-            base_model_is_local: Whether `model_name_or_path` is a folder, which may lie elsewhere than it did.
+            base_model_is_local: Whether `model_name_or_path` is a folder, which may have moved.
             after: Go back to the results after this task.
-            processes: How many processes are to go on; None: not compared.
+            processes: The number of processes that go on; None: not compared.
 
         Raises:
             ResumeError: If the folder is the run of another recipe, which names the differing arguments, or of another
@@ -214,7 +214,7 @@ class RunFolder:
         return results
 
     def check_tasks(self, done: int) -> None:
-        """Check the checkpoints of the complete tasks: of the last one the run goes on, the others are only named.
+        """Check the complete tasks' checkpoints. The run needs the last one; other damaged ones are only named.
 
         Raises:
             ResumeError: If the last one is damaged; it says how to go on.
@@ -249,7 +249,7 @@ class RunFolder:
         return True
 
     def trainer_folder(self, task: str) -> Path:
-        """Where the Trainer of a task writes."""
+        """The folder in which the Trainer of a task writes."""
         return self.path / "trainer" / task
 
     def replay_file(self, task: str) -> Path:
@@ -271,7 +271,7 @@ class RunFolder:
             chosen: A checkpoint to go on from; by default, or if it is the run's folder, the last one that is whole.
 
         Raises:
-            ResumeError: If the chosen one is none of this task, or is not whole.
+            ResumeError: If the chosen one does not belong to this task, or is not whole.
         """
         folder = self.trainer_folder(task)
         if chosen is None or Path(chosen).resolve() == self.path.resolve():
@@ -292,7 +292,7 @@ class RunFolder:
             remove_checkpoint(folder)
 
     def remove_scratch(self, tasks: int) -> None:
-        """Remove what a run that was killed was writing, or pushing from within a task; before anything is pushed."""
+        """Remove what a killed run was writing, or pushing from within a task; called before anything is pushed."""
         names = [task_folder(task) for task in range(1, tasks + 1)]
         remove_unfinished(self.path, {RESULTS_FILE, FIGURE, QUEUE_FILE})
         remove_unfinished(self.path / "replay", {self.replay_file(name).name for name in names})
@@ -302,18 +302,18 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def remove_empty_folders(self, tasks: int) -> None:
-        """A Trainer makes its folder whether or not it saves anything there."""
+        """Remove empty folders of Trainers: a Trainer makes its folder even if it saves nothing there."""
         names = ("evaluation", *(task_folder(task) for task in range(1, tasks + 1)))
         for folder in (*map(self.trainer_folder, names), self.path / "trainer"):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     def _written(self, tasks: int, any_task: bool = False) -> Iterator[Path]:
-        """What a run of so many tasks has written: files, tasks' folders and checkpoints within tasks.
+        """The paths that a run of this number of tasks writes: files, tasks' folders and checkpoints within tasks.
 
         Args:
             tasks: How many tasks the run has.
-            any_task: Also a task's folder that is no checkpoint, but has a file of the name of a part of one.
+            any_task: Also a task's folder that is not a checkpoint, but holds a file with the name of a part of one.
         """
         for name in (RESULTS_FILE, FIGURE, QUEUE_FILE):
             if (self.path / name).is_file():
@@ -331,7 +331,7 @@ class RunFolder:
         return sorted(folder for folder in folders if re.fullmatch(r"checkpoint-\d+", folder.name))
 
     def _evidence(self) -> Path | None:
-        """What says that there is a run: its results, or a copy of them."""
+        """The file that shows that there is a run: its results, or a copy of them."""
         file = self.path / RESULTS_FILE
         return file if file.exists() else next(reversed(self._copies()), None)
 
@@ -345,7 +345,7 @@ class RunFolder:
         return copies
 
     def _record(self) -> dict[str, Any]:
-        """The results of the run that is here, or a copy of them: they say what it wrote.
+        """The results of the run in this folder, or a copy of them: they say what it wrote.
 
         Raises:
             RunFolderError: If there are none that can be read.
@@ -378,7 +378,7 @@ def _defines_the_run(argument: str) -> bool:
 
 
 def _is_same(argument: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether an argument is the same in two recipes; where one lacks it, the other must leave it alone."""
+    """Tell whether an argument is the same in two recipes; if one lacks it, the other must not set it."""
     if argument in there and argument in here:
         mine, theirs = here[argument], there[argument]
         if isinstance(mine, dict) and isinstance(theirs, dict):

@@ -55,10 +55,10 @@ logger = logging.get_logger(__name__)
 class ContinualTaskScheduler:
     """Runs a stream of tasks: each is trained on its own classes and evaluated on all classes seen.
 
-    A task of a single class is trained among all classes seen, for a loss over one class is zero.
+    A task with a single class is trained among all classes seen, because a loss over one class is zero.
 
     Args:
-        model: The classifier; its CLIP is wrapped by PEFT, and what requires a gradient is trained.
+        model: The classifier; its CLIP is wrapped by PEFT, and parameters that require a gradient are trained.
         processor: The CLIP model's processor.
         stream: The tasks.
         args: The training arguments of every task; `output_dir` receives `results.json`, `accuracy_matrix.png` and a
@@ -67,16 +67,16 @@ class ContinualTaskScheduler:
         callbacks: Handed to every task's trainer.
         trainer_class: `ZOCLTrainer` or a subclass.
         held_out: Streams that are never trained on; the first task of each is measured before and after every task.
-        evaluate_future: Also measure the tasks to come after every task, which forward transfer and MTIL's figures
-            need; default: in the `cross-dataset` scenario alone.
+        evaluate_future: Also measure future tasks after every task, which forward transfer and MTIL's figures need;
+            default: only in the `cross-dataset` scenario.
         image_cache_gb, skip_corrupt: See `prepare_images`.
         base_model: What the checkpoints name as the base model; default: the recipe's model, or the model's own name.
-        known_classes: Classes that the model has learned before: in the `class` scenario they are predicted among as
-            well, and the checkpoints know them.
+        known_classes: Classes that the model has learned before: in the `class` scenario images are predicted among
+            them as well, and the checkpoints know them.
 
     Raises:
-        TypeError: If `stream` or `args` is of another class.
-        ValueError: If the layer assignment does not fit the model, or it cannot tell two classes apart.
+        TypeError: If `stream` is not a `TaskStream`, or `args` not a `ZOCLTrainingArguments`.
+        ValueError: If the layer assignment does not fit the model, or the model cannot tell two classes apart.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class ContinualTaskScheduler:
                 model.check_classes(evaluation.class_names, evaluation.prompt_template)
         split = args.layer_assignment.split(model)
         self._towers = split.describe()
-        # Last, for it may create a repository.
+        # Last, because it may create a repository.
         pushes = args.push_to_hub and args.process_index == 0
         self._pusher = HubPusher.from_arguments(args) if pushes else None
 
@@ -128,7 +128,7 @@ class ContinualTaskScheduler:
                 at the last step that was saved; or at the step of the checkpoint whose folder this is, or after the
                 task whose folder this is. The result is that of a run that never stopped. Without a run in
                 `output_dir`, start from the beginning.
-            train: False measures the model as it is: zero-shot, the lower bound, as a run of its own.
+            train: False measures the model as it is: zero-shot, the lower bound, as a separate run.
             overwrite_output_dir: Replace the run in `output_dir`. What it wrote is removed once the first step of
                 this run is done; everything else in the folder stays.
 
@@ -137,10 +137,11 @@ class ContinualTaskScheduler:
 
         Raises:
             FolderInUseError: If another run uses `output_dir`.
-            ValueError: If the model has no adapter or several active ones, or trains what no checkpoint would hold.
+            ValueError: If the model has no adapter or several active ones, or trains parameters that no checkpoint
+                would hold.
             RunFolderError: If `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is given; or
-                if it holds files of names that this run would write, and no run.
-            ResumeError: If `output_dir` holds the run of another recipe or number of processes, or no such checkpoint.
+                if it holds no run, but files with names that this run would write.
+            ResumeError: If `output_dir` holds a run with another recipe or number of processes, or no such checkpoint.
             TaskError: If a task's training diverges, or ends before its last step.
             SaveError: If something cannot be saved, for example on a full disk.
             ValueError: If an image cannot be decoded, or a checkpoint with this processor could not be loaded again.
@@ -159,7 +160,7 @@ class ContinualTaskScheduler:
     def _take_folder(self, stack: ExitStack, resume: bool | str | Path, overwrite: bool) -> dict[str, Any] | None:
         """Lock `output_dir` until the stack is closed, and read what it holds: the results of the run to go on with.
 
-        The main process alone does this.
+        Only the main process does this.
         """
         stack.enter_context(FolderLock(self.output_dir))
         stack.callback(self.folder.remove_empty_folders, len(self.stream))
@@ -225,7 +226,7 @@ class ContinualTaskScheduler:
             self._pusher.push(*(task for task in tasks if not at_end_only or task == len(self.stream)))
 
     def _fetch_run(self) -> None:
-        """Where `output_dir` holds no run yet, go on from the one in the repository."""
+        """Fetch the run from the repository if `output_dir` holds none yet, to go on from it."""
         if self._pusher is not None and not self.folder.holds_run:
             try:
                 fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
@@ -245,7 +246,7 @@ class ContinualTaskScheduler:
         self._held_out_images = {name: images for name, (images, _) in held_out.items()}
 
     def _start(self) -> dict[str, Any]:
-        """Measure zero-shot: the results with which a run begins."""
+        """Measure zero-shot, and return the results with which a run begins."""
         started = time.perf_counter()
         zero_shot = self.evaluator().zero_shot(self._images)
         others = self.evaluator(is_own=False)
@@ -274,13 +275,13 @@ class ContinualTaskScheduler:
         }
 
     def _begin(self, results: dict[str, Any]) -> None:
-        """Let the folder be this run's, in place of an earlier one."""
+        """Take over the folder from an earlier run."""
         if self.args.should_save:
             with saving(self.output_dir / RESULTS_FILE):
                 self.folder.start(results)
 
     def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
-        """The adapter as after the last complete task; and the checkpoint within the next one, if there is one."""
+        """Restore the adapter of the last complete task, and return the checkpoint within the next one, if any."""
         done = len(results["accuracy_matrix"])
         if done:
             self._load_adapter(done)
@@ -298,7 +299,7 @@ class ContinualTaskScheduler:
         return checkpoint
 
     def _finish_untrained(self, results: dict[str, Any]) -> dict[str, Any]:
-        """The run of a model that is not trained: its zero-shot accuracies are its accuracies."""
+        """Finish the run of a model that is not trained: its accuracies are the zero-shot ones."""
         zero_shot = results["zero_shot"]
         results.update({name: zero_shot[name] for name in ("accuracy_matrix", "seen_accuracy")})
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
@@ -309,7 +310,7 @@ class ContinualTaskScheduler:
         return results
 
     def evaluator(self, is_own: bool = True) -> StreamEvaluator:
-        """What measures the model as it is now, on this stream or, without the classes known besides, on another."""
+        """The evaluator of the present model on this stream or, without the `known_classes`, on another."""
         known = self.known_classes if is_own and self.stream.scenario == "class" else ()
         return StreamEvaluator(
             self.model,
@@ -349,13 +350,13 @@ class ContinualTaskScheduler:
         return TaskTraining(*parts)
 
     def _callbacks(self, task: Task) -> list[TrainerCallback]:
-        """What a task's trainer calls back: the caller's, and where the Hub gets every save, that."""
+        """The callbacks of a task's trainer: the caller's and, if every save goes to the Hub, its own."""
         if self._pusher is None or self.args.hub_strategy in ("every_task", "end"):
             return self.callbacks
         return [*self.callbacks, PushOnSave(self._pusher, self.args.hub_strategy, task.index)]
 
     def _save(self, task: Task, results: dict[str, Any], replay_log: ReplayLog | None) -> None:
-        """Save what a complete task leaves behind; the results last, for they say that all of it is there."""
+        """Save what a complete task leaves behind; the results come last, because they say that the rest is there."""
         if not self.args.should_save:
             return
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

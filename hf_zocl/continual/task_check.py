@@ -1,4 +1,4 @@
-"""`TaskCheck`: a task's training was what it should have been, before anything of it is saved."""
+"""`TaskCheck`: checks that a task's training went well before anything of it is saved."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ logger = logging.get_logger(__name__)
 
 
 class TaskError(ValueError):
-    """A task's training was not what it should have been; nothing of it is saved as complete."""
+    """A task's training diverged or ended too early; nothing of it is saved as complete."""
 
 
 class TaskCheck(TrainerCallback):
     """Stops a training that has diverged, and one that ends before its last step.
 
-    The losses of all steps are looked at, and the trained weights before anything is logged or saved. Of several
-    processes each hears of what another has found.
+    The losses of all steps are checked, and the trained weights before anything is logged or saved. Each process
+    learns what the others have found.
 
     Args:
         name: The task's, for the errors.
@@ -50,7 +50,7 @@ class TaskCheck(TrainerCallback):
         self._was_asked_to_stop |= stops and state.global_step > self._epoch_began
 
     def finish(self) -> None:
-        """Call when the training has ended.
+        """Check the training after its end.
 
         Raises:
             TaskError: If it took too few steps and no callback asked it to stop, or a weight is not finite.

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its task."""
+"""The content of a checkpoint's `task.json`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def task_info(
     known_classes: Sequence[str],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `task.json`: all that a checkpoint's card says.
+    """The content of `task.json`: everything that a checkpoint's card says.
 
     Args:
         task: The task that is complete.

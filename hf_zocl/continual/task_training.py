@@ -1,4 +1,4 @@
-"""Training of one task: its trainer, and what is left of it."""
+"""The training of one task: its trainer, and its results."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ logger = logging.get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """What is left of a task's trainer.
+    """The results of a task's trainer, kept after it is gone.
 
     Attributes:
         means: The means of its logs, by name.
-        replay_log: Its zeroth-order steps, where they are logged.
-        earlier_seconds: Its time in processes that were stopped.
+        replay_log: Its zeroth-order steps, if they are logged.
+        earlier_seconds: The training time in seconds of earlier, stopped processes.
     """
 
     means: dict[str, float]
@@ -46,7 +46,7 @@ class TaskTraining:
     Args:
         model, processor, stream, args, trainer_class: As the scheduler has them.
         folder: The run's folder, in which trainers work.
-        codec: How the collator's images are kept.
+        codec: Reads images that are bytes.
     """
 
     model: CLIPClassifier
@@ -64,7 +64,7 @@ class TaskTraining:
         callbacks: Iterable[TrainerCallback] = (),
         zo_seed: int | None = None,
     ) -> ZOCLTrainer:
-        """A trainer of one task's images, or, without a task, one to evaluate with."""
+        """A trainer for one task's images or, without a task, for evaluation."""
         labels = (self.stream.arrival_labels, 0)
         if task is not None:
             labels = (task.arrival_labels, self.stream.training_classes(task.index)[1])
@@ -73,7 +73,7 @@ class TaskTraining:
             output_dir=str(self.folder.trainer_folder(name)),
             run_name=f"{self.args.run_name or self.stream.name}-{name}",
             zo_seed=zo_seed,
-            # Every trained parameter is used in every pass: no need to look, and to tell the other processes.
+            # Every trained parameter is used in every pass, so DDP need not look for unused ones.
             ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
             logging_nan_inf_filter=False,  # a loss that is not finite is to be seen (`TaskCheck`)
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
@@ -103,12 +103,12 @@ class TaskTraining:
             TaskError: If the training diverges, or ends before its last step.
         """
         template = self.model.prompt_template if task.prompt_template is None else task.prompt_template
-        # Of several prompts the first is trained with, and all are predicted with, as ZSCL's MTIL has it.
+        # The first of several prompts trains, and all of them predict, as in ZSCL's MTIL.
         names, _ = self.stream.training_classes(task.index)
         if len(names) > len(task.class_names):
             logger.info(f"{task.name} has one class: it is trained among the {len(names)} classes seen.")
         self.model.set_classes(names, template if isinstance(template, str) else template[0])
-        # Every task draws directions of its own.
+        # Every task draws its own directions.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
         trainer = self.trainer(task.name, task, callbacks, zo_seed)
         check = TaskCheck(task.name, trainer)
@@ -122,7 +122,7 @@ class TaskTraining:
 
 
 class _AfterFirstStep(TrainerCallback):
-    """Calls a function once, when the first step is done: what can fail before training has not failed then."""
+    """Calls a function once, after the first step: by then nothing that can fail before training has failed."""
 
     def __init__(self, function: Callable[[], None]):
         self._function: Callable[[], None] | None = function

@@ -1,4 +1,4 @@
-"""A dataset becomes a stream of tasks."""
+"""Datasets, benchmarks, and the streams of tasks made from them."""
 
 from .benchmark import Benchmark, BenchmarkSequence
 from .benchmarks import BENCHMARKS, get_benchmark

@@ -20,18 +20,18 @@ class Benchmark:
 
     Args:
         name: What recipes call it.
-        dataset_id: Hub id; or the name of a dataset in `hf_zocl.sample`; None: a local dataset alone.
+        dataset_id: Hub id, or the name of a dataset in `hf_zocl.sample`; None: only a local dataset.
         train_split, test_split, image_column, label_column: As the dataset calls them.
         initial_increment, increment: Classes of the first task, and of every other; `all`: one task.
         class_order_seed: Draws the class order where `class_order` is None.
         prompt_template: The class prompt, with a `{}` for the name; or several, to be averaged.
         source: Where each of these choices comes from.
         class_order: Label ids in order of arrival.
-        partial_order: The class order leaves classes out, and that is meant.
+        partial_order: Whether the class order may leave classes out.
         class_names: By label id, as prompts need them; None: the dataset's, cleaned.
         name_column: A column of class names, where the labels are not readable.
-        test_fraction: The share of each class that is tested on, where the dataset has one split only.
-        excluded_train_rows: From the labels of all training images, the rows that the stream leaves out.
+        test_fraction: The share of each class to test on, if the dataset has only one split.
+        excluded_train_rows: A function from the labels of all training images to the rows that the stream leaves out.
         config_name, revision: For `datasets.load_dataset`.
     """
 
@@ -65,7 +65,7 @@ class Benchmark:
                 without `class_order` replaces an order that the benchmark states.
 
         Raises:
-            ValueError: If the dataset does not fit (see `TaskStream.from_dataset`), or there is none.
+            ValueError: If the dataset does not fit (see `TaskStream.from_dataset`), or none is given.
         """
         from ..sample import NAMES, resolve
 
@@ -97,7 +97,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class BenchmarkSequence:
-    """Whole datasets, each a task with classes and prompts of its own (the `cross-dataset` scenario).
+    """Whole datasets, each a task with its own classes and prompts (the `cross-dataset` scenario).
 
     Args:
         name: What recipes call it.
@@ -116,7 +116,7 @@ class BenchmarkSequence:
         """Build the stream.
 
         Args:
-            dataset_path: A folder with a local copy of every dataset, each in a folder of its benchmark's name.
+            dataset_path: A folder with a local copy of every dataset, each in a folder named after its benchmark.
             overrides: As for `Benchmark.stream`: `max_train_images_per_class`, `max_test_images_per_class`, `seed`.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The named benchmarks: where each dataset lies, and how the field cuts it into tasks."""
+"""The named benchmarks: where each dataset is, and how the field splits it into tasks."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ _FOOD = Benchmark(
 
 
 def _whole(name: str, dataset_id: str, prompt: str | tuple[str, ...], source: str, **options: Any) -> Benchmark:
-    """A dataset of MTIL, as one task; `increment` cuts it."""
+    """A dataset of MTIL, as one task; `increment` splits it."""
     return Benchmark(
         name=name,
         dataset_id=dataset_id,
@@ -305,7 +305,7 @@ def get_benchmark(name: str) -> Benchmark | BenchmarkSequence:
     """The registered benchmark of that name.
 
     Raises:
-        ValueError: If there is none; the message lists those there are.
+        ValueError: If there is none; the message lists the names.
     """
     if name in BENCHMARKS:
         return BENCHMARKS[name]

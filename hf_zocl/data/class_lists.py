@@ -21,7 +21,7 @@ sunflower, sweet pepper, table, tank, telephone, television, tiger, tractor, tra
 whale, willow tree, wolf, woman, worm
 """)
 
-# iCaRL's own order (Rebuffi et al., CVPR 2017), as MoE-Adapters4CL has it in cil/class_orders/cifar100.yaml.
+# iCaRL's own order (Rebuffi et al., CVPR 2017), as in MoE-Adapters4CL's cil/class_orders/cifar100.yaml.
 CIFAR100_ICARL_ORDER = _ids("""
 87 0 52 58 44 91 68 97 51 15 94 92 10 72 49 78 61 14 8 86 84 96 18 24 32 45 88 11 4 67 69 66 77 47 79 93 29 50 57 83
 17 81 41 12 37 59 25 20 80 73 1 28 6 46 62 82 53 9 31 75 38 63 33 74 27 22 36 3 16 21 60 19 70 90 89 43 5 42 65 76 40
@@ -29,7 +29,7 @@ CIFAR100_ICARL_ORDER = _ids("""
 """)
 
 # By WordNet id (n01443537, n01629819, …), as the Hub's copies sort them. The names are those of CLIP's ImageNet
-# prompts, as MoE-Adapters4CL has them in cil/dataset_reqs/tinyimagenet_classes.txt.
+# prompts, as in MoE-Adapters4CL's cil/dataset_reqs/tinyimagenet_classes.txt.
 TINY_IMAGENET_NAMES = _names("""
 goldfish, fire salamander, American bullfrog, tailed frog, American alligator, boa constrictor, trilobite, scorpion,
 southern black widow, tarantula, centipede, goose, koala, jellyfish, brain coral, snail, slug, sea slug, American
@@ -64,7 +64,7 @@ TINY_IMAGENET_ORDER = _ids("""
 177 49 83 168 198 165 46 100 158 121 51 109 61 76 22 147 1 186 110 167 120 95 79 154 30 127 185 29 130
 """)
 
-# Those of CLIP's prompts for EuroSAT, in the dataset's own order (AnnualCrop, Forest, …), as ZSCL has them.
+# Those of CLIP's prompts for EuroSAT, in the dataset's own order (AnnualCrop, Forest, …), as in ZSCL.
 EUROSAT_NAMES = _names("""
 annual crop land, forest, brushland or shrubland, highway or road, industrial buildings or commercial buildings,
 pasture land, permanent crop land, residential buildings or homes or apartments, river, lake or sea
@@ -75,7 +75,7 @@ MNIST_NAMES = _names("""
 0 - zero, 1 - one, 2 - two, 3 - three, 4 - four, 5 - five, 6 - six, 7 - seven, 8 - eight, 9 - nine
 """)
 
-# Prompt ensembles of CLIP (Radford et al. 2021, data/prompts.md), as ZSCL has them in mtil/src/datasets.
+# Prompt ensembles of CLIP (Radford et al. 2021, data/prompts.md), as in ZSCL's mtil/src/datasets.
 _OF_A_KIND = (
     "a photo of {article} {{}}.",
     "a blurry photo of {article} {{}}.",

@@ -1,4 +1,4 @@
-"""In which order classes arrive, and how many at a time."""
+"""The order in which classes arrive, and the size of each task."""
 
 from __future__ import annotations
 

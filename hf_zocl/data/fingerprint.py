@@ -1,4 +1,4 @@
-"""What a run's data are, in one number: so that a run does not go on with others unseen."""
+"""A hash of a run's data, so that a run does not go on with different data unnoticed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..trainer.compat import rows_in_table
 from .stream import TaskStream
 
 
-# Images are read whole up to so many bytes in all; of more, every second, third … alone.
+# Images are read whole up to this many bytes in all; of more, only every second, third …
 READ_BYTES = 1_000_000_000
 BATCH = 256
 
@@ -22,7 +22,7 @@ BATCH = 256
 def stream_digest(stream: TaskStream) -> str:
     """A hash of a stream's labels and images, as they are stored: their sizes, and of up to 1 GB their bytes.
 
-    It does not depend on where the dataset lies, nor on whether its images are files or stand in a table.
+    It does not depend on where the dataset is, nor on whether its images are files or in a table.
     """
     digest = xxhash.xxh3_128()
     for task in stream:
@@ -44,7 +44,7 @@ def _add(digest: xxhash.xxh3_128, data: datasets.Dataset) -> None:
 
 
 def _sizes(data: datasets.Dataset) -> np.ndarray:
-    """The bytes of every image as it is stored, int64; what stands in a table is not read for that."""
+    """The size in bytes of every image as it is stored, int64; images in a table are not read for this."""
     column = data.data.column("image")
     lengths = pc.binary_length(pc.struct_field(column, "bytes"))
     sizes = pc.fill_null(pc.cast(lengths, pa.int64()), -1).to_numpy()
@@ -70,7 +70,7 @@ def _content(image: dict | None) -> bytes:
 
 
 def file_digest(path: str | os.PathLike[str]) -> str:
-    """A hash of a file's bytes, by which damage is seen."""
+    """A hash of a file's bytes, to detect damage."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -1,4 +1,4 @@
-"""Folders of images, a folder a class: which folders are splits and which are classes, whatever they are called."""
+"""Image folders, with a folder for each class: which folders are splits and which classes, whatever their names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 
 IMAGES = frozenset(ImageFolder.EXTENSIONS)
-# Files that say themselves what a folder holds.
+# Files that describe the content of a folder.
 DESCRIPTIONS = frozenset({".csv", ".jsonl", ".parquet", ".arrow", ".json", ".txt", ".zip", ".tar", ".gz", ".py"})
 DEEPEST = 8  # folders above an image: a link to a folder above itself never ends
 SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
@@ -21,19 +21,19 @@ SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word i
 def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
     """The files of each split of an image folder, as a pattern for `datasets.load_dataset("imagefolder")`.
 
-    Two kinds are known: `train/cat/1.png` (the outer folder is the split, the inner one the class), and `cat/1.png` (a
-    single split). Above the classes there may be folders that group them, as many for every image:
-    `train/animals/cat/1.png`. Of every other folder `load_dataset` itself finds out what it is; it takes a folder
-    called `train` for a split wherever it lies, so that of a class of that name it would train on the test images.
+    Two layouts are recognised: `train/cat/1.png` (the outer folder is the split, the inner one the class), and
+    `cat/1.png` (a single split). Folders may group the classes, at the same depth for every image:
+    `train/animals/cat/1.png`. `load_dataset` itself interprets every other folder. It takes any folder called `train`
+    for a split, so with a class of that name it would train on the test images.
 
     Args:
         folder: A local folder.
 
     Returns:
-        Split → pattern; None if the folder is of another kind.
+        Split → pattern; None if the folder has another layout.
 
     Raises:
-        ValueError: If a folder is called as a split, and those beside it are not but hold classes as it does.
+        ValueError: If a folder has the name of a split, and its siblings do not but hold classes as it does.
     """
     folders, files = _entries(Path(folder))
     if _has_images(files) or _are_described(files):
@@ -60,10 +60,10 @@ def load_image_folder(patterns: dict[str, str]) -> datasets.DatasetDict:
 
 
 def _classes(folder: Path, most: int = DEEPEST) -> list[tuple[str, ...]] | None:
-    """The folders of images in a folder, as the names that lead there, as many for each.
+    """The folders of images in a folder, as paths of equal depth.
 
     Returns:
-        None if they lie at several depths, the folder itself has images, or it holds a description of them.
+        None if their depths differ, the folder itself has images, or it holds a description of them.
     """
     folders, files = _entries(folder)
     if _has_images(files) or _are_described(files):
@@ -81,7 +81,7 @@ def _classes(folder: Path, most: int = DEEPEST) -> list[tuple[str, ...]] | None:
 
 
 def _hold_splits(classes: list[tuple[str, ...]]) -> bool:
-    """Whether folders of a single split may hold splits: one above the classes, or nothing else in some folder."""
+    """Tell whether a single split's folders may hold splits: one above the classes, or nothing else in some."""
     inside: dict[tuple[str, ...], list[bool]] = {}
     for *above, name in classes:
         if any(each.lower() in SPLITS for each in above):
@@ -103,7 +103,7 @@ def _has_images(files: list[str]) -> bool:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[str]]:
-    """The folders and the names of the files in a folder, without those that `datasets` passes over."""
+    """The folders and the names of the files in a folder, without those that `datasets` skips."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -36,7 +36,7 @@ class PixelCodec:
     """An image processor in two steps: an image to pixels (8 bits a value), and pixels to the model's values.
 
     The second step looks each value up in a table that the processor itself has filled, so both steps together give
-    what the processor gives, bit for bit.
+    exactly the processor's values.
 
     Args:
         image_processor: A processor that converts, resizes, crops, rescales and normalises, as CLIP's does.
@@ -65,7 +65,7 @@ class PixelCodec:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes that one image takes."""
+        """The size of one image in bytes."""
         return int(np.prod(self.shape))
 
     def pixels(self, image: Any) -> bytes:
@@ -91,7 +91,7 @@ class ImageCollator:
     Args:
         processor: The CLIP model's processor.
         arrival_labels: The position in the class order of every label id of the dataset.
-        first_label: Subtracted from the arrival labels: training sees the task's own classes alone.
+        first_label: Subtracted from the arrival labels: training sees only the task's own classes.
         codec: Reads images that are bytes (see `prepare_images`); PIL images go through the processor.
     """
 
@@ -126,8 +126,8 @@ def prepare_images(
     """Decode and resize a stream's images ahead of training, if their pixels fit into the cache.
 
     The cache is an Arrow file in the datasets' cache folder, memory-mapped, one for each task and split; its name is a
-    hash of the images and the processor, so that a later run finds it. Beyond `cache_gb` images are decoded whenever
-    they are needed.
+    hash of the images and the processor, so that a later run finds it. Images that exceed `cache_gb` are decoded
+    whenever they are needed.
 
     Args:
         stream: The tasks.
@@ -200,7 +200,7 @@ class _Source:
             return None
 
     def cached(self, skip_corrupt: bool, workers: int) -> datasets.Dataset:
-        """All images, decoded now (or by an earlier run) into a memory-mapped file."""
+        """Decode all images into a memory-mapped file, or open that of an earlier run."""
         read = self.readable if skip_corrupt else self.decode
 
         def decode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
@@ -234,7 +234,7 @@ class _Source:
         return images
 
     def lazy(self, skip_corrupt: bool) -> LazyImages:
-        """All images, each decoded when it is needed; with `skip_corrupt`, once ahead to see whether it can be."""
+        """Give all images, decoded when needed; `skip_corrupt` decodes each once ahead, to find broken ones."""
         kept = np.arange(len(self.data))
         if skip_corrupt:
             kept = np.array([i for i in kept if self.readable(self.data[int(i)]["image"], i) is not None], dtype=int)
@@ -242,9 +242,9 @@ class _Source:
 
 
 def _is_intact(images: datasets.Dataset, started: float) -> bool:
-    """Whether the files behind `images` are as they were written: their checksums lie beside them.
+    """Tell whether the files behind `images` are as they were written, by the checksums next to them.
 
-    Files that were written after `started`, seconds since the epoch, get theirs here.
+    Files written after `started` (seconds since the epoch) get their checksums here.
     """
     for file in (Path(each["filename"]) for each in images.cache_files):
         known = file.with_name(f"{file.name}.xxh3")
@@ -281,7 +281,7 @@ class LazyImages(Dataset):
 
 
 def _check_classes(task: Task, images: datasets.Dataset | LazyImages, where: str) -> None:
-    """Every class of the task has an image left."""
+    """Check that every class of the task has an image left."""
     labels = images.labels if isinstance(images, LazyImages) else images["label"][:]
     lost = [name for label, name in zip(task.class_ids, task.class_names, strict=True) if label not in set(labels)]
     if lost:

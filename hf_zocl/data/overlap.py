@@ -1,4 +1,4 @@
-"""Images that are both trained and tested on: one file, or one content, in two splits."""
+"""Images that are both trained and tested on: the same file, or the same content, in two splits."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PROBE = 4096  # bytes at either end that are compared before two images are read
 def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
     """The images of `test` that `train` holds too, as positions in `train` and `test`.
 
-    Images are compared as the files that they are: by their path, else by size, then both ends, then whole, so that of
-    a large dataset hardly anything is read. None is decoded.
+    Images are compared as files: by their path, else by size, then both ends, then whole, so that little of a large
+    dataset is read. No image is decoded.
     """
     ours, theirs = _Files.of(train), _Files.of(test)
     by_probe: dict[bytes, list[int]] = {}
@@ -39,7 +39,7 @@ def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
 
 
 def describe_shared(found: list[tuple[int, int]], train: Split, test: Split) -> str:
-    """Which images two splits share, as text."""
+    """Describe the images that two splits share, as text."""
     many = f"{len(found)} of {len(test.row_ids)} test images are trained on as well"
     splits = tuple(zip((train, test), found[0], strict=True))
     paths = [_Files.of(split).paths[position].as_py() for split, position in splits]
@@ -95,13 +95,13 @@ class _Files:
         return cls(sizes, paths, _Rows(contents, None if rows is None else rows.to_numpy()))
 
     def candidates(self, others: _Files) -> np.ndarray:
-        """The positions of images that may be among the others: of a size that one of them has, or else of a path."""
+        """The positions of images that may be among the others: they share a size or else a path with one."""
         has_size = (self.sizes != UNKNOWN) & np.isin(self.sizes, others.sizes)
         has_path = pc.is_in(self.paths, value_set=others.paths, skip_nulls=True).to_numpy().astype(bool)
         return np.flatnonzero(has_size | ((self.sizes == UNKNOWN) & has_path))
 
     def probe(self, position: int) -> bytes:
-        """The ends of an image, as a checksum."""
+        """A checksum of both ends of an image."""
         size, content = int(self.sizes[position]), self.contents[position]
         if size == UNKNOWN:
             return self.paths[position].as_py().encode()

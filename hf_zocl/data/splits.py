@@ -1,4 +1,4 @@
-"""A dataset's splits: which columns hold images and labels, what the classes are called, and which rows are whose."""
+"""A dataset's splits: its image and label columns, the names of its classes, and the rows of each class."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ CLASS_ORDER_SEED = 1993
 def clean_class_name(name: str, lists_synonyms: bool = False) -> str:
     """Make a dataset's class name fit for a prompt.
 
-    WordNet ids go, underscores and repeated blanks become one blank, and a name all in capitals is lowered unless it
-    is as short as an acronym (`CD`, `SUV`). Other names keep their case. Of synonyms with commas between them the
-    first stays, where it is known that they are synonyms: the name has a WordNet id, or `lists_synonyms` says so.
+    WordNet ids are removed, underscores and repeated blanks become one blank, and a name all in capitals is lowered
+    unless it is as short as an acronym (`CD`, `SUV`). Other names keep their case. Of synonyms separated by commas
+    only the first stays, if they are known to be synonyms: the name has a WordNet id, or `lists_synonyms` says so.
 
     >>> clean_class_name("n01440764 tench, Tinca tinca")
     'tench'
@@ -147,7 +147,7 @@ def find_label_column(split: Split, given: str | None) -> str:
 
 
 def _column(split: Split, given: str | None, found: list[str], argument: str, what: str) -> str:
-    """The one column found, or the given one if it is among those."""
+    """The given column if it is a candidate, otherwise the only candidate."""
     columns = ", ".join(f"{name!r} ({_type_name(feature)})" for name, feature in split.data.features.items())
     if given is not None and given not in found:
         raise ValueError(f"{argument}={given!r} is not a column {what} of split {split.name!r}; it has {columns}.")
@@ -174,7 +174,7 @@ def _type_name(feature) -> str:
 def encode_strings(train: Split, test: Split) -> tuple[Split, Split]:
     """Replace string labels by ids, in the order of `in_order` over both splits; other labels stay.
 
-    Label names that were put in alphabetical order though they are numbers, as of folders 1 to 12, are put in theirs.
+    Label names that are numbers in alphabetical order, as of folders 1 to 12, are put in numeric order.
     """
     for split, other in ((train, test), (test, train)):
         feature, expected = split.data.features["label"], other.data.features["label"]
@@ -196,7 +196,7 @@ def encode_strings(train: Split, test: Split) -> tuple[Split, Split]:
     if names == own or test.data.features["label"] != feature:
         return train, test
     moved = np.array([names.index(name) for name in own])
-    # A label outside of the names stays what it is, to be found later.
+    # A label outside the names stays unchanged, and is found later.
     moves = [
         np.where((s.labels < 0) | (s.labels >= len(own)), s.labels, moved[s.labels.clip(0, len(own) - 1)])
         for s in (train, test)
@@ -251,7 +251,7 @@ def split_off(split: Split, fraction: float) -> tuple[Split, Split]:
 def read_class_names(
     train: Split, test: Split, given: Sequence[str] | None, lists_synonyms: bool = False
 ) -> dict[int, str]:
-    """The prompt names by label id; every label of both splits has one."""
+    """The prompt names by label id; every label of both splits has a name."""
     feature, test_feature = train.data.features["label"], test.data.features["label"]
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
     test_own = test_feature.names if isinstance(test_feature, datasets.ClassLabel) else None
@@ -269,7 +269,7 @@ def read_class_names(
         names = {label: clean_class_name(name, lists_synonyms) for label, name in enumerate(own)}
         source = "the dataset's label names"
     else:
-        # A class of one image has none left in a split that gave a share away; that is said later.
+        # A class of one image has none left in a split that gave a share away; a later check reports it.
         labels = np.concatenate([train.labels, test.labels]) if train.note else train.labels
         names, source = {int(label): str(label) for label in np.unique(labels)}, f"split {train.name!r}"
     for split in (train, test):
@@ -284,7 +284,7 @@ def read_class_names(
 
 
 def check_names(names: dict[int, str], feature, are_given: bool) -> None:
-    """Every class of the stream has a name of its own."""
+    """Check that the names of the stream's classes differ."""
     own = feature.names if isinstance(feature, datasets.ClassLabel) else None
     source = "class_names" if are_given else "the dataset's label names"
     labels_by_name: dict[str, list[int]] = {}

@@ -49,17 +49,17 @@ class TaskStream(Sequence[Task]):
     Args:
         tasks: The tasks, in order.
         name: What results and model cards call the stream.
-        dataset_id: Hub id of the dataset, where there is one.
+        dataset_id: Hub id of the dataset, if it has one.
         scenario: What an image is predicted among (van de Ven & Tolias 2019; MTIL: Zheng et al., ZSCL, ICCV 2023):
             `class`: all classes seen; `task`: the classes of its own task; `domain`: the classes that all tasks share;
             `cross-dataset`: the classes of its own dataset, which is a task, with that dataset's prompts.
 
     Attributes:
-        class_order: Label ids of the dataset in order of arrival; of several datasets, one after the other.
+        class_order: Label ids of the dataset in order of arrival; for several datasets, one after the other.
         class_names: The names of the classes in order of arrival.
         arrival_labels: `arrival_labels[label id]` is the id's position in `class_order`, which is what a model is
-            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,). Of
-            several datasets: the first one's; every task has its own.
+            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,). For
+            several datasets, those of the first; every task has its own.
 
     Raises:
         ValueError: If there is no task, the scenario is unknown, or tasks of the `domain` scenario differ in classes.
@@ -102,7 +102,7 @@ class TaskStream(Sequence[Task]):
         return concatenate([task.test for task in self._seen(index)])
 
     def evaluations(self, index: int) -> tuple[Evaluation, ...]:
-        """What is measured after task `index`: the test images seen so far, by what they are predicted among.
+        """The evaluations after task `index`: the test images seen so far, grouped by the classes to predict among.
 
         Raises:
             ValueError: If there is no such task.
@@ -115,11 +115,11 @@ class TaskStream(Sequence[Task]):
     def training_classes(self, index: int) -> tuple[tuple[str, ...], int]:
         """The classes that task `index` is trained among, and the arrival label of the first of them.
 
-        They are the task's own. A loss over a single class is zero, whatever the model: such a task is trained among
+        They are the task's own. A loss over a single class is zero for every model, so such a task is trained among
         all classes seen.
 
         Raises:
-            ValueError: If there is one class and no other to train it among.
+            ValueError: If there is only one class, and no other to train it among.
         """
         task = self._seen(index)[-1]
         if len(task.class_ids) > 1:
@@ -143,7 +143,7 @@ class TaskStream(Sequence[Task]):
         return Evaluation((task,), task.class_names, task.first_label, task.prompt_template)
 
     def map_tasks(self, function: Callable[[Task], Task]) -> TaskStream:
-        """The same stream of other tasks."""
+        """The same stream with other tasks."""
         return TaskStream(map(function, self._tasks), self.name, self.dataset_id, self.scenario)
 
     def _seen(self, index: int) -> tuple[Task, ...]:
@@ -155,7 +155,7 @@ class TaskStream(Sequence[Task]):
     def from_streams(
         cls, streams: Sequence[TaskStream], name: str, scenario: str = "cross-dataset", titles: Sequence[str] = ()
     ) -> TaskStream:
-        """One task for each of several streams of one task, that is a stream of whole datasets.
+        """Build a stream of whole datasets: one task for each of several streams of one task.
 
         Args:
             streams: Streams of one task (`increment="all"`).
@@ -215,14 +215,14 @@ class TaskStream(Sequence[Task]):
         Args:
             dataset: Hub id or local folder, for `datasets.load_dataset`, or a loaded `DatasetDict`, whose formats and
                 transforms are dropped.
-            increment: Classes of every task; the last is smaller where they do not divide, and a warning says so.
-                `all`: one task. It does not matter to the `domain` scenario.
+            increment: Classes of every task; the last task is smaller if they do not divide evenly, and a warning says
+                so. `all`: one task. The `domain` scenario ignores it.
             initial_increment: Classes of the first task; None or 0: `increment`.
             scenario: `class`, `task` or `domain`, see `TaskStream`.
             domain_column: A column of strings, class labels or integers whose values are the tasks of the `domain`
                 scenario, in alphabetical order, or by their value if all are whole numbers.
             name: The stream's name; default: the Hub id, or the folder's name.
-            dataset_id: Hub id of the dataset; default: `dataset`, where that is one.
+            dataset_id: Hub id of the dataset; default: `dataset`, if that is a Hub id.
             config_name, revision: Configuration and Hub revision, for `datasets.load_dataset`.
             train_split: Default: `train`.
             test_split: Default: the first there is of `test`, `validation`, `valid`, `val`.
@@ -230,25 +230,25 @@ class TaskStream(Sequence[Task]):
             label_column: Default: the column of type `ClassLabel`, else one named `label` or `labels`. Strings are
                 encoded in alphabetical order, or by their value if all are whole numbers, and so are label names
                 that come in alphabetical order; integers are the ids, and their own names.
-            name_column: A column of strings that names every image's class, where the labels themselves do not.
+            name_column: A column of strings that names every image's class, if the labels themselves do not.
             test_fraction: Share of each class's training images that become the test images instead of a test split,
                 for datasets with one split only; drawn at random from seed 1993, the same for every run.
-            class_names: One name for each label id from 0, taken as they are; default: the dataset's, through
+            class_names: One name for each label id from 0, used unchanged; default: the dataset's, through
                 `clean_class_name`.
             class_order: Label ids in order of arrival.
             partial_order: Whether `class_order` may leave classes out; they are then left out of the stream.
             class_order_seed: Draws the order when `class_order` is None:
                 `numpy.random.RandomState(seed).permutation(classes)`. Source: PyCIL and LAMDA-PILOT, whose seed is
                 1993. None: the dataset's own order.
-            excluded_train_rows: From the labels of all training images, the rows that the stream leaves out, such as
-                those that the model was pretrained on.
-            max_train_images_per_class, max_test_images_per_class: Keep so many of a class, drawn at random.
-            seed: Of that draw, which is each class's own: it does not change with the order or the increments.
+            excluded_train_rows: A function from the labels of all training images to the rows that the stream leaves
+                out, such as those that the model was pretrained on.
+            max_train_images_per_class, max_test_images_per_class: Keep at most this many of a class, drawn at random.
+            seed: Seed of that draw; each class has its own draw, whatever the order and the increments.
             allow_shared_images: Warn of images that are both trained and tested on, rather than refuse them: for
-                published splits, whose figures are everybody's.
+                published splits, because their published figures include such images.
 
         Raises:
-            TypeError: If an argument has a type that it cannot have.
+            TypeError: If an argument has the wrong type.
             ValueError: If the dataset cannot be loaded; if a split or a column is missing, ambiguous or of the wrong
                 type; if a label is missing or has no name, or two classes have the same one; if a class of the stream
                 has no training or no test image; if an image is both trained and tested on; or if an argument does not
@@ -310,7 +310,7 @@ class TaskStream(Sequence[Task]):
 
 
 def _check_arguments(class_names, class_order, class_order_seed, seed) -> None:
-    """The types of what `from_dataset` is given, and the ranges that do not depend on the dataset."""
+    """Check the types of `from_dataset`'s arguments, and the ranges that do not depend on the dataset."""
     if class_names is not None:
         check_texts("class_names", class_names)
     if class_order is not None:
@@ -322,7 +322,7 @@ def _check_arguments(class_names, class_order, class_order_seed, seed) -> None:
 
 
 def _check_apart(stream: TaskStream, train: Split, test: Split, is_allowed: bool) -> None:
-    """No image of the stream is both trained and tested on."""
+    """Check that no image of the stream is both trained and tested on."""
     used = [
         split.rows(np.flatnonzero(np.isin(split.row_ids, np.concatenate([getattr(task, rows) for task in stream]))))
         for split, rows in ((train, "train_rows"), (test, "test_rows"))
@@ -344,7 +344,7 @@ def _cut(
     caps: tuple[int | None, int | None],
     seed: int,
 ) -> Iterator[Task]:
-    """A task for every part (a domain, or the whole dataset) and every cut of the class order."""
+    """Make a task for every part (a domain, or the whole dataset) and every section of the class order."""
     index = 0
     for title, (train, test) in parts.items():
         train_rows, test_rows = (
@@ -377,7 +377,7 @@ def _check_same_classes(tasks: tuple[Task, ...]) -> None:
 
 
 def _by_name(task: Task, first: Task) -> np.ndarray:
-    """The arrival labels of a domain's own label ids: where the first domain has the class of that name."""
+    """The arrival labels of a domain's label ids: the positions of the same names in the first domain."""
     _check_same_classes((first, task))
     positions = {name: position for position, name in enumerate(first.class_names)}
     arrival = task.arrival_labels.copy()

@@ -24,7 +24,7 @@ class Task:
         test: The test images of this task's classes, in the same form.
         arrival_labels: The arrival label of every label id of the task's dataset, -1 for those not in the stream.
             Shape: (label ids of the dataset,).
-        title: What distinguishes the task, where that is not its classes: the name of a dataset or of a domain.
+        title: The name of the task's dataset or domain, if its classes do not distinguish it.
         prompt_template: The prompt or prompts of this task's dataset; None: the stream's.
         train_rows, test_rows: The images' rows in their splits. Shape: (images,).
     """
@@ -53,7 +53,7 @@ class Evaluation:
 
     Args:
         tasks: The tasks whose test images these are.
-        class_names: What is predicted among, in order of arrival.
+        class_names: The classes to predict among, in order of arrival.
         first_label: The arrival label of the first of these classes.
         prompt_template: The prompt or prompts; None: the model's.
     """

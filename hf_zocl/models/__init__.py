@@ -1,4 +1,4 @@
-"""Models that the Trainer learns: a CLIP classifier, and the adapters it carries."""
+"""Models to train: a CLIP classifier, and the adapters it carries."""
 
 from .adapters import (
     ADAPTERS,

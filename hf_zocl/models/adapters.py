@@ -28,11 +28,12 @@ class AdapterArguments:
 
     Args:
         adapter: The PEFT method: `lora` or `moe`.
-        target_modules: Names of the linear layers that carry LoRA, in both towers.
-        lora_rank: r.
+        target_modules: Names of the linear layers that get LoRA, in both towers.
+        lora_rank: The rank r.
         lora_alpha: The scale is α/r.
         lora_dropout: Dropout on LoRA's input.
-        moe_num_experts: Experts beside the MLP of every block; 2 in MoE-Adapters4CL, whose settings the defaults are.
+        moe_num_experts: Experts in parallel to the MLP of every block. The defaults are those of MoE-Adapters4CL,
+            which has 2.
         moe_top_k: Experts that an example is sent to.
         moe_bottleneck: Hidden units of an expert.
         moe_scale: Factor on the experts' output.
@@ -47,10 +48,10 @@ class AdapterArguments:
         moe_layers: The blocks that carry them, counted from 1; default: all.
         frozen_parameters: Regular expressions: the adapter's parameters with such a name stay as they were drawn. With
             `lora_A`, B alone is trained (LoRA-FA, Zhang et al. 2023); with `down` and `routers`, the experts' second
-            layers. What has no effect while the other factor is zero is mere noise to zeroth-order steps.
+            layers. A factor has no effect while the other one is zero, so it only adds noise to zeroth-order steps.
 
     Raises:
-        TypeError: If a value has a type that it cannot have.
+        TypeError: If a value has the wrong type.
         ValueError: If a value is out of its range.
     """
 
@@ -128,12 +129,12 @@ ADAPTERS: dict[str, Callable[[AdapterArguments, int], PeftConfig]] = {"lora": _l
 
 
 def add_adapter(model: PreTrainedModel, args: AdapterArguments, num_tasks: int = 1) -> PeftModel:
-    """Freeze `model` and give it the adapter that `args` describes; its parameters alone are trainable.
+    """Freeze `model` and add the adapter that `args` describes; only the adapter's parameters are trainable.
 
     Args:
         model: The model.
         args: The adapter.
-        num_tasks: The length of the stream, for an adapter with something of its own for every task.
+        num_tasks: The length of the stream, for an adapter with parts for every task.
 
     Raises:
         ValueError: If the model has none of the layers named, or a pattern freezes no parameter, or all of them.
@@ -146,7 +147,7 @@ def add_adapter(model: PreTrainedModel, args: AdapterArguments, num_tasks: int =
 
 
 def freeze(model: PeftModel, patterns: Sequence[str]) -> None:
-    """Let the trainable parameters whose name matches one of `patterns` stay as they are.
+    """Freeze the trainable parameters whose name matches one of `patterns`.
 
     Raises:
         ValueError: If a pattern freezes no parameter, or all of them.
@@ -173,7 +174,7 @@ def _check_depth(model: PreTrainedModel, args: AdapterArguments) -> None:
 
 
 def adapter_name(config: PeftConfig) -> str:
-    """What `AdapterArguments.adapter` calls the PEFT method of `config`."""
+    """The name in `AdapterArguments.adapter` of the PEFT method of `config`."""
     return "moe" if isinstance(config, MoEAdapterConfig) else str(config.peft_type.value).lower()
 
 
@@ -181,7 +182,7 @@ def trained_adapter(model: nn.Module) -> str:
     """The name of the adapter that is trained and saved: the active one.
 
     Raises:
-        ValueError: If the model has no adapter of PEFT's, or several are active.
+        ValueError: If the model has no PEFT adapter, or several are active.
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
@@ -198,7 +199,7 @@ def trained_adapter(model: nn.Module) -> str:
 
 
 def check_trained_parameters(model: PeftModel) -> None:
-    """Check that what is trained is what a checkpoint of the active adapter holds.
+    """Check that a checkpoint of the active adapter holds exactly what is trained.
 
     Raises:
         ValueError: If a parameter is trained and would not be saved, or if none is trained.
@@ -224,7 +225,7 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 def base_digest(model: PeftModel) -> str:
     """SHA-256 of the weights under the active adapter: all parameters but those that its checkpoint holds.
 
-    Half precision counts as the float32 that it stands for.
+    Half-precision weights are hashed as float32.
     """
     saved = {tensor.data_ptr() for tensor in adapter_weights(model).values()}
     prefix = getattr(model.base_model, "prefix", None)
@@ -243,7 +244,7 @@ def base_digest(model: PeftModel) -> str:
 
 
 def adapter_arguments(config: PeftConfig) -> dict[str, Any]:
-    """What `AdapterArguments` calls the shape of an adapter: the arguments that would make it, as far as there are."""
+    """The `AdapterArguments` that would make this adapter's shape, as far as such arguments exist."""
     found: dict[str, Any] = {"adapter": adapter_name(config)}
     if found["adapter"] == "lora":
         modules = config.target_modules

@@ -25,7 +25,7 @@ from .pixels import read_image
 
 
 PROMPTS_AT_ONCE = 1024  # that go through the text tower together when images are predicted
-# One for all classifiers: a lock of its own could be neither copied nor pickled with a module.
+# One lock for all classifiers: a lock in a module could be neither copied nor pickled with it.
 _CLASSES = threading.RLock()
 
 Images = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[Any]
@@ -35,8 +35,8 @@ Images = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[
 class CLIPClassifierOutput(ModelOutput):
     """
     Attributes:
-        loss: Cross-entropy over the present classes, scalar; where labels are given. In training mode with the
-            adapters' load-balancing loss, where they have one.
+        loss: Cross-entropy over the present classes, scalar; None without labels. In training mode it includes the
+            adapters' load-balancing loss, if they have one.
         logits: Scaled cosine similarities, float32 or wider, `(batch, classes)`.
     """
 
@@ -55,8 +55,8 @@ class CLIPClassifier(TaskAware, nn.Module):
             averaged, class by class (prompt ensembling; Radford et al., CLIP, 2021, section 3.1.4).
 
     Raises:
-        TypeError: If the class names are no list of texts.
-        ValueError: If there is no class, two have the same prompt, or a template has not exactly one `{}`.
+        TypeError: If the class names are not a list of texts.
+        ValueError: If there is no class, two have the same prompt, or a template does not have exactly one `{}`.
     """
 
     image_processor: BaseImageProcessor | None = None  # what `predict` makes pixel values with
@@ -81,7 +81,7 @@ class CLIPClassifier(TaskAware, nn.Module):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
-        """What `DistributedDataParallel` need not send: every process has the same prompts and positions."""
+        """Buffers that `DistributedDataParallel` need not send: prompts and positions are the same everywhere."""
         return {name for name, _ in self.named_buffers()}
 
     @property
@@ -90,7 +90,7 @@ class CLIPClassifier(TaskAware, nn.Module):
 
     @property
     def has_balance_loss(self) -> bool:
-        """Whether an adapter adds a load-balancing loss in training."""
+        """True if an adapter adds a load-balancing loss in training."""
         configs = getattr(self.clip, "peft_config", {}).values()
         return any(getattr(config, "balance_loss", 0) > 0 for config in configs)
 
@@ -102,7 +102,7 @@ class CLIPClassifier(TaskAware, nn.Module):
             prompt_template: Their prompt or prompts, until the next call; default: the classifier's own.
 
         Raises:
-            TypeError, ValueError: As the class; the classes are then those before.
+            TypeError, ValueError: As for the class; the classes then stay as they were.
         """
         templates = self._templates(prompt_template)
         tokens = self._tokens(class_names, templates)
@@ -121,7 +121,7 @@ class CLIPClassifier(TaskAware, nn.Module):
         return check_templates(self.prompt_template if prompt_template is None else prompt_template)
 
     def _tokens(self, class_names: Sequence[str], templates: Sequence[str]) -> BatchEncoding:
-        """The prompts' tokens, class by class; different for every two classes."""
+        """The prompts' tokens, class by class; checked to differ between classes."""
         check_texts("class_names", class_names)
         if not len(class_names):
             raise ValueError("class_names is empty: expected at least one class.")
@@ -185,7 +185,7 @@ class CLIPClassifier(TaskAware, nn.Module):
         return features
 
     def logits(self, image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Scaled cosine similarities, in float32 at least, as a difference of two losses needs them.
+        """Scaled cosine similarities, in at least float32, because a difference of two losses needs it.
 
         Args:
             image_embeds, text_embeds: Features of unit length, `(batch, dim)` and `(classes, dim)`.
@@ -197,21 +197,21 @@ class CLIPClassifier(TaskAware, nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Images, batch_size: int = 64) -> tuple[list[str], torch.Tensor]:
-        """Name what is on images: `names, probabilities = model.predict(["cat.png", "dog.png"])`.
+        """Predict the classes of images: `names, probabilities = model.predict(["cat.png", "dog.png"])`.
 
         Args:
             images: One image or several: files, URLs, PIL images, or arrays of bytes `(height, width, channels)`; or
-                what an image processor has made of them, `(batch, channels, height, width)`.
+                an image processor's output, `(batch, channels, height, width)`.
             batch_size: Images that go through the model at once.
 
         Returns:
             The class name of every image, and the probabilities of all classes, `(images, classes)`.
 
-        The prompts are encoded once, and again after new classes, another adapter or other weights (see `eval()` for
-        weights that are changed behind torch's back). Several threads may predict at once.
+        The prompts are encoded once, and again after new classes, another adapter or other weights. (After a change
+        that torch does not see, call `eval()`.) Several threads may predict at once.
 
         Raises:
-            TypeError: If `batch_size` is no whole number.
+            TypeError: If `batch_size` is not a whole number.
             ValueError: If it is less than 1; if the classifier has no `image_processor`, which `load_task_checkpoint`
                 gives it, and the images need one; or if one cannot be read, see `read_image`.
         """
@@ -276,9 +276,10 @@ class CLIPClassifier(TaskAware, nn.Module):
         self.clip.activation_checkpointing_disable()
 
     def _cached_text_embeds(self) -> torch.Tensor:
-        """In evaluation the prompts are encoded once; anew after new classes, `eval()`, another adapter or weights.
+        """The text features, encoded once in evaluation; again after new classes, `eval()`, another adapter or
+        weights.
 
-        Weights changed behind torch's back (through `.data`, by a fused optimizer) are seen at the next `eval()`.
+        Changes that torch does not see (through `.data`, by a fused optimizer) take effect at the next `eval()`.
         """
         if torch.is_grad_enabled():
             return self.encode("language")
@@ -289,7 +290,7 @@ class CLIPClassifier(TaskAware, nn.Module):
         return cached[1]
 
     def _weights_version(self) -> tuple:
-        """What changes whenever the text features may: other weights, an adapter switched, merged or scaled."""
+        """A value that changes whenever the text features may: weights, or an adapter switched, merged or scaled."""
         adapters = [m for m in self.clip.modules() if isinstance(m, BaseTunerLayer)]
         tensors = [*self.clip.parameters(), *self.clip.buffers()]
         return (
@@ -316,8 +317,8 @@ def check_templates(prompt_template: str | Sequence[str]) -> tuple[str, ...]:
     """The prompt or prompts as a tuple.
 
     Raises:
-        TypeError: If one is no text.
-        ValueError: If there is none, or one has not exactly one `{}`, or any other brace.
+        TypeError: If one is not a text.
+        ValueError: If there is none, or one does not have exactly one `{}`, or has another brace.
     """
     templates = (prompt_template,) if isinstance(prompt_template, str) else tuple(prompt_template)
     if not templates:
@@ -341,7 +342,7 @@ def prompt_tokens(
 
 
 def same_prompts(tokens: BatchEncoding, classes: int, templates: Sequence[str]) -> list[tuple[int, int, str]]:
-    """Classes that a prompt cannot tell apart: the first one's number, a later one's, and the prompt's template."""
+    """Pairs of classes that a prompt cannot tell apart: both numbers, and the prompt's template."""
     found = []
     by_template = tokens["input_ids"].unflatten(0, (classes, len(templates))).numpy()
     for place, template in enumerate(templates):
@@ -353,7 +354,7 @@ def same_prompts(tokens: BatchEncoding, classes: int, templates: Sequence[str]) 
 
 
 def in_training_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    """A model that was loaded with `dtype`, as it is trained: in float32 where `auto` found half precision.
+    """The model in the dtype it is trained in: `dtype`, but float32 if `auto` found half precision.
 
     Half precision rounds away what small steps do to weights, and is many times slower on a CPU; bf16 autocast over
     float32 weights has neither fault.

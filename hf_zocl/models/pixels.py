@@ -1,4 +1,4 @@
-"""Images as image processors take them: opened from wherever they are, upright, of 8 bits a value."""
+"""Images as image processors take them: opened from any source, upright, 8 bits a value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from ..checks import shown
 
 
-# What Pillow raises, by format and by where the file is broken.
+# The errors that Pillow raises, by format and by where the file is broken.
 CORRUPT = (OSError, SyntaxError, ValueError, TypeError, EOFError, Image.DecompressionBombError)
 GREATEST_16_BIT = 65535
 PATIENCE = 60  # seconds for a URL
@@ -23,13 +23,13 @@ SHORTEST = 64  # characters of an image as base64 text; shorter text is the name
 
 
 def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Image:
-    """An image as a stream's images are, before an image processor makes them RGB: upright, of 8 bits a value.
+    """Read an image as a stream's images are read, before a processor makes it RGB: upright, 8 bits a value.
 
     Args:
         image: A file, a URL, base64 text, a PIL image, or an array of bytes `(height, width, channels)`.
 
     Raises:
-        ValueError: If it is no image, cannot be fetched, or its values have no known scale, see `eight_bits`.
+        ValueError: If it is not an image, cannot be fetched, or its values have no known scale, see `eight_bits`.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8:
@@ -45,13 +45,13 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Ima
 
 
 def why_corrupt(error: Exception) -> str:
-    """What is wrong with an image, as text, from one of `CORRUPT`."""
-    # Pillow's own words for it name the bytes' place in memory.
+    """The fault of an image, as text, from one of the errors in `CORRUPT`."""
+    # Pillow's own message names the bytes' address in memory.
     return "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _source(image: Any) -> str | os.PathLike | BytesIO:
-    """What Pillow opens: a file, or the content of a URL or of base64 text."""
+    """The source for Pillow to open: a file, or the content of a URL or of base64 text."""
     if not isinstance(image, (str, os.PathLike)):
         raise ValueError("expected a file, a URL, a PIL image, or an array of bytes.")
     text = os.fspath(image)
@@ -77,13 +77,13 @@ def _fetch(url: str) -> bytes:
 
 
 def eight_bits(image: Image.Image) -> Image.Image:
-    """An image of 8 bits a value: Pillow would clip one of 16 bits at 255, and cut one of floats down to 0.
+    """Scale an image to 8 bits a value: Pillow would clip 16-bit values at 255, and truncate floats to 0.
 
-    The scale is the same for every image, that of its type: 16-bit values (and 32-bit integers, as which some files of
-    16 bits are read) are scaled from 0–65,535 to 0–255, floats from 0–1. Images of 8 bits stay as they are.
+    The scale is the same for every image, that of its type: 16-bit values (and 32-bit integers, because some 16-bit
+    files are read as these) are scaled from 0–65,535 to 0–255, floats from 0–1. Images of 8 bits stay as they are.
 
     Raises:
-        ValueError: If values lie outside of that range, so that no scale is known.
+        ValueError: If values are outside that range, so that no scale is known.
     """
     if image.mode == "F":
         greatest, kind = 1, "floats"

@@ -35,7 +35,7 @@ class Comparison:
     """A table of settings.
 
     Args:
-        headings: Of the columns.
+        headings: The columns' headings.
         rows: Cells as text, a row for each setting, zero-shot first.
         note: What the columns mean.
     """
@@ -89,14 +89,14 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
 
     A paired difference is the mean ± standard deviation, over the seeds that both have, of the difference of the two
     runs with the same seed: what the seeds have in common cancels out. Settings of several benchmarks are kept apart,
-    each with the zero-shot accuracy of its own, see `by_benchmark`.
+    each with its own zero-shot accuracy, see `by_benchmark`.
 
     Args:
         groups: The settings.
         baseline: The name of the one to subtract; None: no differences.
 
     Raises:
-        ValueError: If there is no setting of the baseline's name, or a setting has no seed in common with it.
+        ValueError: If no setting has the baseline's name, or a setting has no seed in common with it.
     """
     names = [group.name for group in groups]
     if baseline is not None and baseline not in names:
@@ -144,7 +144,7 @@ def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
 
 
 def paired_differences(group: RunGroup, reference: RunGroup, name: str) -> np.ndarray:
-    """How far a figure of the runs is from that of the reference's runs with the same seed.
+    """The differences of a figure between the runs and the reference's runs with the same seed.
 
     Args:
         group, reference: The two settings.

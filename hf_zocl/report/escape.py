@@ -1,4 +1,4 @@
-"""Text from data, at the door of each format: no name of a class, a folder or a model is read as markup."""
+"""Escaping of text from data for each format, so that no name of a class, folder or model is read as markup."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 def one_line(text: object) -> str:
-    """Text on one line, without control characters and half characters."""
+    """Text on one line, without control characters and lone surrogates."""
     whole = str(text).encode("utf-8", "replace").decode()
     return " ".join("".join(character if character.isprintable() else " " for character in whole).split())
 
@@ -14,7 +14,7 @@ def one_line(text: object) -> str:
 def markdown(text: object) -> str:
     """Text in Markdown, also in a table's cell: nothing in it is read as Markdown, HTML or a formula.
 
-    An underscore within a word is only one.
+    An underscore within a word stays an underscore.
     """
     return re.sub(r"([\\`*<|\[\]~$&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", one_line(text))
 

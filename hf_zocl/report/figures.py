@@ -26,7 +26,7 @@ def plot_accuracy_matrix(results: dict[str, Any], path: str | os.PathLike) -> Pa
 
     Args:
         results: the content of `results.json`, see `draw_accuracy_matrix`.
-        path: where the PNG goes; its folder is made where it is missing.
+        path: the PNG file; its folder is made if it is missing.
 
     Returns:
         The path written.
@@ -53,7 +53,7 @@ def draw_accuracy_matrix(results: dict[str, Any]) -> Figure:
             fractions in [0, 1]), `seen_accuracy`, `last`, `avg` and `zero_shot["seen_accuracy"]`.
 
     Returns:
-        A figure of its own, outside pyplot, so that no global state is touched.
+        A separate figure, outside pyplot, so that no global state is touched.
 
     Raises:
         ValueError: `accuracy_matrix` is empty, or row t does not hold t entries.
@@ -61,7 +61,7 @@ def draw_accuracy_matrix(results: dict[str, Any]) -> Figure:
     matrix = _percent_matrix(results["accuracy_matrix"])
     trained = 100 * np.asarray(results["seen_accuracy"][: len(matrix)], dtype=float)
     zero_shot = 100 * np.asarray(results["zero_shot"]["seen_accuracy"][: len(matrix)], dtype=float)
-    # One scale for both panels, to the next ten: the runs of a weak model would be all dark on 0 to 100.
+    # One scale for both panels, up to the next ten: on 0 to 100 a weak model's panels would be all dark.
     top = 10 * max(1, math.ceil(max(np.nanmax(matrix), trained.max(), zero_shot.max()) / 10))
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
@@ -111,7 +111,7 @@ def _draw_curves(axes: Axes, trained: np.ndarray, zero_shot: np.ndarray, top: fl
     _number_tasks(axes.xaxis, len(trained))
     axes.grid(axis="y", color="0.85")
     axes.spines[["top", "right"]].set_visible(False)
-    # Below the axes: nowhere inside is free of the curves for every run.
+    # Below the axes: no place inside is free of curves in every run.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
 
 
@@ -125,7 +125,7 @@ def _number_tasks(axis: Any, tasks: int) -> None:
 def _title(results: dict[str, Any]) -> str:
     recipe = results["recipe"]
     names = (results["benchmark"], recipe.get("dataset_name"), recipe.get("dataset_path"))
-    # Of a path only the last component: the figure is pushed to the Hub.
+    # Only the last component of a path: the figure is pushed to the Hub.
     name = next((Path(str(name)).name for name in names if name and name != "none"), "local dataset")
     setting = [recipe.get("adapter"), recipe.get("zo_branch"), recipe.get("zo_layers")]
     if recipe.get("zo_branch") == "none":

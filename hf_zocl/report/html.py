@@ -1,4 +1,4 @@
-"""One HTML file with everything in it, and its figures as PNG beside it."""
+"""The report: one HTML file with everything in it, and its figures as PNG files next to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .runs import RunGroup, by_benchmark, load_groups
 
 TEMPLATE = "report_template.html"
 MAX_DRAWN = 16  # settings in a figure; more are no longer told apart, and take minutes to draw
-# An allow-list: a recipe also holds tokens, folders and host names, which are nobody else's business.
+# An allow-list: a recipe also holds tokens, folders and host names, which must not be published.
 SHOWN_ARGUMENTS = re.compile(
     "(zo|lora|moe)_.*|adapter|model_name_or_path|benchmark|scenario|learning|(initial_)?increment|class_order_seed"
     "|max_(train|test)_images_per_class|prompt_template|optim|learning_rate|weight_decay|lr_scheduler_type"
@@ -42,12 +42,12 @@ SHOWN_ARGUMENTS = re.compile(
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure of the report, on light and on dark.
+    """A figure of the report, on a light and on a dark background.
 
     Args:
         name: Its file's name, without the ending.
-        title: What it shows.
-        caption: How to read it.
+        title: Its title.
+        caption: A sentence on how to read it.
         light, dark: PNG files.
     """
 
@@ -78,7 +78,7 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path, baseline
         The path of report.html, which needs no other file.
 
     Raises:
-        ValueError: If there is no run to report, or no setting of the baseline's name.
+        ValueError: If there is no run to report, or no setting has the baseline's name.
     """
     groups, output_dir = load_groups(folders), Path(output_dir)
     comparison = compare_groups(groups, baseline)
@@ -94,7 +94,7 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path, baseline
 
 
 def report_figures(groups: Sequence[RunGroup]) -> list[ReportFigure]:
-    """All figures that these runs have the data for, benchmark by benchmark."""
+    """Draw all figures that these runs have the data for, benchmark by benchmark."""
     benchmarks, figures = by_benchmark(groups), []
     for number, (benchmark, compared) in enumerate(benchmarks.items(), start=1):
         drawn = _figures_of(compared[:MAX_DRAWN], f"-of-{number}" if len(benchmarks) > 1 else "")
@@ -188,7 +188,7 @@ def _title(groups: Sequence[RunGroup]) -> str:
 
 def _shown(recipe: dict[str, Any]) -> dict[str, str]:
     shown = {name: value for name, value in recipe.items() if value is not None and SHOWN_ARGUMENTS.fullmatch(name)}
-    # Of a path only the last component.
+    # Only the last component of a path.
     return {name: re.split(r"[\\/]", str(v))[-1] if _is_path(v) else str(v) for name, v in sorted(shown.items())}
 
 

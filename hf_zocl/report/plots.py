@@ -1,4 +1,4 @@
-"""The figures of a report, one question each: small enough to be read on a telephone, on light paper and on dark."""
+"""The figures of a report, one question each: readable on a phone, on light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def draw_settings(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
 
 
 def draw_forgetting(groups: Sequence[RunGroup], theme: Theme) -> Figure | None:
-    """What is forgotten of each task at the end: its best accuracy before the last task minus its last one."""
+    """The forgetting of each task at the end: its best accuracy before the last task minus its last accuracy."""
     groups = [group for group in groups if group.tasks > 1]
     if not groups:
         return None
@@ -183,7 +183,7 @@ def _forgotten(matrix: list[list[float]]) -> list[float]:
 
 
 def _figure(theme: Theme, entries: int = 0, height: float = HEIGHT) -> tuple[Figure, Axes]:
-    """A figure with room for so many lines of a legend below its axes."""
+    """A figure with room for this number of legend lines below its axes."""
     with matplotlib.rc_context({"font.size": 11, "axes.titlesize": 11}):
         figure = Figure(figsize=(WIDTH, height + 0.24 * entries), layout="constrained", facecolor=theme.background)
         axes = figure.add_subplot(facecolor=theme.background)

@@ -1,4 +1,4 @@
-"""Finished runs, read from their `results.json`, and what several seeds of one setting have in common."""
+"""Finished runs, read from their `results.json`, and grouped by setting over several seeds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RunGroup:
     """One setting, run with one seed or several.
 
     Args:
-        name: What tables and figures call it.
+        name: Its name in tables and figures.
         runs: The content of every seed's `results.json`, by seed.
     """
 
@@ -39,7 +39,7 @@ class RunGroup:
 
     @property
     def unfinished(self) -> list[str]:
-        """The seeds whose stream is not at its end: their Last and Avg are those so far."""
+        """The seeds whose stream is not finished: their Last and Avg are those so far."""
         counts = [(run["seed"], len(run["accuracy_matrix"]), len(run.get("tasks") or ())) for run in self.runs]
         return [f"seed {seed} ({done} of {total} tasks)" for seed, done, total in counts if done < total]
 
@@ -50,12 +50,12 @@ class RunGroup:
 
     @property
     def is_joint(self) -> bool:
-        """Whether all classes were learned at once, or none: then there is one task, whatever the benchmark's."""
+        """True if all classes were learned at once, or none: there is then one task, whatever the benchmark's."""
         return self.first.get("recipe", {}).get("learning") == "joint"
 
     @property
     def protocol(self) -> tuple[str, str, tuple[str, ...], Any, str]:
-        """What figures depend on beside the training: benchmark, scenario, classes, test images, base model."""
+        """The evaluation protocol of the figures: benchmark, scenario, classes, test images, base model."""
         run = self.first
         recipe = run.get("recipe", {})
         model = str(recipe.get("model_name_or_path") or "")
@@ -69,13 +69,13 @@ class RunGroup:
         )
 
     def values(self, name: str) -> np.ndarray:
-        """One figure of every seed, `mtil.transfer` for one within another; NaN where it is not. Shape: (seeds,)."""
+        """One figure of every seed (`mtil.transfer` for a nested one), NaN where it is missing. Shape: (seeds,)."""
         *outer, name = name.split(".")
         holders = [run.get(outer[0], {}) if outer else run for run in self.runs]
         return np.array([np.nan if one.get(name) is None else one[name] for one in holders], dtype=float)
 
     def percent(self, name: str) -> tuple[float, float]:
-        """The mean of a figure over the seeds and its standard deviation, zero for one seed; percent."""
+        """The mean and standard deviation of a figure over the seeds in percent; the deviation of one seed is zero."""
         values = 100 * self.values(name)
         return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
 
@@ -108,15 +108,15 @@ def load_groups(folders: Iterable[str | Path]) -> list[RunGroup]:
     """Read runs: each folder holds a `results.json`, or a folder for each seed that does.
 
     Args:
-        folders: Folders of runs; their names are the groups' names. Files among them are passed over, as a shell's
-            `runs/*` finds them.
+        folders: Folders of runs; their names are the groups' names. Files among them are skipped, because a shell's
+            `runs/*` includes them.
 
     Returns:
         The groups in the order given.
 
     Raises:
-        ValueError: If a folder does not exist, none holds a finished task, a results.json cannot be read, or what is
-            in a folder's folders are not the seeds of one setting.
+        ValueError: If a folder does not exist, none holds a finished task, a results.json cannot be read, or a
+            folder's subfolders are not the seeds of one setting.
     """
     groups = []
     for folder in map(Path, folders):
@@ -139,10 +139,10 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
 
     Args:
         folders: Each holds a `results.json`.
-        name: Of the group; default: that of the folder they lie in.
+        name: The group's name; default: that of their parent folder.
 
     Raises:
-        ValueError: If a results.json cannot be read, two are of one seed, or they are of several benchmarks.
+        ValueError: If a results.json cannot be read, two have the same seed, or they have different benchmarks.
     """
     runs = sorted((_read(folder / RESULTS_FILE) for folder in folders), key=lambda run: run["seed"])
     runs = [run for run in runs if run["accuracy_matrix"]]
@@ -156,7 +156,7 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
 
 
 def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> list[RunGroup]:
-    """Two folders of one name are told apart by their numbers."""
+    """The groups, with numbers added to names that occur twice."""
     names = [group.name for group in groups]
     return [
         group if names.count(group.name) == 1 else RunGroup(f"{group.name} ({number})", group.runs)
@@ -165,15 +165,15 @@ def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> li
 
 
 def by_benchmark(groups: Sequence[RunGroup]) -> dict[str, list[RunGroup]]:
-    """The settings whose figures can be compared: of one benchmark with the same tasks, and of one base model.
+    """Group the settings whose figures can be compared: one benchmark, the same tasks, one base model.
 
-    A run that learned all classes at once stands with those that learned them task by task.
+    A run that learned all classes at once is grouped with those that learned them task by task.
 
     Args:
         groups: The settings.
 
     Returns:
-        What the benchmark is called → its settings, both in the order given.
+        The benchmark's name → its settings, both in the order given.
     """
     found: list[tuple[tuple, int | None, list[RunGroup]]] = []
     for group in groups:
@@ -222,7 +222,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _contradiction(results: dict[str, Any]) -> str | None:
-    """What cannot be true of one run's results."""
+    """A contradiction in one run's results, as text; None if there is none."""
     matrix, zero_shot = results["accuracy_matrix"], results["zero_shot"]
     wrong = next((number for number, row in enumerate(matrix, start=1) if len(row) != number), None)
     if wrong is not None:
@@ -242,7 +242,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_figure(value: Any) -> bool:
-    """A number in a log, which a training that failed leaves infinite or NaN."""
+    """Tell whether a value of a log is a number; a failed training may leave it infinite or NaN."""
     return isinstance(value, float) or _is_number(value)
 
 

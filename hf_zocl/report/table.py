@@ -4,7 +4,7 @@ from typing import Any
 
 
 def format_results(results: dict[str, Any]) -> str:
-    """The accuracy matrix in percent, and the run's figures beside zero-shot, as text for a terminal."""
+    """The accuracy matrix in percent, and the run's figures next to zero-shot, as text for a terminal."""
     matrix, zero_shot = results["accuracy_matrix"], results["zero_shot"]
     columns = [f"task {i + 1}" for i in range(len(matrix))]
     rows = [["accuracy (%)", *columns, "all seen", "zero-shot"]]
@@ -25,7 +25,7 @@ def format_results(results: dict[str, Any]) -> str:
 
 
 def _further(results: dict[str, Any]) -> list[tuple[str, str]]:
-    """What only some runs measure."""
+    """The figures that only some runs measure."""
     mtil = results.get("mtil", {})
     values = [
         ("forward transfer", results.get("forward_transfer"), "points"),
@@ -39,7 +39,7 @@ def _further(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def format_evaluation(measured: dict[str, Any]) -> str:
-    """What `python -m hf_zocl evaluate` measured, in percent, as text for a terminal."""
+    """The figures of `python -m hf_zocl evaluate` in percent, as text for a terminal."""
     row, details = measured["accuracy_row"], measured["details"]
     by_class = [value for value in details["per_class_accuracy"] if value is not None]
     figures = [

@@ -1,4 +1,4 @@
-"""Which training images of Tiny-ImageNet the embedded mini CLIP was pretrained on: a stream takes the others."""
+"""The Tiny-ImageNet training images that the embedded mini CLIP was pretrained on; a stream takes the others."""
 
 from collections.abc import Sequence
 

@@ -52,14 +52,14 @@ NOT_COMPARED = ("seconds", "peak_memory_bytes", "recipe", "versions")
 
 @dataclass
 class Undisturbed:
-    """How a run ends that nobody kills."""
+    """The outcome of a run that is not killed."""
 
     outcome: dict[str, Any]
     seconds: float
     trace: Trace
 
     def moment(self, rng: random.Random, aim: str) -> tuple[int | None, int, float]:
-        """When to kill: so many seconds after a phase began for the n-th time; without a phase, after the start."""
+        """Draw when to kill: seconds after the n-th beginning of a phase or, without a phase, after the start."""
         if aim == ANY:
             return None, 0, rng.uniform(0, self.seconds)
         number = list(PHASES).index(aim)
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def empty(folder: Path) -> None:
-    """Remove what this script has written into a folder before, and make it anew.
+    """Remove what this script wrote into a folder earlier, and make the folder again.
 
     Raises:
         ValueError: If it holds anything else.
@@ -142,7 +142,7 @@ def kill_runs(
     kills: int,
     rng: random.Random,
 ) -> tuple[str, int]:
-    """The table of runs that were killed and resumed, and how many of them ended as the undisturbed one."""
+    """The table of runs that were killed and resumed, and the number that ended like the undisturbed one."""
     runs = []
     for number, folder in enumerate(folders, start=1):
         own_aims = [aims[(number + kill * (len(aims) // 2)) % len(aims)] for kill in range(kills)]
@@ -163,7 +163,7 @@ RIGHT = {
 
 @dataclass
 class Disturbed:
-    """A row of the table of `pairs` or `damage`, and whether it is as it must be."""
+    """A row of the table of `pairs` or `damage`, and whether it ended as it must."""
 
     row: str
     is_right: bool
@@ -223,7 +223,7 @@ def damage_run(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """What the files of a run's folder hold; a lock is no file of the run."""
+    """The content of the files in a run's folder; a lock is not a file of the run."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK_FILE)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
@@ -239,7 +239,7 @@ def has_traceback(log: Path) -> bool:
 def torment(
     folder: Path, number: int, further: list[str], undisturbed: Undisturbed, aims: list[str], rng: random.Random
 ) -> Run:
-    """Start a run, kill it once for every aim if it lives so long, and resume it until it is done."""
+    """Start a run, kill it once for every aim if it lives long enough, and resume it until it is done."""
     run = Run()
     while True:
         moment = undisturbed.moment(rng, aims[len(run.kills)]) if len(run.kills) < len(aims) else None
@@ -264,10 +264,10 @@ def attempt(
     trace: Trace,
     moment: tuple[int | None, int, float] | None = None,
 ) -> tuple[int | None, str | None]:
-    """Train in a process of its own.
+    """Train in a separate process.
 
     Returns:
-        Its exit code, and what it was doing when it was killed: None if it was not.
+        Its exit code, and what it was doing when it was killed, or None if it was not killed.
     """
     process = start(log_of(folder), folder, number, further, trace)
     deadline, started = None, time.perf_counter()
@@ -292,7 +292,7 @@ def attempt(
 
 
 def start(log: Path, folder: Path, number: int, further: list[str], trace: Trace) -> int:
-    """Start a run in a process of its own, and return its number."""
+    """Start a run in a separate process, and return its process id."""
     arguments = [part.replace("{run}", str(number)) for part in [*RECIPE, *further]]
     process = os.fork()
     if process == 0:
@@ -328,7 +328,7 @@ def log_of(folder: Path) -> Path:
 
 
 def outcome_of(folder: Path) -> dict[str, Any]:
-    """What must be equal: the results, every task's weights, by their hash, and the tags on the Hub."""
+    """The values that must be equal: the results, the hash of every task's weights, and the tags on the Hub."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     outcome = {name: value for name, value in results.items() if name not in NOT_COMPARED}
     for file in sorted(folder.glob("task-*/adapter_model.safetensors")):
@@ -339,7 +339,7 @@ def outcome_of(folder: Path) -> dict[str, Any]:
 
 
 def tags_of(folder: Path, repo_id: str) -> list[str]:
-    """The tags of a run's repository that hold exactly what the run's folder does."""
+    """The tags of a run's repository that hold exactly what the run's folder holds."""
     api, whole = HfApi(), []
     for name in sorted(ref.name for ref in api.list_repo_refs(repo_id).tags):
         files = public_files(folder / name, repo_id)

@@ -13,7 +13,7 @@ from hf_zocl.hub import push
 from hf_zocl.trainer import ZOCLTrainer
 
 
-# What a run may be in the middle of, and the function in which it is.
+# The phases that a run may be in, and the function of each.
 PHASES = {
     "starting": (train_command, "build_scheduler"),
     "measuring": (evaluation.StreamEvaluator, "_run"),
@@ -25,7 +25,7 @@ PHASES = {
 
 
 class Trace:
-    """What the phases of a run are doing, in memory that the run shares with its killer."""
+    """The state of a run's phases, in memory that the run shares with its killer."""
 
     def __init__(self):
         shape = (len(PHASES), 3)
@@ -34,7 +34,7 @@ class Trace:
         )
 
     def watch(self) -> None:
-        """In the run's process: let every phase's function say when it begins and ends."""
+        """Let every phase's function record when it begins and ends, in the run's process."""
         for number, (owner, name) in enumerate(PHASES.values()):
             setattr(owner, name, self._watched(number, getattr(owner, name)))
 

@@ -19,7 +19,7 @@ from hf_zocl.data.images import ImageCollator, PixelCodec, prepare_images
 
 
 class StepTimes(TrainerCallback):
-    """When each step began and ended: what lies between two steps is the loading of a batch."""
+    """The beginning and end of each step; the time between two steps is the loading of a batch."""
 
     def __init__(self):
         self.loading, self.computing = [], []

@@ -32,7 +32,7 @@ from hf_zocl.zo import LayerAssignment, ZOEstimator, build_zo_optimizer
 
 
 def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> None:
-    """Time the rows in turn, round by round; then arithmetic and memory, each row in a process of its own."""
+    """Time the rows in turn, round by round; then arithmetic and memory, each row in a separate process."""
     bars = BARS if setting.device == "cpu" else BARS + GPU_BARS
     rows = choose_rows(which, bars)
     seconds = time_rows(rows, setting)
@@ -59,7 +59,7 @@ def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> N
 
 
 def build_model(setting: Setting, adapter: str, classes: int) -> CLIPClassifier:
-    """A CLIP of random weights with an adapter that is not zero."""
+    """A CLIP with random weights and an adapter that is not zero."""
     vision, text = (dict(shape) for shape in SHAPES[setting.shape])
     tokenizer = AutoTokenizer.from_pretrained(sample_path("mini-clip"))
     layers, heads, width = vision.pop("layers"), vision.pop("heads"), text["hidden_size"]
@@ -166,7 +166,7 @@ def trainer_step(
 
 
 class TimedTrainer(ZOCLTrainer):
-    """Times its zeroth-order part, and may do without a shortcut."""
+    """A `ZOCLTrainer` that times its zeroth-order part, and may leave out a shortcut."""
 
     without: str | None = None
 
@@ -203,7 +203,7 @@ def inference_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tens
 
 
 def bare_step(row: Row, model: CLIPClassifier, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """The estimator without a Trainer: what its machinery costs is the difference."""
+    """A step of the estimator without a Trainer; the difference is the cost of the Trainer's machinery."""
     groups = LayerAssignment(row.branch, row.layers).split(model).zo
     estimator = ZOEstimator(groups, row.estimator, row.queries)
     plan = TowerPlan(model, estimator.perturbations.values())
@@ -273,7 +273,7 @@ def now(device: str) -> float:
 
 
 def time_rows(rows: list[Row], setting: Setting) -> dict[str, dict[str, float]]:
-    """The median seconds of every row; the rows take turns, so that whatever else the machine does falls on all.
+    """The median seconds of every row; the rows take turns, so that other load on the machine affects all alike.
 
     A turn is two steps, of which the second is timed: the first warms up, and packs the prompts.
     """
@@ -292,8 +292,8 @@ def time_rows(rows: list[Row], setting: Setting) -> dict[str, dict[str, float]]:
 
 
 def measure_apart(row: Row, setting: Setting) -> dict[str, float]:
-    """Memory and arithmetic of a row, in a process of its own, so that no other row's memory counts."""
-    # Every buffer of some size is the system's own, and goes back to it: what is resident is what is in use.
+    """Memory and arithmetic of a row, in a separate process, so that no other row's memory counts."""
+    # Every larger buffer comes from the system and goes back to it, so resident memory is memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     described = {name: value for name, value in asdict(row).items() if name != "figures"}
     command = [sys.executable, __file__, json.dumps(described), json.dumps(asdict(setting))]

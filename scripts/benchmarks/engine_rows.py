@@ -16,7 +16,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for all rows."""
+    """The settings that all rows share."""
 
     shape: str = "vit-b-16"
     batch: int = 32
@@ -75,7 +75,7 @@ ROWS = [
 ]
 SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
 
-# (what, the row, the row beside it, the figure, at most)
+# (name, the row, the row it is compared with, the figure, the greatest ratio)
 BARS = [
     ("memory over the weights, dual vs inference", DUAL.name, "inference", "activation_bytes", 1.05),
     (

@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def interleaved_medians(runs: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """The median time of each, in milliseconds; one round runs all of them, so that load falls on all alike."""
+    """The median time of each, in milliseconds; one round runs all of them, so that load affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 2):
         for name, run in runs.items():

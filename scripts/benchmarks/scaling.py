@@ -1,7 +1,7 @@
-"""What several processes send each other in a step, and how long a step takes; see docs/scaling.md.
+"""The bytes that processes send each other in a step, and the time that a step takes; see docs/scaling.md.
 
-Measured for a few processes on this machine, with the embedded mini CLIP; then carried on by arithmetic to many ranks
-and slow links. `scripts/benchmarks/peers.py --scaling` runs it.
+Measured for a few processes on this machine, with the embedded mini CLIP; then calculated for many ranks and slow
+links. `scripts/benchmarks/peers.py --scaling` runs it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Link:
-    """What lies between any two ranks: bytes a second, and the seconds until the first of them arrives."""
+    """The link between any two ranks: bytes a second, and the seconds until the first byte arrives."""
 
     name: str
     bandwidth: float
@@ -59,7 +59,7 @@ class Link:
         return 2 * math.ceil(math.log2(ranks)) * self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
 
 
-# A rack's Ethernet; and homes or clouds far apart, 20 ms one way, 100 Mbit/s.
+# A rack's Ethernet; and distant homes or clouds, 20 ms one way, 100 Mbit/s.
 LINKS = (Link("10 Gbit/s", 1.25e9, 50e-6), Link("internet, 20 ms", 12.5e6, 20e-3))
 
 
@@ -96,7 +96,7 @@ JOBS = (
 
 
 class CountingGroup(dist.ProcessGroup):
-    """A gloo process group that counts the bytes handed to it: what one rank gives to collectives, headers left out.
+    """A gloo process group that counts the bytes handed to it: what one rank gives to collectives, without headers.
 
     It counts at the lowest place that DDP's own reducer goes through as well.
     """
@@ -140,7 +140,7 @@ def start_counting() -> CountingGroup:
 
 
 class Watch(TrainerCallback):
-    """The time of every step, and the bytes of all but the Trainer's own gathering of a loss to log."""
+    """Records the time of every step, and the bytes of all but the Trainer's own gathering of a loss to log."""
 
     def __init__(self, group: CountingGroup):
         self.group, self.seconds, self.bytes = group, [], []
@@ -210,7 +210,7 @@ def measure_with(processes: int) -> dict[str, dict[str, float]]:
         return json.loads(output.read_text())
 
 
-# Reckoning and showing.
+# Calculating and showing.
 
 
 def step_seconds(job: Job, method: str, link: Link, ranks: int, compute: float) -> float:
@@ -269,11 +269,11 @@ def draw(job: Job, compute: float, path: Path) -> None:
 
 
 def run_scaling_benchmark(processes: tuple[int, ...], compute: float, output: Path | None) -> None:
-    """Measure, reckon, print both as tables, and write JSON and a chart.
+    """Measure, calculate, print both as tables, and write JSON and a chart.
 
     Args:
         processes: Numbers of processes to measure with, on this machine.
-        compute: Seconds of computation a step of a rank, for the reckoning.
+        compute: Seconds of computation in a step of a rank, for the calculation.
         output: A JSON file; the chart is written beside it.
     """
     measured = {count: measure_with(count) for count in processes}

@@ -56,10 +56,10 @@ def main() -> None:
 
 
 class Probe(TrainerCallback):
-    """Compares every so many steps with the gradient over the first batches of the task.
+    """Compares steps, at a fixed interval, with the gradient over the first batches of the task.
 
     Args:
-        model: Before its training, while all that is trained requires a gradient.
+        model: The model before its training, while all trained parameters require a gradient.
         every: Steps between two measurements.
         batches: How many batches the gradient is taken over.
     """

@@ -61,7 +61,7 @@ def look(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     def loss() -> torch.Tensor:
         return model(**inputs).loss
 
-    # What acts in training alone, such as a router's noise, has no part in this loss.
+    # Whatever acts only in training, such as a router's noise, is not part of this loss.
     gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
     parameters = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def look(run: Path, options: argparse.Namespace) -> dict[str, Any]:
 def training_images(
     recipe: dict[str, Any], model: nn.Module, processor: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """So many of the last task's training images; the model predicts among that task's classes."""
+    """A number of the last task's training images; the model predicts among that task's classes."""
     own = {one.name: recipe[one.name] for one in fields(RunArguments) if one.name in recipe}
     run = RunArguments(**{**own, "dataset_path": options.dataset_path or own["dataset_path"]})
     task = build_stream(run, seed=recipe.get("data_seed") or 0)[0][-1]
@@ -91,7 +91,7 @@ def training_images(
 
 
 def largest_eigenvalue(loss, parameters: list[nn.Parameter], iterations: int, generator: torch.Generator) -> float:
-    """The eigenvalue of largest magnitude of the Hessian, to 1 %, or as near as so many iterations come."""
+    """The eigenvalue of largest magnitude of the Hessian, to 1 %, or as near as the iterations come."""
     gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
     vector = [torch.randn(p.shape, generator=generator) for p in parameters]
     value = 0.0
@@ -107,14 +107,14 @@ def largest_eigenvalue(loss, parameters: list[nn.Parameter], iterations: int, ge
 
 
 def random_direction(parameters: list[nn.Parameter], generator: torch.Generator) -> list[torch.Tensor]:
-    """Gaussian, with the norm of all parameters together."""
+    """A Gaussian direction with the norm of all parameters together."""
     drawn = [torch.randn(p.shape, generator=generator) for p in parameters]
     norms = [torch.sqrt(sum(t.detach().square().sum() for t in tensors)) for tensors in (parameters, drawn)]
     return [d * norms[0] / norms[1] for d in drawn]
 
 
 def filter_normalised_direction(parameters: list[nn.Parameter], generator: torch.Generator) -> list[torch.Tensor]:
-    """Gaussian, every row of a matrix with the norm of the row that it moves."""
+    """A Gaussian direction in which every row of a matrix has the norm of the row that it moves."""
     drawn = [torch.randn(p.shape, generator=generator) for p in parameters]
     pairs = zip(drawn, (p.detach() for p in parameters), strict=True)
     return [d * p.norm(dim=-1, keepdim=True) / d.norm(dim=-1, keepdim=True).clamp_min(1e-12) for d, p in pairs]
@@ -144,7 +144,7 @@ def format_table(looks: list[dict[str, Any]]) -> str:
 
 
 def draw(looks: list[dict[str, Any]]) -> Figure:
-    """How far the loss rises above that at the solution: a setting's mean over seeds and directions, and quartiles."""
+    """Draw the rise of the loss above that at the solution: mean over seeds and directions, and quartiles."""
     settings: dict[str, list[dict[str, Any]]] = {}
     for one in looks:
         settings.setdefault(one["run"].split("/seed-")[0], []).append(one)

@@ -1,4 +1,4 @@
-"""The figures and findings of the paper (arXiv 2506.12409), to hold measurements against (read by reproduce.py)."""
+"""The figures and findings of the paper (arXiv 2506.12409), to compare measurements with (read by reproduce.py)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SIGNIFICANT = 0.05
 
 
 def paper_differences(cell: str, benchmark: str) -> list[str]:
-    """How far the paper's row is from its baseline: Last, Avg; the mean over its settings for another benchmark."""
+    """The paper's differences from its baseline in Last and Avg; for another benchmark, the mean over its settings."""
     if cell == "MoZO":
         return [f"{statistics.mean(gains[i] for gains in MOZO_GAINS):+.1f}" for i in (0, 1)]
     settings = [ACCURACIES[benchmark]] if benchmark in ACCURACIES else list(ACCURACIES.values())
@@ -52,7 +52,7 @@ def paper_differences(cell: str, benchmark: str) -> list[str]:
 
 
 def p_value(differences: Sequence[float]) -> float | None:
-    """Of the two-sided paired t-test; None for a single pair, or where all pairs differ by the same."""
+    """The p-value of the two-sided paired t-test; None for a single pair, or if all differences are equal."""
     from scipy import stats  # of the extra `reproduce`
 
     return float(stats.ttest_1samp(differences, 0.0).pvalue) if np.ptp(differences) > 0 else None
@@ -67,9 +67,9 @@ class Finding:
     """A claim that some cells are better than others, each side the mean over its cells, seed by seed.
 
     Args:
-        claim: In words.
+        claim: The claim in words.
         better, worse: Patterns of the cells' names; None: all the others.
-        pick: Of the better side, `all` cells, or the one with the greatest (`best`) or least (`least`) mean.
+        pick: Cells of the better side: `all`, or the one with the greatest (`best`) or least (`least`) mean.
     """
 
     claim: str
@@ -78,7 +78,7 @@ class Finding:
     pick: str = "all"
 
     def rows(self, groups: Sequence[RunGroup]) -> list[tuple[str, ...]]:
-        """A row for Last and one for Avg; none where a side has no cell."""
+        """A row for Last and one for Avg; no row if a side has no cell."""
         better, worse = _matching(groups, self.better), _matching(groups, self.worse)
         better = [group for group in groups if group not in worse] if better is None else better
         worse = [group for group in groups if group not in better] if worse is None else worse

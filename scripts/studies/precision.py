@@ -26,7 +26,7 @@ QUERIES = 16
 
 
 class FirstStep(ZOCLTrainer):
-    """A training of one step, whose estimate is kept and not applied."""
+    """A training of one step that keeps its estimate and does not apply it."""
 
     estimate: Estimate
 

@@ -66,7 +66,7 @@ class Cell:
     """A row of a table.
 
     Args:
-        arguments: What it adds to the recipe.
+        arguments: Arguments to add to the recipe.
         rates: Candidates for its ZO learning rate; none: the recipe's.
     """
 
@@ -95,7 +95,7 @@ def main() -> None:
     cells = {
         name: with_rate(cell, folder_of(folder, name), common, judge, options.keep) for name, cell in cells.items()
     }
-    # By seed first: a table of fewer seeds is there early.
+    # By seed first: a table of fewer seeds is available early.
     runs = [(cell, seed) for seed in options.seeds for cell in cells]
     for cell, seed in tqdm(runs, desc="cells"):
         run_cell(["--recipe", recipe, *common, *cells[cell].arguments], folder_of(folder, cell), seed)
@@ -144,7 +144,7 @@ def layer_cells(config: CLIPConfig) -> dict[str, Cell]:
 
 
 def mozo_cells(config: CLIPConfig) -> dict[str, Cell]:
-    """Dual/hop-even without the sign and with one ε, the language tower's; with either; with both."""
+    """The cells of `mozo`: dual/hop-even with one ε and no sign; with the sign; with an ε per tower; with both."""
     common = assigned("dual", "hop-even", "--zo_optim", "sgd", "--zo_momentum", "0.9").arguments
     one_eps = ("--zo_eps", "1e-2")
     two_eps = ("--zo_eps", "vision=5e-3,language=1e-2")
@@ -162,7 +162,7 @@ def mozo_cells(config: CLIPConfig) -> dict[str, Cell]:
 
 
 def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
-    """Steps without momentum, two queries in each tower, so that the estimators differ in nothing else."""
+    """The cells of `variants`: no momentum, two queries in each tower, so that only the estimators differ."""
     common = assigned("dual", "all", "--zo_queries", "2").arguments
     plain = (*common, "--zo_sign", "false", "--zo_momentum", "0", "--zo_optim")
     single = ("--zo_queries", "1")
@@ -200,7 +200,7 @@ TABLES: dict[str, Callable[[CLIPConfig], dict[str, Cell]] | None] = {
 
 
 def choose_cells(table: str, config: CLIPConfig, wanted: list[str] | None) -> dict[str, Cell]:
-    """The rows of a table, or those of them that are wanted; the baseline first.
+    """The rows of a table, or the wanted ones; the baseline first.
 
     Raises:
         ValueError: If `wanted` names a row that the table does not have.
@@ -220,7 +220,7 @@ def first_task(recipe: str, options: argparse.Namespace) -> FirstTask:
 
 
 def with_rate(cell: Cell, folder: Path, common: list[str], judge: Callable[[], FirstTask], keep: float | None) -> Cell:
-    """The cell with its ZO learning rate, chosen on the first task; what an earlier call measured is kept."""
+    """The cell with its ZO learning rate, chosen on the first task; measurements of an earlier call are kept."""
     if not cell.rates:
         return cell
     file, arguments = folder / "chosen.json", [*common, *cell.arguments]
@@ -273,7 +273,7 @@ def with_paper(comparison: Comparison, groups: list[RunGroup], benchmark: str) -
 
 
 def seeds_table(groups: list[RunGroup]) -> Comparison:
-    """Every seed's figures, and how many seeds it takes to see half a point against the baseline."""
+    """The figures of every seed, and the number of seeds needed to see half a point against the baseline."""
     baseline, numbers = groups[0], [run["seed"] for run in groups[0].runs]
     headings = ["setting"]
     headings += [f"{title}, seed {seed}" for title in ("Last", "Avg") for seed in numbers]
@@ -318,7 +318,7 @@ def draw_passes(groups: list[RunGroup]) -> Figure:
 
 
 def memory_table(adapter: str) -> Comparison:
-    """Peak memory of a training step, each in a process of its own, beside the paper's."""
+    """The peak memory of a training step, each in a separate process, next to the paper's figures."""
     is_gpu = torch.cuda.is_available()
     setting = Setting(batch=128, device="cuda") if is_gpu else Setting()
     rows = [Row("FO", "fo", adapter=adapter)]

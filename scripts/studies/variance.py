@@ -72,7 +72,7 @@ def main() -> None:
 
 
 class Probe(TrainerCallback):
-    """Measures before every so many steps of every task, on the batch that opens the task."""
+    """Measures at a fixed interval of steps in every task, on the batch that opens the task."""
 
     def __init__(self, every: int, queries: int, eps: float, seed: int):
         self.every, self.queries, self.eps, self.seed = every, queries, eps, seed
@@ -124,7 +124,7 @@ def measure(model: nn.Module, batch: dict[str, torch.Tensor], queries: int, eps:
 
 
 def by_moment(rows: list[dict[str, Any]], branch: str, kind: str) -> dict[tuple, float]:
-    """The branch's variance at every moment: the sum over its layers, or that over its parameters."""
+    """The branch's variance at every moment: the sum over its layers, or that sum divided by its parameters."""
     sums: dict[tuple, list[float]] = {}
     for row in rows:
         if row["branch"] == branch:
@@ -167,7 +167,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]]) -> Figure:
-    """By layer above, over training below; in total on the left, per dimension on the right."""
+    """Draw the variance by layer (above) and over training (below), in total (left) and per dimension (right)."""
     figure = Figure(figsize=(9, 6.4), layout="constrained")
     axes = figure.subplots(2, 2)
     for column, (kind, title) in enumerate(KINDS.items()):

@@ -111,7 +111,7 @@ class Pretraining:
         lengths = [
             len(ids) for ids in self.processor.tokenizer([words.texts[n] for n in words.vocabulary])["input_ids"]
         ]
-        # Common words are of few tokens: the byte-pair encoding was made for them.
+        # Common words have few tokens: the byte-pair encoding was made for them.
         self.commonness = 1 / (np.array(lengths) - 2.0) ** 2
         self.commonness /= self.commonness.sum()
         self.model = build_model(args.processor_from, *shape).to(self.device)

@@ -118,7 +118,7 @@ def linear_probe(model: CLIPModel, processor: CLIPProcessor, train: ImageSet, te
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target` that replaces it on success and vanishes on failure.
+    """Give an empty folder next to `target` that replaces it on success and is removed on failure.
 
     A reader thus finds the old folder or the new one, never half of one.
     """
@@ -157,7 +157,7 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
 
 
 class Bridge(nn.Module):
-    """What training needs beside the CLIP: the maps from MiniLM's space and to the teacher's."""
+    """The maps that training needs besides the CLIP: from MiniLM's space, and to the teacher's."""
 
     def __init__(self, projection: int, width: int, word_width: int, teacher_width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What an image of the pretraining set is told to be: its label, the teacher's classes, and the words for them."""
+"""The targets of an image of the pretraining set: its label, the teacher's classes, and the words for them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Words:
     Attributes:
         tree: WordNet above the classes of ImageNet-1k.
         texts: All names and descriptions.
-        vectors: Of each text, (texts, 384).
+        vectors: The vector of each text, (texts, 384).
         vocabulary: The positions in `texts` of names, of classes and of other things.
         labels: The numbers, of the 1,000, of the classes that have images, in the order of the images' labels.
     """

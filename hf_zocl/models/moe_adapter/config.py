@@ -1,4 +1,4 @@
-"""`MoEAdapterConfig`: the shape of the MoE adapters, and where they stand."""
+"""`MoEAdapterConfig`: the shape of the MoE adapters, and their places in a model."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ STATE_NORMS = (
 class MoEAdapterConfig(PeftConfig):
     """Configures a `MoEAdapterModel`; without arguments it is the baseline on every block of both CLIP towers.
 
-    Beside the MLP of a block stands a mixture of small experts on the block's state after attention, x:
+    A mixture of small experts runs in parallel to the MLP of a block, on the block's state after attention, x:
 
         x ← x + MLP(norm(x)) + Σ_e g_e(x) · A_e(x),    A_e(x) = scale · (up_e · dropout(ReLU(down_e · x)))
 
-    with gates g from a noisy top-k router (Shazeer et al. 2017) that reads one token of x. As MoE-Adapters4CL (Yu et
-    al., CVPR 2024) has it for class-incremental learning: 2 experts of 64 hidden units, both chosen, one router for
-    all tasks. Its multi-task variant is `num_experts=22, num_routers=<tasks>, freeze_experts=2`.
+    with gates g from a noisy top-k router (Shazeer et al. 2017) that reads one token of x. The defaults are those
+    of MoE-Adapters4CL (Yu et al., CVPR 2024) for class-incremental learning: 2 experts of 64 hidden units, both
+    chosen, one router for all tasks. Its multi-task variant is `num_experts=22, num_routers=<tasks>,
+    freeze_experts=2`.
 
     Args:
         num_experts: E, the experts of a block.
@@ -50,15 +51,16 @@ class MoEAdapterConfig(PeftConfig):
         freeze_experts: How many of the experts that a task used most `end_task` freezes in every block.
         balance_loss: Weight of the load-balancing loss, CV²(importance) + CV²(load) (Shazeer et al. 2017, equations 6
             to 11), summed over the blocks; 0 leaves it out.
-        towers: `vision`, `language` or `both`; the towers of other two-tower models are known by the names of CLIP's.
-        target_modules: Names of the modules that the adapters stand beside, or a regular expression over full names;
-            by default `mlp` for the models of `MoEAdapterModel.target_module_mapping`.
+        towers: `vision`, `language` or `both`; other two-tower models are recognised if their towers have CLIP's
+            names.
+        target_modules: Names of the modules that the adapters run in parallel to, or a regular expression over full
+            names; by default `mlp` for the models of `MoEAdapterModel.target_module_mapping`.
         exclude_modules: Names, or a regular expression, of modules to leave out.
-        state_norms: Names under which the norm between attention and MLP is looked for beside the target module; x is
-            what this norm receives. Where there is none, x is the target module's own input, and the experts map its
+        state_norms: Names of the norm between attention and MLP, a sibling of the target module; x is the input of
+            this norm. Without such a norm, x is the target module's own input, and the experts map its
             width to that of the module's output.
         layers_to_transform: Indices of the blocks to adapt, counted from 0 as PEFT does; default: all.
-        layers_pattern: The name of the list of blocks, where `layers_to_transform` cannot guess it.
+        layers_pattern: The name of the list of blocks, if `layers_to_transform` cannot guess it.
         modules_to_save: Other modules to train and save, for example a head.
 
     Raises:

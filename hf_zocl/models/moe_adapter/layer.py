@@ -1,4 +1,4 @@
-"""The experts and routers of a block, and the layer that puts them beside the block's MLP."""
+"""The experts and routers of a block, and the layer that adds them to the block's MLP."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from .mixture import ExpertWeights, Routing, mix_all, mix_chosen, noisy_top_k, s
 
 
 NOISE_FLOOR = 0.01
-# The key under which a text tower's blocks are handed the positions of the pooled tokens.
+# The key under which a text tower's blocks get the positions of the pooled tokens.
 POSITIONS = "moe_adapter_positions"
 
 
 class Expert(nn.Module):
-    """down-projection, ReLU, dropout, up-projection; it starts as zero."""
+    """An expert: down-projection, ReLU, dropout, up-projection. Its output starts as zero."""
 
     def __init__(self, in_features: int, bottleneck: int, out_features: int):
         super().__init__()
@@ -39,7 +39,7 @@ class Expert(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits x · W_g, and the noise's deviation softplus(x · W_noise) + 0.01; both weights start as zero."""
+    """A router: logits x · W_g, and the noise's deviation softplus(x · W_noise) + 0.01; both weights start as zero."""
 
     stackable = True
 
@@ -80,7 +80,7 @@ class MoEAdapter(nn.Module):
         self.routers = nn.ModuleList(
             Router(in_features, config.num_experts, config.noise) for _ in range(config.num_routers)
         )
-        # Saved with the weights, and only where there is something to remember.
+        # Saved with the weights, and only if there is something to remember.
         self.register_buffer("task", torch.tensor(1) if config.num_routers > 1 else None)
         frozen = torch.zeros(config.num_experts, dtype=torch.bool) if config.freeze_experts else None
         self.register_buffer("frozen", frozen)
@@ -91,12 +91,12 @@ class MoEAdapter(nn.Module):
 
     @property
     def stackable(self) -> bool:
-        """Whether candidates' experts may be evaluated side by side (see `hf_zocl.passes.TowerPlan`)."""
+        """True if candidates' experts may be evaluated side by side (see `hf_zocl.passes.TowerPlan`)."""
         return self.config.top_k == self.config.num_experts
 
     @property
     def packable(self) -> bool:
-        """Whether a row may hold several prompts: the first token is the same in all of them."""
+        """True if a row may hold several prompts, because the first token is the same in all of them."""
         return self.config.router_token == "first"
 
     def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
@@ -123,7 +123,7 @@ class MoEAdapter(nn.Module):
     def _watch(self, routing: Routing) -> None:
         """Count what the router does, and hand over the balance loss where one is collected."""
         gates = routing.gates.detach()
-        # Not a buffer: it is no state of the forward pass.
+        # Not a buffer: it is not a state of the forward pass.
         self.usage = self.usage.to(gates.device) + torch.stack([(gates > 0).sum(dim=0), gates.sum(dim=0)])
         # Computed whether or not it is collected: a block that is run again must do as it did the first time.
         if self.config.balance_loss > 0:
@@ -133,7 +133,7 @@ class MoEAdapter(nn.Module):
                 self.balance_losses.append(loss)
 
     def reset_usage(self) -> None:
-        """Start to count anew: how often each expert was chosen, and the sum of its gates, `(2, experts)`."""
+        """Reset the counts: how often each expert was chosen, and the sum of its gates, `(2, experts)`."""
         self.usage = torch.zeros(2, self.config.num_experts, device="cpu")
         self._logged = self.usage
 
@@ -144,11 +144,11 @@ class MoEAdapter(nn.Module):
         return recent / recent.sum().clamp(min=1.0)
 
     def training_state(self) -> dict[str, torch.Tensor]:
-        """What is counted, for a checkpoint within a task."""
+        """The counts, for a checkpoint within a task."""
         return {"usage": self.usage.cpu(), "logged": self._logged.cpu().clone()}
 
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Count on from what `training_state` gave."""
+        """Continue from the counts of `training_state`."""
         self.usage, self._logged = state["usage"], state["logged"]
 
     def begin_task(self, task: int) -> None:
@@ -174,7 +174,7 @@ class MoEAdapter(nn.Module):
             self.freeze()
 
     def freeze(self) -> None:
-        """Take the gradient from frozen experts and from the routers of other tasks, after something gave it back."""
+        """Set `requires_grad` to False again for frozen experts and for the routers of other tasks."""
         for index, router in enumerate(self.routers):
             if index != self._router:
                 router.requires_grad_(False)
@@ -191,14 +191,14 @@ class MoEAdapter(nn.Module):
 
 
 def _read_buffers(adapter: MoEAdapter, incompatible_keys: Any) -> None:
-    """After loading: the router and the frozen experts are those of the checkpoint."""
+    """Take the router and the frozen experts from the buffers that a checkpoint has loaded."""
     if adapter.task is not None:
         adapter._select_router()
     adapter.freeze()
 
 
 class MoEAdapterLayer(nn.Module, BaseTunerLayer):
-    """A block's MLP with MoE adapters beside it.
+    """A block's MLP with MoE adapters in parallel to it.
 
     The MLP receives the normalised state, the adapters the state itself: a hook on the norm before the MLP keeps it
     for the moment between the two. A backward pass that runs the block again (gradient checkpointing) passes the norm
@@ -206,8 +206,8 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: The MLP.
-        norm: What the block's state after attention goes through before the MLP; None: the MLP's own input is the
-            state.
+        norm: The norm that the block's state after attention goes through before the MLP; None: the MLP's own input is
+            the state.
     """
 
     adapter_layer_names = ("moe_adapter_mixtures",)
@@ -223,7 +223,7 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
         self._hooks = [norm.register_forward_pre_hook(self._keep_state, with_kwargs=True)] if norm is not None else []
 
     def update_layer(self, adapter_name: str, config: MoEAdapterConfig, in_features: int, out_features: int) -> None:
-        """Add an adapter of that name, on the device and in the precision of the MLP."""
+        """Add an adapter with this name, on the device and in the precision of the MLP."""
         adapter = MoEAdapter(config, in_features, out_features)
         like = next(self.get_base_layer().parameters())
         if not any(parameter.is_meta for parameter in adapter.parameters()):
@@ -299,7 +299,7 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
         return self.get_base_layer()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy carries nothing of a forward pass.
+        # A copy keeps nothing from a forward pass.
         return {**self.__dict__, "_state": None, "_positions": None}
 
 
@@ -309,7 +309,7 @@ def _add_positions(tower: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
         return None
     input_ids = args[0] if args else kwargs["input_ids"]
     input_ids = input_ids.reshape(-1, input_ids.shape[-1]).int()
-    # 2 stands in old configurations, where the end of the text is the greatest id.
+    # Old configurations have 2; the end of the text is then the greatest id.
     is_end = input_ids if tower.eos_token_id == 2 else (input_ids == tower.eos_token_id).int()
     return args, {**kwargs, POSITIONS: is_end.argmax(dim=-1)}
 

@@ -12,9 +12,9 @@ from ...passes import stacked_linear as linear
 
 
 class ExpertWeights(NamedTuple):
-    """One expert: `(bottleneck, in)`, `(bottleneck,)`, `(out, bottleneck)`, `(out,)`.
+    """The weights of one expert: `(bottleneck, in)`, `(bottleneck,)`, `(out, bottleneck)`, `(out,)`.
 
-    With a leading dimension n on each of them these are n variants of the expert, see `stacked_linear`.
+    With a leading dimension n on each, they are n variants of the expert; see `stacked_linear`.
     """
 
     down: torch.Tensor
@@ -24,10 +24,10 @@ class ExpertWeights(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What the router says of every example.
+    """The router's output for every example.
 
     Attributes:
-        gates: `(batch, experts)`; zero for the experts that are not chosen, and one in sum.
+        gates: `(batch, experts)`; zero for the experts that are not chosen; they add up to one.
         weights, indices: The gates of the chosen experts and their numbers, `(batch, k)`.
         load: How likely each expert is to be chosen, given the noise of the others, `(batch, experts)`.
     """
@@ -41,7 +41,7 @@ class Routing(NamedTuple):
 def mix_all(
     x: torch.Tensor, gates: torch.Tensor, experts: Sequence[ExpertWeights], dropout: float = 0.0
 ) -> torch.Tensor:
-    """Σ_e g_e · A_e(x) where every expert is chosen: two matrix products over the experts' hidden units together.
+    """Σ_e g_e · A_e(x) if every expert is chosen: two matrix products over all experts' hidden units.
 
     Args:
         x: `(batch, length, in)`.
@@ -69,8 +69,8 @@ def mix_chosen(
 ) -> torch.Tensor:
     """Σ g_e · A_e(x) over the experts chosen for each example; the others are not computed.
 
-    The weights of the chosen experts are gathered, rather than the examples of an expert: the shapes depend on no
-    data, so an accelerator does not wait and `torch.compile` sees one graph.
+    The weights of the chosen experts are gathered, rather than the examples of an expert. No shape depends on data, so
+    nothing waits for an accelerator and `torch.compile` sees one graph.
 
     Args:
         x: `(batch, length, in)`.
@@ -124,10 +124,10 @@ def noisy_top_k(clean: torch.Tensor, std: torch.Tensor | None, k: int) -> Routin
 
 
 def _chance_of_top_k(clean: torch.Tensor, std: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
-    """P(x, e): the chance of expert e to be kept when its noise alone is drawn again (the same, equation 9)."""
+    """P(x, e): the chance that expert e is kept when only its noise is drawn again (same paper, equation 9)."""
     top = logits.topk(k + 1, dim=-1).values
     kept = logits >= top[:, k - 1 : k]
-    # What an expert must exceed: the k-th greatest of the others.
+    # The threshold for an expert: the k-th greatest of the others.
     threshold = torch.where(kept, top[:, k:], top[:, k - 1 : k])
     return torch.special.ndtr((clean - threshold) / std)
 

@@ -1,4 +1,4 @@
-"""`MoEAdapterModel`: where the MoE adapters are injected, and how PEFT comes to know them."""
+"""`MoEAdapterModel`: injects the MoE adapters, and registers them with PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ mistral phi3 qwen2 qwen3
 
 
 class MoEAdapterModel(TaskAware, BaseTuner):
-    """Puts MoE adapters beside the MLPs of a pretrained model; see `MoEAdapterConfig`.
+    """Adds MoE adapters to the MLPs of a pretrained model; see `MoEAdapterConfig`.
 
     Args:
         model: The model to adapt.
@@ -42,7 +42,7 @@ class MoEAdapterModel(TaskAware, BaseTuner):
     target_module_mapping = {name: ["mlp"] for name in _MODELS_WITH_MLP.split()}
 
     def begin_task(self, task: int) -> None:
-        """A task begins, counted from 1: switch to its router, and count the experts' use anew.
+        """Begin a task, counted from 1: switch to its router, and reset the counts of the experts' use.
 
         Raises:
             ValueError: If every task has its own router and there is none for this one.
@@ -51,7 +51,7 @@ class MoEAdapterModel(TaskAware, BaseTuner):
             adapter.begin_task(task)
 
     def end_task(self, task: int) -> None:
-        """A task ends: the experts that it used most are frozen, if `freeze_experts` says so."""
+        """End a task: freeze the experts that it used most, if `freeze_experts` says so."""
         for adapter in self._active_mixtures():
             adapter.end_task()
 
@@ -76,7 +76,7 @@ class MoEAdapterModel(TaskAware, BaseTuner):
         }
 
     def training_state(self) -> dict[str, torch.Tensor]:
-        """How often every block's experts were used in the task so far, all told and when it was last logged."""
+        """The use of every block's experts in the task so far: the total, and the total when it was last logged."""
         return {
             f"{number}.{name}": value
             for number, adapter in enumerate(self._active_mixtures())
@@ -84,7 +84,7 @@ class MoEAdapterModel(TaskAware, BaseTuner):
         }
 
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Count on from what `training_state` gave."""
+        """Continue from the counts of `training_state`."""
         for number, adapter in enumerate(self._active_mixtures()):
             adapter.load_training_state({name: state[f"{number}.{name}"] for name in adapter.training_state()})
 
@@ -116,7 +116,7 @@ class MoEAdapterModel(TaskAware, BaseTuner):
     ) -> None:
         names = [name for name in peft_config.state_norms if name in dict(parent.named_children())]
         norm = parent.get_submodule(names[0]) if names else None
-        # What may fail comes before the layer hooks itself into the model.
+        # Everything that may fail comes before the layer hooks itself into the model.
         widths = _widths(getattr(target, "base_layer", target), norm, current_key)
         tower = self._pooling_tower(current_key) if peft_config.router_token == "pooled" else None
         layer = target if isinstance(target, MoEAdapterLayer) else MoEAdapterLayer(target, norm)
@@ -148,7 +148,7 @@ class MoEAdapterModel(TaskAware, BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        # The adapter's name stands right after the layer's dictionary, far from the end of the key.
+        # The adapter's name comes right after the layer's dictionary, far from the end of the key.
         container = f".{MoEAdapterLayer.adapter_layer_names[0]}."
         return key.replace(f"{container}{adapter_name}.", container, 1)
 
@@ -169,8 +169,8 @@ def _widths(target: nn.Module, norm: nn.Module | None, key: str) -> tuple[int, i
 def register_with_peft() -> None:
     """Make `MoEAdapterConfig` and `MoEAdapterModel` a method of PEFT.
 
-    PEFT offers `register_peft_method` for this, but takes the names of its methods from an enum, which is closed:
-    the name is added to it first. This is the one place that reaches into PEFT.
+    PEFT offers `register_peft_method` for this, but takes the names of its methods from a closed enum, so the name is
+    added to it first. This is the one place that reaches into PEFT.
 
     Raises:
         RuntimeError: If this release of PEFT does not take it.
