@@ -123,7 +123,7 @@ class FirstTask:
     @contextmanager
     def _scheduler(self, further: list[str]) -> Iterator[tuple[ContinualTaskScheduler, int]]:
         """A run over the first task alone, tested on held-out training images; and the stream's tasks."""
-        quiet = ["--disable_tqdm", "true", "--report_to", "none", "--push_to_hub", "false"]  # a candidate is no result
+        quiet = ["--disable_tqdm", "true", "--report_to", "none", "--push_to_hub", "false"]  # not a result
         with tempfile.TemporaryDirectory(prefix="hf-zocl-tune-") as folder:
             recipe = parse_recipe(["--recipe", self.recipe, *further, "--output_dir", folder, *quiet])
             whole = build_scheduler(recipe)

@@ -129,7 +129,7 @@ class RunArguments:
             )
         if self.seeds is not None and self.num_seeds is not None:
             raise ValueError(f"seeds={self.seeds!r} and num_seeds={self.num_seeds} were both given: pass one.")
-        self.seed_list(0)  # what is no list of seeds fails here
+        self.seed_list(0)  # anything but a list of seeds fails here
         if self.learning == "joint" and (self.scenario not in (None, "class") or self.datasets is not None):
             what = f"scenario={self.scenario!r}" if self.datasets is None else f"datasets={self.datasets}"
             raise ValueError(f"learning=joint has one task; {what} needs several.")

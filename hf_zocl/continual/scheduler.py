@@ -230,7 +230,7 @@ class ContinualTaskScheduler:
         if self._pusher is not None and not self.folder.holds_run:
             try:
                 fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
-            except (OSError, ValueError) as error:  # to begin anew would replace what is there
+            except (OSError, ValueError) as error:  # beginning again would replace what is there
                 raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
 
     def _prepare_images(self) -> None:

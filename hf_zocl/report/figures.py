@@ -46,7 +46,7 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 
 def draw_accuracy_matrix(results: dict[str, Any]) -> Figure:
-    """Draw the accuracy matrix as a heatmap and, beside it, the accuracy on all classes seen against zero-shot.
+    """Draw the accuracy matrix as a heatmap and, next to it, the accuracy on all classes seen against zero-shot.
 
     Args:
         results: the content of `results.json`; read are `benchmark`, `recipe`, `accuracy_matrix` (row t of length t,

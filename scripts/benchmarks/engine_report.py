@@ -56,7 +56,7 @@ def format_sweep(sweep: dict[str, dict[str, float]]) -> str:
 
 
 def write(output: Path, setting: Setting, rows: list[Row], sweep: dict[str, dict[str, float]]) -> None:
-    """The figures as JSON, and a bar chart beside it."""
+    """The figures as JSON, and a bar chart next to it."""
     output.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "setting": asdict(setting),

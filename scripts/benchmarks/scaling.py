@@ -274,7 +274,7 @@ def run_scaling_benchmark(processes: tuple[int, ...], compute: float, output: Pa
     Args:
         processes: Numbers of processes to measure with, on this machine.
         compute: Seconds of computation in a step of a rank, for the calculation.
-        output: A JSON file; the chart is written beside it.
+        output: A JSON file; the chart is written next to it.
     """
     measured = {count: measure_with(count) for count in processes}
     print(f"mini CLIP, LoRA, batch {BATCH} a process, {os.cpu_count()} cores, loopback, torch {torch.__version__}")

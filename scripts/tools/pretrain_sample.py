@@ -58,7 +58,7 @@ from hf_zocl.sample.pretraining import pretraining_rows
 
 HELD_OUT_PER_CLASS = 10
 CANDIDATES = 256  # classes that an image is told from, at a step, and the most kinds
-KINDS_WEIGHT = 0.5  # of the loss over kinds, beside the one over classes
+KINDS_WEIGHT = 0.5  # of the loss over kinds, next to the one over classes
 TEXTS = 160  # words that the text tower learns at a step, and as many of the step's own names
 STOP = 0.15  # the chance that a kind of WordNet is kept whole
 TOKEN_DROP = 0.5
@@ -228,7 +228,7 @@ class Pretraining:
         return {name: value.item() for name, value in losses.items()}
 
     def save(self, file: Path) -> None:
-        """Write all that the training needs to go on, beside the old state and then in its place."""
+        """Write all that the training needs to go on, next to the old state and then in its place."""
         state = {"model": self.model.state_dict(), "bridge": self.bridge.state_dict()}
         state |= {"average": self.average.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
         state |= {"step": self.step, "seconds": self.seconds, "curve": self.curve}

@@ -14,7 +14,7 @@ from wordnet import ClassTree, Node
 from words import cached_embeddings
 
 
-LABEL_WEIGHT = 0.5  # of the label, beside the teacher's classes
+LABEL_WEIGHT = 0.5  # of the label, next to the teacher's classes
 
 
 @dataclass
