@@ -23,7 +23,7 @@ from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
 from hf_zocl.trainer.data_parallel import leave_process_group
-from tests.helpers import image_examples, mini_clip_classifier, small_clip
+from tests.helpers import image_examples, mini_clip_classifier
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,7 +243,6 @@ def frozen_experts() -> list[list[int]]:
 def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
     """Two tasks of the quickstart's sample, few steps, and as many test images as no number of processes divides."""
     recipe = ["--recipe", str(ROOT / "scripts/recipes/quickstart.yaml"), "--output_dir", str(output_dir)]
-    recipe += ["--model_name_or_path", small_clip()]
     recipe += ["--initial_increment", "5", "--increment", "5", "--max_steps", "2", "--zo_sign", "false"]
     # Within a task every process saves its own random state.
     recipe += ["--zo_queries", "vision=1,language=2", "--save_strategy", "no"]

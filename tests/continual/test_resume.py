@@ -359,6 +359,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_command_whose_files_may_not_grow_ends_with_one_line(undisturbed, stopped):
     """The operating system's own refusal, in the middle of a file."""
     folder = stopped(LARGE)
