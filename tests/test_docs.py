@@ -86,8 +86,8 @@ def check_stream(names: dict[str, Any]) -> None:
     assert Path("runs/mine/task-02/README.md").is_file()
 
 
-def check_mixin(names: dict[str, Any]) -> None:
-    assert names["ZOSeq2SeqArguments"]("unused", zo_layers="all").zo_layers == "all"
+def check_factory(names: dict[str, Any]) -> None:
+    assert names["ZOSeq2SeqTrainingArguments"]("unused", zo_layers="all").zo_layers == "all"
 
 
 def check_prediction(names: dict[str, Any]) -> None:
@@ -101,7 +101,7 @@ PYTHON = {
         "the whole stream, one step a task", replaced=(('"runs/mine",', '"runs/mine", max_steps=1,'),), is_slow=True,
         check=check_stream,
     ),
-    ("README.md", "ZeroOrderMixin"): Way("as it stands", check=check_mixin),
+    ("README.md", "zeroth_order("): Way("as it stands", check=check_factory),
     ("README.md", "load_task_checkpoint"): Way(AS_IT_STANDS.why, check=check_prediction),
     ("README.md", "CLIPModel.from_pretrained("): AS_IT_STANDS,
     ("arguments.md", "MoEAdapterConfig"): Way(
