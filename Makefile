@@ -31,7 +31,7 @@ test: $(VENV)/installed  ## the tests, without the slow ones, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 test-slow: $(VENV)/installed  ## the slow tests, one process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(CORES) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(CORES) --dist loadfile
 
 check: $(VENV)/installed  ## lint, format and the import floors
 	$(BIN)/ruff check .

@@ -24,3 +24,13 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("the shared datasets are not on this machine")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="module")
+def quick_pictures():
+    """No run of the module draws its accuracy matrix."""
+    from tests.helpers import draw_quickly  # once the environment is what it has to be
+
+    with pytest.MonkeyPatch.context() as patch:
+        draw_quickly(patch)
+        yield

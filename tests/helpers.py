@@ -1,18 +1,47 @@
 """Tiny models, data and trainings that several tests share."""
 
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoProcessor, CLIPModel
+from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
+from hf_zocl.report import figures
 from hf_zocl.sample import sample_path
 
 
 CLASSES = ("cat", "dog", "ship")
+
+
+@cache
+def _small_clip() -> tempfile.TemporaryDirectory:
+    sample, folder = sample_path("mini-clip"), tempfile.TemporaryDirectory(prefix="small-clip-")
+    config = CLIPConfig.from_pretrained(sample)
+    config.projection_dim, config.vision_config.patch_size = 32, 8
+    for tower in (config.vision_config, config.text_config):
+        tower.hidden_size, tower.intermediate_size, tower.num_attention_heads, tower.projection_dim = 32, 64, 2, 32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        CLIPModel(config).save_pretrained(folder.name)
+    for file in sample.glob("*.json"):
+        if file.name != "config.json":
+            shutil.copy(file, folder.name)
+    return folder
+
+
+def small_clip() -> str:
+    """The folder of a model with the layers and the processor of the embedded one, narrow and untrained.
+
+    For runs of which the assertions ask nothing that a trained model alone can give. It goes with the process.
+    """
+    return _small_clip().name
 
 
 def mini_clip_classifier(class_names=CLASSES, **adapter) -> CLIPClassifier:
@@ -21,6 +50,16 @@ def mini_clip_classifier(class_names=CLASSES, **adapter) -> CLIPClassifier:
     folder = sample_path("mini-clip")
     clip = add_adapter(CLIPModel.from_pretrained(folder), AdapterArguments(**adapter))
     return CLIPClassifier(clip, AutoProcessor.from_pretrained(folder).tokenizer, class_names)
+
+
+class _Picture:
+    def savefig(self, file, **options) -> None:
+        Path(file).write_bytes(b"a picture")
+
+
+def draw_quickly(patch: pytest.MonkeyPatch) -> None:
+    """Have runs write a file for their accuracy matrix without drawing it, which takes as long as a short training."""
+    patch.setattr(figures, "draw_accuracy_matrix", lambda results: _Picture())
 
 
 def image_batch(size: int = 8, classes: int = len(CLASSES), seed: int = 0) -> dict[str, torch.Tensor]:

@@ -18,8 +18,10 @@ from hf_zocl.continual.folder_lock import FolderInUseError
 from hf_zocl.continual.run_arguments import build_stream
 from hf_zocl.continual.run_folder import RunFolderError
 from hf_zocl.report import RunGroup
+from tests.helpers import small_clip
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -39,6 +41,21 @@ def launch(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
 
 
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script in this process, as its command line would; returns what it prints."""
+
+    def run(path: str, *arguments: str) -> str:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.syspath_prepend(str((ROOT / path).parent))
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.slow
 def test_the_quickstart_recipe_runs_through_accelerate_and_ends_with_a_table(tmp_path):
     recipe = ["--recipe", "scripts/recipes/quickstart.yaml", "--output_dir", str(tmp_path), "--increment", "5"]
     done = launch(*recipe, "--initial_increment", "5", "--max_steps", "2", "--max_test_images_per_class", "5")
@@ -51,6 +68,7 @@ def test_the_quickstart_recipe_runs_through_accelerate_and_ends_with_a_table(tmp
     assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy_matrix.png", "results.json", "task-01", "task-02"]
 
 
+@pytest.mark.slow
 def test_a_misspelt_key_ends_the_command_with_one_clear_line(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"output_dir: {tmp_path / 'run'}\nzo_leyers: all\n")
@@ -72,23 +90,12 @@ def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys, monkeypatch):
     assert all(row.endswith("x") for row in rows[1:])
 
 
-def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):
-    command = [
-        sys.executable,
-        *(
-            "scripts/studies/reproduce.py",
-            "layers",
-            "--recipe",
-            "scripts/recipes/quickstart.yaml",
-            "--seeds",
-            "0",
-            "1",
-        ),
-    ]
+def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path, script):
+    command = ["scripts/studies/reproduce.py", "layers", "--recipe", "scripts/recipes/quickstart.yaml"]
+    command += ["--seeds", "0", "1", "--model_name_or_path", small_clip()]
     command += ["--cells", "FO", "language/hop-odd", "--output_dir", str(tmp_path)]
     command += ["--increment", "5", "--initial_increment", "5", "--max_steps", "1", "--max_test_images_per_class", "2"]
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    rows = [line for line in first.stdout.splitlines() if line.startswith("|")]
+    rows = [line for line in script(*command).splitlines() if line.startswith("|")]
     table = ["setting", "---", "zero-shot", "FO", "language/hop-odd"]
     findings = ["finding", "---", *["the best hybrid ≥ FO (language/hop-odd)"] * 2]
     assert [row.split("|")[1].strip() for row in rows] == table + findings
@@ -96,8 +103,7 @@ def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path):
     assert width > 600 and height > 200
     results = tmp_path / "quickstart-lora" / "FO" / "seed-1" / "results.json"
     written = results.stat().st_mtime_ns
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert [line for line in second.stdout.splitlines() if line.startswith("|")] == rows
+    assert [line for line in script(*command).splitlines() if line.startswith("|")] == rows
     assert results.stat().st_mtime_ns == written
 
 
@@ -129,27 +135,24 @@ def test_with_a_floor_of_retention_the_fastest_learner_wins():
         mark_best(rows, keep=9.5)
 
 
-def test_reproduce_chooses_rates_on_the_first_task_once(tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "studies"))
-    monkeypatch.chdir(ROOT)
-    main = runpy.run_path(str(ROOT / "scripts" / "studies" / "reproduce.py"))["main"]
-    command = ["reproduce.py", "mozo", "--recipe", "scripts/recipes/quickstart.yaml", "--cells", "MoZO"]
+def test_reproduce_chooses_rates_on_the_first_task_once(tmp_path, script):
+    command = ["scripts/studies/reproduce.py", "mozo", "--recipe", "scripts/recipes/quickstart.yaml"]
+    command += ["--cells", "MoZO", "--model_name_or_path", small_clip()]
     command += [*SMALL_STREAM.split(), "--max_test_images_per_class", "2", "--output_dir", str(tmp_path)]
     command += ["--seeds", "0"]
-    monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(SystemExit, match="--retention DATASET is needed"):
-        main()
-    monkeypatch.setattr(sys, "argv", [*command, *JUDGED.split(), "--repetitions", "1"])
-    main()
+        script(*command)
+    command += [*JUDGED.split(), "--repetitions", "1"]
+    printed = script(*command)
     file = tmp_path / "quickstart-lora" / "MoZO" / "chosen.json"
     rows = json.loads(file.read_text())["candidates"]
     (best,) = (row["candidate"]["zo_learning_rate"] for row in rows if row["chosen"])
     run = json.loads((file.parent / "seed-0" / "results.json").read_text())
     assert run["recipe"]["zo_learning_rate"] == float(best)
     written = file.stat().st_mtime_ns
-    main()
+    printed += script(*command)
     assert file.stat().st_mtime_ns == written
-    assert capsys.readouterr().out.count("| MoZO | 1 |") == 2
+    assert printed.count("| MoZO | 1 |") == 2
 
 
 def make_groups(**last: list[float]) -> list[RunGroup]:

@@ -46,6 +46,7 @@ def test_a_step_of_plain_sgd_on_the_whole_data_is_the_gradient(script, tmp_path)
     assert min(row["cosine"] for row in probe.rows) > 0.999
 
 
+@pytest.mark.slow
 def test_a_step_with_few_queries_is_mostly_noise_and_measuring_changes_no_bit(script, tmp_path):
     measured, alone = mini_clip_classifier(), mini_clip_classifier()
     options = {"zo_layers": "all", "zo_learning_rate": 1e-3, "max_steps": 3, "data": image_examples(8)}
@@ -94,6 +95,7 @@ def test_directions_have_the_norms_of_what_they_move_and_the_walk_leaves_it_wher
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
 
 
+@pytest.mark.slow
 def test_a_layers_variance_is_that_of_its_estimates(script):
     """For one query of Gaussian Δ, E‖ĝ − g‖² is (d + 1)·‖g‖² (Nesterov & Spokoiny 2017)."""
     model = mini_clip_classifier()

@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
+from hf_zocl.commands import evaluate
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.checkpoint_evaluation import evaluate_checkpoint
 from hf_zocl.continual.replay import rebuild_task
+from tests.helpers import small_clip
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def train(output_dir: Path, *arguments: str) -> dict:
-    options = "--class_order 3 8 0 --partial_order true --increment 2"
+    options = f"--model_name_or_path {small_clip()} --class_order 3 8 0 --partial_order true --increment 2"
     options += " --max_train_images_per_class 24 --max_test_images_per_class 10"
     options += " --max_steps 3 --learning_rate 1e-2 --zo_learning_rate 1e-2 --zo_sign true --report_to none"
     options += " --save_strategy no --disable_tqdm true"
@@ -128,10 +131,9 @@ def test_the_command_prints_and_writes_what_was_measured(run, tmp_path):
         (["{run}", "--task", "1", "--benchmrak", "cifar10"], "--benchmrak is no argument of a recipe's stream"),
     ],
 )
-def test_the_command_ends_with_one_clear_line(run, arguments, message):
+def test_the_command_ends_with_one_clear_line(run, arguments, message, monkeypatch):
     arguments = [argument.replace("{run}", str(run[0])) for argument in arguments]
-    done = subprocess.run(
-        [sys.executable, "scripts/evaluate.py", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    assert message in done.stderr.splitlines()[-1]
+    monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+    with pytest.raises(SystemExit) as end:
+        evaluate.main()
+    assert message in str(end.value) and "\n" not in str(end.value)

@@ -14,13 +14,17 @@ from hf_zocl.commands.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.scheduler import ContinualTaskScheduler
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
 from hf_zocl.zo.assignment import locate
-from tests.helpers import image_batch
+from tests.helpers import image_batch, small_clip
+
+
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 
 
 def recipe(output_dir: Path) -> Recipe:
     """Three tasks of two classes; vision first-order, language zeroth-order."""
     options = {
         "output_dir": output_dir,
+        "model_name_or_path": small_clip(),
         "adapter": "moe",
         "moe_num_experts": 5,
         "moe_router_per_task": "true",

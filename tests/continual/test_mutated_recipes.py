@@ -21,8 +21,10 @@ from hf_zocl.trainer.arguments import ZOCLTrainingArguments
 from hf_zocl.zo import ESTIMATORS
 from hf_zocl.zo.assignment import BRANCHES
 from hf_zocl.zo.optimizer import ZO_OPTIMIZERS
+from tests.helpers import small_clip
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 QUICKSTART = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "quickstart.yaml"
 SMALL = {
     "include": str(QUICKSTART),
@@ -113,7 +115,8 @@ RUNS = settings(
 
 def mutated(folder: Path, mutations: list[tuple[str, str]]) -> Path:
     keys = {key for key, _ in mutations}
-    kept = {key: value for key, value in SMALL.items() if key not in keys}
+    small = {**SMALL, "model_name_or_path": small_clip()}
+    kept = {key: value for key, value in small.items() if key not in keys}
     text = yaml.safe_dump(kept) + "".join(f"{key}: {value}\n" for key, value in mutations)
     recipe = folder / "recipe.yaml"
     recipe.write_text(text, encoding="utf-8")

@@ -18,8 +18,10 @@ from hf_zocl.continual import scheduler as scheduler_module
 from hf_zocl.continual.replay import rebuild_task
 from hf_zocl.continual.run_folder import ResumeError
 from hf_zocl.trainer.resumable import SaveError, last_checkpoint
+from tests.helpers import small_clip
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 5
 RUN = f"""
@@ -34,8 +36,16 @@ MOE = """--adapter moe --zo_layers hop-odd --moe_num_experts 3 --moe_top_k 1 --m
 --moe_router_per_task true"""
 ACCUMULATED = """--zo_layers all --gradient_accumulation_steps 2 --zo_estimator two-sided --zo_sign false
 --zo_max_grad_norm 1 --zo_weight_decay 0.1"""
+# Its optimizer's state is larger than any other file of a run.
+LARGE = f"{HYBRID} --lora_rank 64"
 # Where each is stopped, in the middle of a step: step 5, when steps 2 and 4 were saved, or earlier.
-STOPS = {HYBRID: ("task-02", 5), ALL_ZO: ("task-02", 5), MOE: ("task-02", 5), ACCUMULATED: ("task-01", 4)}
+STOPS = {
+    HYBRID: ("task-02", 5),
+    LARGE: ("task-02", 5),
+    ALL_ZO: ("task-02", 5),
+    MOE: ("task-02", 5),
+    ACCUMULATED: ("task-01", 4),
+}
 
 
 class Crash(Exception):
@@ -58,16 +68,13 @@ class Count(TrainerCallback):
         self.steps += 1
 
 
+def command(output_dir: Path, kind: str, *arguments: str) -> list[str]:
+    model = ("--model_name_or_path", small_clip())
+    return ["--output_dir", str(output_dir), *model, *RUN.split(), *kind.split(), *arguments]
+
+
 def recipe(output_dir: Path, kind: str, *arguments: str):
-    return parse_recipe(["--output_dir", str(output_dir), *RUN.split(), *kind.split(), *arguments])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_plots():
-    """The picture of a run is not what is looked at here, and takes as long as its training."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler_module, "plot_accuracy_matrix", lambda results, path: path.write_bytes(b"a picture"))
-        yield
+    return parse_recipe(command(output_dir, kind, *arguments))
 
 
 @pytest.fixture(scope="module")
@@ -352,14 +359,15 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_command_whose_files_may_not_grow_ends_with_one_line(undisturbed, stopped):
     """The operating system's own refusal, in the middle of a file."""
-    folder = stopped(HYBRID)
+    folder = stopped(LARGE)
     whole = (folder / "trainer" / "task-02" / "checkpoint-4" / "optimizer.pt").stat().st_size
-    command = ["--output_dir", str(folder), *RUN.split(), *HYBRID.split(), "--resume"]
+    arguments = command(folder, LARGE, "--resume")
     # The processor is written before, and is not as large.
-    command = [sys.executable, "-c", LIMITED, str(whole * 9 // 10), str(ROOT / "scripts" / "train.py"), *command]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    train = [sys.executable, "-c", LIMITED, str(whole * 9 // 10), str(ROOT / "scripts" / "train.py"), *arguments]
+    done = subprocess.run(train, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     last = done.stderr.strip().splitlines()[-1]
@@ -367,8 +375,8 @@ def test_a_command_whose_files_may_not_grow_ends_with_one_line(undisturbed, stop
     assert "checkpoint-5 could not be saved" in last
     assert "make room, then go on with --resume" in last
     assert not (folder / "trainer" / "task-02" / "checkpoint-5").exists()
-    resume(folder, HYBRID)
-    assert_same_run(undisturbed(HYBRID), folder)
+    resume(folder, LARGE)
+    assert_same_run(undisturbed(LARGE), folder)
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.continual import scheduler as scheduler_module
 from hf_zocl.continual.folder_lock import FolderInUseError, FolderLock
 from hf_zocl.continual.run_folder import ResumeError, RunFolderError
+from tests.helpers import small_clip
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 RUN = """
 --class_order 3 8 0 1 --partial_order true --increment 2 --max_train_images_per_class 4 --max_test_images_per_class 2
 --per_device_train_batch_size 4 --max_steps 1 --zo_branch none --learning_rate 1e-2
@@ -36,15 +37,8 @@ MINE = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_plots():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scheduler_module, "plot_accuracy_matrix", lambda results, path: path.write_bytes(b"a picture"))
-        yield
-
-
 def recipe(folder: Path, *more: str):
-    return parse_recipe(["--output_dir", str(folder), *RUN.split(), *more])
+    return parse_recipe(["--output_dir", str(folder), "--model_name_or_path", small_clip(), *RUN.split(), *more])
 
 
 def scheduler(folder: Path, *more: str, callbacks=()):

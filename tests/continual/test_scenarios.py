@@ -14,8 +14,10 @@ from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.run_arguments import build_held_out, build_stream
 from hf_zocl.data.stream import TaskStream
 from hf_zocl.report import format_results
+from tests.helpers import small_clip
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 NAMES = ["cat", "dog", "ship", "deer"]
 
 
@@ -134,7 +136,8 @@ OPTIONS += " --disable_tqdm true --logging_steps 1 --image_cache_gb 0.1"
 
 
 def run(output_dir: Path, *arguments: str) -> dict:
-    recipe = parse_recipe(["--output_dir", str(output_dir), *OPTIONS.split(), *arguments])
+    options = ["--output_dir", str(output_dir), "--model_name_or_path", small_clip(), *OPTIONS.split()]
+    recipe = parse_recipe([*options, *arguments])
     results = build_scheduler(recipe).run(train=recipe.run.learning != "none")
     assert json.loads((output_dir / "results.json").read_text()) == json.loads(json.dumps(results))
     return results

@@ -19,12 +19,14 @@ from hf_zocl.commands.recipe import Recipe, build_scheduler, parse_recipe
 from hf_zocl.continual.measures import peak_memory_bytes, reset_peak_memory
 from hf_zocl.data.images import ImageCollator
 from hf_zocl.sample import sample_path
+from tests.helpers import draw_quickly, small_clip
 
 
 def small_recipe(output_dir: Path, *arguments: str) -> Recipe:
     """Two tasks, of two and one classes, on the embedded sample."""
     options = {
         "output_dir": output_dir,
+        "model_name_or_path": small_clip(),
         "class_order": "3 8 0",
         "partial_order": "true",
         "increment": 2,
@@ -43,6 +45,12 @@ def small_recipe(output_dir: Path, *arguments: str) -> Recipe:
     }
     flat = [part for name, value in options.items() for part in (f"--{name}", *str(value).split())]
     return parse_recipe([*flat, *arguments])
+
+
+@pytest.fixture(autouse=True)
+def _quick_pictures(monkeypatch):
+    """But `run`, which is made before, has its own."""
+    draw_quickly(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,10 @@ from transformers import TrainerCallback
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.measures import means
 from hf_zocl.continual.task_check import TaskError
+from tests.helpers import small_clip
 
 
+pytestmark = pytest.mark.usefixtures("quick_pictures")
 RUN = """
 --class_order 3 8 0 1 --partial_order true --increment 2 --zo_eps 0.01
 --max_train_images_per_class 8 --max_test_images_per_class 2 --per_device_train_batch_size 4 --num_train_epochs 1
@@ -21,7 +23,8 @@ STEPS = 4
 
 
 def scheduler(tmp_path, *callbacks: TrainerCallback, arguments: str = ""):
-    built = build_scheduler(parse_recipe(["--output_dir", str(tmp_path), *RUN.split(), *arguments.split()]))
+    options = ["--output_dir", str(tmp_path), "--model_name_or_path", small_clip(), *RUN.split(), *arguments.split()]
+    built = build_scheduler(parse_recipe(options))
     built.callbacks += callbacks
     return built
 

@@ -575,6 +575,7 @@ print(seconds, (peak() - before) / 1e6)
 """
 
 
+@pytest.mark.slow
 def test_a_million_images_are_cut_by_index_arithmetic_in_seconds_and_little_memory():
     done = subprocess.run([sys.executable, "-c", MILLION], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ from hf_zocl.sample import sample_path
 from .hub_server import HubServer
 
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 REPO = "tester/run"
 TASKS = [f"task-0{number}" for number in range(1, 6)]
@@ -140,7 +141,6 @@ def test_no_token_and_no_local_path_is_anywhere(pushed):
             assert not [text for text in secrets if text.encode() in content], path
 
 
-@pytest.mark.slow
 def test_a_hub_that_refuses_everything_stops_no_run(pushed, tmp_path):
     """And what is left is pushed by scripts/push.py."""
     with HubServer(tmp_path / "hub") as hub:
@@ -162,7 +162,6 @@ def test_a_hub_that_refuses_everything_stops_no_run(pushed, tmp_path):
         assert list(hub.repository(REPO).tags) == ["task-01", "task-02"]
 
 
-@pytest.mark.slow
 def test_a_wrong_token_is_said_before_training(pushed, tmp_path):
     hub, _, _ = pushed
     wrong = "hf_wrongWrongWrongWrongWrongWrong"
@@ -173,7 +172,6 @@ def test_a_wrong_token_is_said_before_training(pushed, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_each_revision_loads_in_a_process_of_its_own(pushed, tmp_path, name):
     hub, _, _ = pushed
@@ -184,7 +182,6 @@ def test_each_revision_loads_in_a_process_of_its_own(pushed, tmp_path, name):
     assert fresh_process(LOAD_BY_TASK, env, REPO, number) == {number: expected}
 
 
-@pytest.mark.slow
 def test_a_run_of_a_mixture_of_experts_loads_with_its_accuracies(tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         env = environment(hub, tmp_path / "cache")
@@ -196,7 +193,6 @@ def test_a_run_of_a_mixture_of_experts_loads_with_its_accuracies(tmp_path):
         assert fresh_process(LOAD_BY_TASK, env, REPO, "1", "2") == pytest.approx(expected)
 
 
-@pytest.mark.slow
 def test_runs_that_are_killed_leave_whole_repositories(tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         command = [
@@ -214,7 +210,6 @@ def test_runs_that_are_killed_leave_whole_repositories(tmp_path):
         assert "On the Hub, 3 have task-01 and task-02" in done.stdout
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
     original, folder, _ = pushed
     shutil.copytree(original.folder, tmp_path / "hub")
@@ -234,7 +229,6 @@ def test_a_run_goes_on_from_the_hub_on_another_machine(pushed, tmp_path):
         assert len(hub.repository(REPO).history()) == 6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_strategies(tmp_path, strategy):
     with HubServer(tmp_path / "hub") as hub:

@@ -505,6 +505,7 @@ def test_torch_compile_sees_a_block_as_one_graph_and_gives_the_same(config):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_whole_model():
     model = moe_clip(num_experts=4, router_token="pooled").eval()
     with torch.no_grad():

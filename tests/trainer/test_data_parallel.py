@@ -174,7 +174,7 @@ print(sum(name == "pt_gloo_runloop" for name in names), flush=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads the names of threads")
-@pytest.mark.parametrize(("how", "threads"), [("leave", 0), ("destroy alone", 2)])
+@pytest.mark.parametrize(("how", "threads"), [("leave", 0), pytest.param("destroy alone", 2, marks=pytest.mark.slow)])
 def test_a_process_that_leaves_has_no_thread_that_could_abort_it(how, threads, tmp_path):
     command = [sys.executable, "-c", LEAVES, str(tmp_path / "store"), how, "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

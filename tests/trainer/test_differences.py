@@ -65,7 +65,7 @@ def warnings(caplog):
     ("adapter", "layers"),
     [
         ({}, "all"),
-        ({}, "hop-even"),
+        pytest.param({}, "hop-even", marks=pytest.mark.slow),
         pytest.param({"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}, "all", marks=pytest.mark.slow),
         pytest.param({"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}, "hop-even", marks=pytest.mark.slow),
     ],

@@ -66,6 +66,7 @@ def assert_same_training(one: dict, several: dict) -> None:
 
 
 @pytest.mark.parametrize("case", worker.QUICK)
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_the_batch_of_both(pair, case):
     assert_same_training(worker.run_cases([case], worker.QUICK_STEPS)[case], pair["cases"][case])
 
@@ -77,11 +78,13 @@ def test_two_processes_train_as_one_over_50_steps(tmp_path):
         assert_same_training(one, found[case])
 
 
+@pytest.mark.slow
 def test_first_order_training_sends_its_gradients_and_nothing_else(pair):
     sent = pair["payloads"]["none"]
     assert bytes_of(sent) == sent["fo_bytes"]
 
 
+@pytest.mark.slow
 def test_hybrid_training_sends_the_first_order_gradients_and_a_few_numbers(pair):
     sent = pair["payloads"]["hybrid"]
     assert 0 < sent["fo_bytes"] < pair["payloads"]["none"]["fo_bytes"]
@@ -89,6 +92,7 @@ def test_hybrid_training_sends_the_first_order_gradients_and_a_few_numbers(pair)
 
 
 @pytest.mark.parametrize(("case", "queries"), [("all-zo", 1), ("all-zo, rank 32", 1), ("all-zo, 8 queries", 8)])
+@pytest.mark.slow
 def test_all_zeroth_order_training_sends_its_losses_alone_whatever_the_adapters_size(pair, case, queries):
     sent = pair["payloads"][case]
     assert sent["fo_bytes"] == 0
@@ -98,6 +102,7 @@ def test_all_zeroth_order_training_sends_its_losses_alone_whatever_the_adapters_
 
 
 @pytest.mark.parametrize("case", ["all-zo, two-sided", "all-zo, conservative"])
+@pytest.mark.slow
 def test_other_estimators_send_little_too(pair, case):
     assert bytes_of(pair["payloads"][case]) <= 64 * 2
 
@@ -107,6 +112,7 @@ def bytes_of(payload: dict) -> int:
     return sum(sum(sizes) for name, sizes in payload["sent"].items() if name != "all_gather")
 
 
+@pytest.mark.slow
 def test_the_cost_model_reckons_with_the_bytes_that_are_measured(pair, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
     from scaling import Job, Link
@@ -120,6 +126,7 @@ def test_the_cost_model_reckons_with_the_bytes_that_are_measured(pair, monkeypat
     assert Link("slow", 1e6, 0.5).all_reduce(4_000_000, ranks=4) == 2 * 2 * 0.5 + 2 * 0.75 * 4
 
 
+@pytest.mark.slow
 def test_processes_freeze_the_same_experts(pair):
     assert pair["frozen"] == [[0, 1, 0]] * 2
 
@@ -131,6 +138,7 @@ def assert_same_predictions(found: dict) -> None:
         np.testing.assert_allclose(found[size]["logits"], one["logits"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_predict_every_example_once(pair):
     assert_same_predictions(pair["predictions"])
 
@@ -140,6 +148,7 @@ def test_three_processes_predict_every_example_once(tmp_path):
     assert_same_predictions(launch(3, "predictions", tmp_path)["predictions"])
 
 
+@pytest.mark.slow
 def test_a_stream_of_tasks_has_the_same_results_and_one_writer(pair, folder, tmp_path):
     one, two = worker.run_stream(tmp_path), pair["stream"]
     for name in ("zero_shot", "accuracy_matrix", "seen_accuracy", "last", "avg", "forgetting"):

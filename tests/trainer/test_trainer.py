@@ -771,8 +771,16 @@ def fresh_dynamo():
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("layers", ["hop-even", "all"])
-@pytest.mark.parametrize("how", ["torch_compile", "layers"])
+@pytest.mark.parametrize(
+    ("how", "layers"),
+    [
+        ("torch_compile", "hop-even"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("torch_compile", "all"), ("layers", "hop-even"), ("layers", "all"))
+        ),
+    ],
+)
 def test_a_compiled_model_is_not_compiled_again_when_weights_are_perturbed(tmp_path, how, layers):
     options = {"zo_layers": layers, "zo_queries": 2, "max_steps": 4}
     eager = training_logs(train(tmp_path, **options))
