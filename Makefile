@@ -22,7 +22,7 @@ $(VENV)/installed: setup.py constraints.txt Makefile
 
 setup: $(VENV)/installed  ## make .venv and install the package with its tools
 
-train: $(VENV)/installed  ## learn the embedded sample's five tasks, or go on with them (RECIPE=… for another run)
+train: $(VENV)/installed  ## learn the embedded sample's tasks, or go on with them (RECIPE=… for another run)
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) \
 		-m hf_zocl train --recipe $(RECIPE) --resume $(ARGS)

@@ -1,6 +1,6 @@
 """Measure any task's checkpoint, as its run did or on another benchmark.
 
-    python -m hf_zocl evaluate runs/quickstart/task-03
+    python -m hf_zocl evaluate runs/quickstart/task-02
     python -m hf_zocl evaluate someone/a-repository --revision task-03 --benchmark cifar10 [--dataset_path folder]
 
 Any further argument is a recipe's: --scenario task, --max_test_images_per_class 100, --per_device_eval_batch_size 64.

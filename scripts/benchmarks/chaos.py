@@ -41,7 +41,7 @@ from hf_zocl.hub.repository import changes
 
 
 RECIPE = """
---recipe quickstart --class_order 3 8 0 1 --partial_order true
+--recipe quickstart --increment 2 --class_order 3 8 0 1 --partial_order true
 --num_train_epochs 2 --logging_steps 4 --save_strategy steps --save_steps 2 --save_total_limit 2
 --max_train_images_per_class 24 --max_test_images_per_class 10 --per_device_train_batch_size 16
 --zo_queries vision=2,language=2 --lora_dropout 0.1 --disable_tqdm true --use_cpu true

@@ -22,7 +22,7 @@ REPO = "tester/run"
 TASKS = [f"task-0{number}" for number in range(1, 6)]
 # Five tasks of two classes, over all test images of the sample, so that whoever loads a task needs no choice of them.
 QUICK = "--max_steps 2 --warmup_steps 0 --learning_rate 0.01 --zo_learning_rate 0.01 --max_train_images_per_class 8"
-QUICK += " --zo_queries 1 --disable_tqdm true --save_strategy steps --save_steps 1"
+QUICK += " --increment 2 --zo_queries 1 --disable_tqdm true --save_strategy steps --save_steps 1"
 LOAD = """
 import json, sys
 import torch

@@ -451,13 +451,20 @@ def gradients(model, seed=5):
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
 
+def checkpoint_activations(model, reentrant):
+    """Renamed in transformers 5.24; releases before have the former name alone."""
+    is_renamed = hasattr(CLIPModel, "activation_checkpointing_enable")
+    enable = model.activation_checkpointing_enable if is_renamed else model.gradient_checkpointing_enable
+    enable({"use_reentrant": reentrant})
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("config", [{}, {"router_token": "pooled", "num_experts": 4}])
 def test_gradient_checkpointing_changes_no_gradient(config, reentrant):
     model = moe_clip(**config).train()
     expected = gradients(model)
     model.enable_input_require_grads = lambda: None
-    model.base_model.model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(model.base_model.model, reentrant)
     if reentrant:  # such a block needs an input that requires a gradient
         for tower in (model.base_model.model.vision_model, model.base_model.model.text_model):
             tower.embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
@@ -627,10 +634,10 @@ def test_with_a_balance_loss_every_loss_is_a_full_forward_pass(tmp_path):
 
 def test_reentrant_checkpointing_with_a_balance_loss_is_refused():
     model = mini_clip_classifier(adapter="moe", moe_balance_loss=0.1).train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, True)
     with pytest.raises(RuntimeError, match="use_reentrant"):
         model(**image_batch())
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, False)
     model(**image_batch()).loss.backward()
     assert all(adapter.routers[0].gate.grad.any() for adapter in adapters(model))
 

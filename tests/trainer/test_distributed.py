@@ -192,12 +192,12 @@ def test_the_configuration_for_two_cpu_processes_starts_a_pair(tmp_path):
 def test_the_quickstart_has_the_same_accuracies_in_two_processes(tmp_path):
     """In float64: in float32, signs make whole steps of rounding errors (docs/scaling.md)."""
     one, two = tmp_path / "one", tmp_path / "two"
-    exact = ["--dtype", "float64", "--max_test_images_per_class", "50", "--num_train_epochs", "1"]
+    exact = ["--dtype", "float64", "--max_train_images_per_class", "100", "--increment", "5"]
     launch_quickstart(one, "--num_processes", "1", arguments=[*exact, "--per_device_train_batch_size", "32"])
     launch_quickstart(two, *TWO_PROCESSES, arguments=[*exact, "--per_device_train_batch_size", "16"])
     mine, theirs = (json.loads((folder / "results.json").read_text()) for folder in (one, two))
     assert mine["accuracy_matrix"] == theirs["accuracy_matrix"]
-    for task in range(1, 6):
+    for task in (1, 2):
         adapters = [load_file(folder / f"task-{task:02d}" / "adapter_model.safetensors") for folder in (one, two)]
         for name, value in adapters[0].items():
             torch.testing.assert_close(value, adapters[1][name], rtol=1e-10, atol=1e-12)
