@@ -86,6 +86,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._is_detached = False
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
+        self._streamed: list[tuple[Estimate, float]] = []  # those of the last step
         self._zo_logs: dict[str, torch.Tensor | float] = {}
         self._layer_logs: dict[str, torch.Tensor] = {}
         self.replay_log: ReplayLog | None = None
@@ -260,6 +261,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """
         is_of_training = "loss" in logs
         if is_of_training:
+            if self._streamed:  # all directions are drawn again for these figures
+                self._log_moments(self._estimator.moments(self._streamed))
             logs.update({name: float(value) for name, value in self._zo_logs.items()})
             if self._watch is not None:
                 logs.update(self._watch.logs())
@@ -292,15 +295,12 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """The gradients of one layer after another, for an optimizer that steps once for each."""
         factor = 1.0
         if limit > 0:
-            squares = sum(own.squares for moments in self._estimator.stream(estimates) for own in moments.values())
+            squares = sum(own.squares for own in self._estimator.moments(estimates).values())
             count = sum(len(perturbation) for perturbation in self._estimator.perturbations.values())
             norm = count**0.5 if self._estimator.sign else squares.sqrt()
             factor = torch.as_tensor(limit / (norm + 1e-6)).clamp(max=1.0)
-        total: dict[Place, Moments] = {}
-        for moments in self._estimator.stream(estimates, factor):
-            _add_moments(total, moments)
-            yield
-        self._log_moments(total)
+        self._streamed = estimates
+        return self._estimator.stream(estimates, factor)
 
     def _log_moments(self, moments: dict[Place, Moments]) -> None:
         branches: dict[str | None, Moments] = {}

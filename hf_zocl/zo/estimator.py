@@ -142,11 +142,19 @@ class ZOEstimator:
     @torch.no_grad()
     def stream(
         self, estimates: Sequence[tuple[Estimate, float]], factor: float | torch.Tensor = 1.0
-    ) -> Iterator[dict[Place, Moments]]:
+    ) -> Iterator[None]:
         """What `write` does, times a factor, for one layer after another (see `StreamedPerturbation`)."""
         for branch, perturbation in self.perturbations.items():
-            for moments in perturbation.stream(_gradient(estimates, branch), self.sign, factor):
-                yield {(branch, layer): value for layer, value in moments.items()}
+            yield from perturbation.stream(_gradient(estimates, branch), self.sign, factor)
+
+    @torch.no_grad()
+    def moments(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[Place, Moments]:
+        """Those that `write` returns, made without writing anything."""
+        moments = {}
+        for branch, perturbation in self.perturbations.items():
+            own = perturbation.moments(_gradient(estimates, branch))
+            moments |= {(branch, layer): value for layer, value in own.items()}
+        return moments
 
     def _ways(
         self, evaluation: Evaluation, base_loss: torch.Tensor | None, finer: Callable[[], Evaluation] | None
