@@ -4,6 +4,7 @@ from .candidates import stacked_linear
 from .plain import PlainEvaluation
 from .plan import TowerPlan
 from .random_state import Buffers, ForwardState
+from .stack import StackEvaluation
 from .structure import Tower, find_towers
 from .towers import TowerEvaluation
 
@@ -12,6 +13,7 @@ __all__ = [
     "Buffers",
     "ForwardState",
     "PlainEvaluation",
+    "StackEvaluation",
     "Tower",
     "TowerEvaluation",
     "TowerPlan",

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan
+from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan, find_towers
 from ..passes.structure import shadowed
 from ..zo import (
     ESTIMATORS,
@@ -187,6 +187,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
+            together=not find_towers(self.accelerator.unwrap_model(self.model)),
         )
         self._watch = DifferenceWatch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
         perturbations = self._estimator.perturbations.values()

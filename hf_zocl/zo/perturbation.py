@@ -233,7 +233,7 @@ class Perturbation:
 
 def _parts(sizes: Sequence[int], labels: Sequence[int | str | None]) -> Iterator[list[_Part]]:
     """The parameters' parts in every block."""
-    parts, block, filled = [], 0, 0
+    parts, filled = [], 0
     for index, (size, label) in enumerate(zip(sizes, labels, strict=True)):
         first = 0
         while first < size:
