@@ -23,7 +23,7 @@ import torch
 from ..zo.directions import Combination
 from ..zo.estimators import Point
 from ..zo.estimators.base import wide
-from .candidates import repeat, rows_of, stacked
+from .candidates import SharedDraws, repeat, rows_of, stacked
 from .plain import PlainEvaluation, at, watch
 from .plan import LAYERS, PACKING, REST, STACKING, Shortcut, TowerPlan
 from .prompts import PackedPrompts
@@ -32,7 +32,7 @@ from .structure import Tower, forward_of, shadowed
 
 
 # Elements of hidden state that a batch of candidates may always have; beyond it, as many as the largest tower has.
-MIN_BATCH_ELEMENTS = 1 << 20
+MIN_BATCH_ELEMENTS = 1 << 22
 
 
 @dataclass
@@ -253,7 +253,11 @@ class TowerEvaluation:
 
     def _stacked_outputs(self, name: str, offsets: Sequence[Combination]) -> list[Any]:
         """The tower's output at every offset by one pass, of a copy of the batch for each."""
-        with stacked(self.plan.stacked[name], self.plan.perturbations[name].stack(offsets)):
+        record = self.records[name]
+        with ExitStack() as stack:
+            stack.enter_context(stacked(self.plan.stacked[name], self.plan.perturbations[name].stack(offsets)))
+            if record.draws:
+                stack.enter_context(SharedDraws(len(offsets), rows_of((record.args, record.kwargs))))
             output = self._tower_output(name, copies=len(offsets))
         return _split(output, len(offsets))
 
@@ -261,10 +265,10 @@ class TowerEvaluation:
         """How many candidates go through the tower at once: so many that no more memory is used than elsewhere.
 
         Their hidden states and weights together may have as many elements as the largest tower's hidden states. Where
-        random numbers are drawn, candidates go one by one, under the same masks.
+        random numbers are drawn, all of them are given the same.
         """
         record = self.records[name]
-        if count < 2 or not self.batch_candidates or not self._stacks(name) or not record.elements or record.draws:
+        if count < 2 or not self.batch_candidates or not self._stacks(name) or not record.elements:
             return 1
         budget = max(MIN_BATCH_ELEMENTS, *(other.elements for other in self.records.values()))
         elements = record.elements
