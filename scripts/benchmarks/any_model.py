@@ -237,6 +237,10 @@ def peak_memory(way: str, name: str, batch: int, length: int) -> int:
     step = step_of(way, name, batch, length)
     for _ in range(2):
         step()
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage gives there begins with the parent's
+        line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
