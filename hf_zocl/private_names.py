@@ -17,19 +17,15 @@ from torch import nn
 # A mode that sees every operation of a block, with its tensors; and the leaves of nested lists, tuples and dicts.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
 
 
 # A module's attributes as they are where `module.compile()` was not called: its call is that of `forward`.
 UNCOMPILED = {"_compiled_call_impl": None}
 
 
-def add_each(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The sums of many pairs of tensors, in one launch on an accelerator (`torch._foreach_add`)."""
-    return torch._foreach_add(tensors, others)
-
-
 def add_to_each(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-    """`add_each`, in place (`torch._foreach_add_`)."""
+    """Add many tensors to many others, in one launch on an accelerator (`torch._foreach_add_`)."""
     torch._foreach_add_(tensors, others)
 
 
@@ -70,6 +66,19 @@ def is_compiled(module: nn.Module) -> bool:
 def is_compile_wrapper(module: nn.Module) -> bool:
     """Whether a module is what `torch.compile(module)` returns (its only child is called `_orig_mod`)."""
     return any(name == "_orig_mod" for name, _ in module.named_children())
+
+
+def is_mutable(operation: Any) -> bool:
+    """Whether an operation of a `TorchDispatchMode` writes to an argument (`OpOverload._schema`)."""
+    return operation._schema.is_mutable
+
+
+def named_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an operation in a `TorchDispatchMode` by name, defaults included (`OpOverload._schema`)."""
+    return {
+        argument.name: args[number] if number < len(args) else kwargs.get(argument.name, argument.default_value)
+        for number, argument in enumerate(operation._schema.arguments)
+    }
 
 
 def written_tensors(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:

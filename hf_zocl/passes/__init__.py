@@ -4,6 +4,7 @@ from .candidates import stacked_linear
 from .plain import PlainEvaluation
 from .plan import TowerPlan
 from .random_state import Buffers, ForwardState
+from .stack import StackEvaluation
 from .structure import Tower, find_towers
 from .task_aware import TaskAware, task_aware
 from .towers import TowerEvaluation
@@ -13,6 +14,7 @@ __all__ = [
     "Buffers",
     "ForwardState",
     "PlainEvaluation",
+    "StackEvaluation",
     "TaskAware",
     "Tower",
     "TowerEvaluation",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..private_names import TorchDispatchMode, is_mutable, named_arguments
 from ..zo.perturbation import Perturbation
 from ..zo.streaming import StreamedPerturbation
 from .structure import shadowed
@@ -101,3 +102,51 @@ def repeat(value: Any, copies: int, rows: int | None) -> Any:
     if isinstance(value, dict):
         return {name: repeat(item, copies, rows) for name, item in value.items()}
     return value
+
+
+class SharedDraws(TorchDispatchMode):
+    """Inside, the rows of every candidate are given the random numbers that the rows of one are given on their own.
+
+    Args:
+        copies: The candidates.
+        rows: The rows of each.
+    """
+
+    def __init__(self, copies: int, rows: int):
+        super().__init__()
+        self._copies, self._rows = copies, rows
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags or _draws_nothing(func, args, kwargs):
+            return func(*args, **kwargs)
+        like = args[0] if args else None
+        if func.overloadpacket not in _DRAWN_LIKE or not isinstance(like, torch.Tensor):
+            raise NotImplementedError(f"{func} draws random numbers in a way that candidates cannot share")
+        if not like.dim() or len(like) % (self._copies * self._rows):
+            return func(*args, **kwargs)  # not of the rows: one for all
+        own = like[: len(like) // self._copies]
+        if is_mutable(func):
+            own = own.clone()
+            func(own, *args[1:], **kwargs)
+            return like.copy_(own.repeat(self._copies, *[1] * (own.dim() - 1)))
+        drawn = func(own, *args[1:], **kwargs)
+        return drawn.repeat(self._copies, *[1] * (own.dim() - 1))
+
+
+# What draws a tensor of its first argument's shape, from nothing else of it.
+_DRAWN_LIKE = {
+    torch.ops.aten.bernoulli_,
+    torch.ops.aten.normal_,
+    torch.ops.aten.uniform_,
+    torch.ops.aten.rand_like,
+    torch.ops.aten.randn_like,
+}
+
+
+def _draws_nothing(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """An attention kernel or a dropout that could draw, and has nothing to drop."""
+    if "attention" not in func.name():
+        return False
+    given = named_arguments(func, args, kwargs)
+    return given.get("dropout_p", given.get("p")) == 0

@@ -1,22 +1,29 @@
-"""What of a dual encoder's passes may be left out: found once a training."""
+"""What of a model's passes may be left out: found once a training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from torch import nn
 
+from ..private_names import without_autocast
 from ..zo.directions import Combination
 from ..zo.estimators import Point
 from ..zo.perturbation import Perturbation
 from ..zo.streaming import StreamedPerturbation
 from .candidates import Holder, stackable
+from .plain import PlainEvaluation
 from .prompts import Packing
-from .random_state import Buffers
+from .random_state import Buffers, ForwardState, uncounted
+from .self_check import Losses, SelfCheck, holding
+from .stack import find_stack
 from .structure import find_towers
 from .task_aware import task_aware
 
+
+logger = logging.getLogger(__name__)
 
 # A shortcut: what it does, and in which tower.
 Shortcut = tuple[str, str | None]
@@ -26,6 +33,8 @@ REST, LAYERS, STACKING = "weights left as they are", "the reuse of layers", "can
 
 class TowerPlan:
     """What holds for all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
+
+    A model without towers may have a stack, of whose layers those below the first perturbed one are left out.
 
     Modules may say what they stand, by attributes: `stackable` (its parameters may have a leading dimension of
     candidates, all of them together; default: a linear layer's may) and `packable` (a row may hold several prompts;
@@ -37,6 +46,8 @@ class TowerPlan:
         reduce: Averages a tensor of losses over data-parallel ranks.
 
     Attributes:
+        towers: By name; none in a model that is no dual encoder.
+        stack: Where there are no towers, the layers below the first perturbed one; None where there are none.
         used: The shortcuts that were seen to hold; None as long as none was looked at.
     """
 
@@ -49,6 +60,7 @@ class TowerPlan:
         self.model, self.all_perturbations, self.reduce = model, list(perturbations), reduce
         self.buffers = Buffers(model)
         self.towers = {} if task_aware(model).couples_towers else find_towers(model)
+        self.stack = None if self.towers else find_stack(model, self.all_perturbations)
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
         self.packing = Packing(model)
         self.used: set[Shortcut] | None = None
@@ -83,6 +95,8 @@ class TowerPlan:
     @property
     def shortcuts(self) -> list[Shortcut]:
         """Those that there are, the one first that the others build on."""
+        if not self.towers:
+            return [(LAYERS, None)] if self.stack is not None else []
         moved = [name for name, perturbation in self.perturbations.items() if perturbation is not None]
         return [
             TOWERS,
@@ -102,3 +116,42 @@ class TowerPlan:
     def offset(self, name: str, point: Point) -> Combination | None:
         """Where the tower's parameters are at `point`: an offset, or None at θ."""
         return point.get(self.perturbations[name])
+
+    def check(
+        self,
+        forward: Callable[[], torch.Tensor],
+        before: ForwardState,
+        losses_by: Callable[[Collection[Shortcut]], Losses],
+    ) -> None:
+        """See once a training which shortcuts hold (`used`); where nothing can be seen, none is taken for now.
+
+        In float32, where rounding hides the least. It leaves no trace: parameters, buffers and random numbers are as
+        they were, and what a model counts of its passes is not counted.
+
+        Args:
+            forward: A full pass: the loss, a scalar, at the present parameters.
+            before: The state in which passes start.
+            losses_by: Gives the losses by some shortcuts alone.
+        """
+        state = before.now()
+        with uncounted(self.model), without_autocast(before.device.type):
+            check = SelfCheck(PlainEvaluation(forward, before).losses, self.precision, self.reduce)
+            check.look(self.all_perturbations)
+            faults = {}
+            if check.is_seen:
+                self.used, faults = holding(self.shortcuts, lambda used: check.fault(losses_by(used)))
+        state.restore()
+        if not check.is_seen and not self.is_warned:
+            self.is_warned = True
+            logger.warning(
+                "The loss does not change with the weights by more than its rounding, so shortcuts cannot be compared "
+                "with full forward passes: these are taken until it does."
+            )
+        first = self.shortcuts[0]
+        for (what, tower), fault in faults.items():
+            logger.warning(
+                f"Switched off: {what}{f' ({tower} tower)' if tower else ''}, for {fault}."
+                + (" Every loss is a full forward pass." if (what, tower) == first else "")
+            )
+        if first in faults:
+            self.towers, self.stack = {}, None

@@ -12,7 +12,6 @@ it once (see `SelfCheck`), and one that differs is switched off by name.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -25,19 +24,16 @@ from ..private_names import attention_kernel, without_autocast
 from ..zo.directions import Combination
 from ..zo.estimators import Point
 from ..zo.estimators.base import wide
-from .candidates import repeat, rows_of, stacked
+from .candidates import SharedDraws, repeat, rows_of, stacked
 from .plain import PlainEvaluation, at, watch
-from .plan import LAYERS, PACKING, REST, STACKING, TOWERS, Shortcut, TowerPlan
+from .plan import LAYERS, PACKING, REST, STACKING, Shortcut, TowerPlan
 from .prompts import PackedPrompts
-from .random_state import ForwardState, uncounted
-from .self_check import SelfCheck, holding
+from .random_state import ForwardState
 from .structure import Tower, forward_of, shadowed
 
 
-logger = logging.getLogger(__name__)
-
 # Elements of hidden state that a batch of candidates may always have; beyond it, as many as the largest tower has.
-MIN_BATCH_ELEMENTS = 1 << 20
+MIN_BATCH_ELEMENTS = 1 << 22
 
 
 @dataclass
@@ -139,7 +135,9 @@ class TowerEvaluation:
             with at(point), self._watching(point):
                 losses.append(self.forward())
         if self.plain is None and self._used is None:
-            self._check_shortcuts()
+            self.plan.check(self.forward, self.before, self._by)
+            if not self.plan.used:
+                self.plain = self._plain_evaluation()
         if self.plain is not None:
             return losses + self.plain.losses(points)
         for name in self.records:
@@ -153,36 +151,6 @@ class TowerEvaluation:
     def _uses(self, shortcut: Shortcut) -> bool:
         """Whether a shortcut is taken; as long as it is not known, what it needs is recorded."""
         return self._used is None or shortcut in self._used
-
-    def _check_shortcuts(self) -> None:
-        """See once a training which shortcuts hold; where nothing can be seen, this micro-batch does without any.
-
-        In float32, where rounding hides the least. It leaves no trace: parameters, buffers and random numbers are as
-        they were, and what a model counts of its passes is not counted.
-        """
-        plan, state = self.plan, self.before.now()
-        with uncounted(plan.model), without_autocast(self.before.device.type):
-            check = SelfCheck(PlainEvaluation(self.forward, self.before).losses, plan.precision, plan.reduce)
-            check.look(plan.all_perturbations)
-            faults = {}
-            if check.is_seen:
-                plan.used, faults = holding(plan.shortcuts, lambda used: check.fault(self._by(used)))
-        state.restore()
-        if not check.is_seen and not plan.is_warned:
-            plan.is_warned = True
-            logger.warning(
-                "The loss does not change with the weights by more than its rounding, so shortcuts cannot be compared "
-                "with full forward passes: these are taken until it does."
-            )
-        for (what, tower), fault in faults.items():
-            logger.warning(
-                f"Switched off: {what}{f' ({tower} tower)' if tower else ''}, for {fault}."
-                + (" Every loss is a full forward pass." if (what, tower) == TOWERS else "")
-            )
-        if TOWERS in faults:
-            plan.towers = {}
-        if not plan.used:
-            self.plain = self._plain_evaluation()
 
     def _by(self, used: Collection[Shortcut]) -> Callable[[Sequence[Point]], list[torch.Tensor]]:
         """Losses by some shortcuts alone."""
@@ -285,7 +253,11 @@ class TowerEvaluation:
 
     def _stacked_outputs(self, name: str, offsets: Sequence[Combination]) -> list[Any]:
         """The tower's output at every offset by one pass, of a copy of the batch for each."""
-        with stacked(self.plan.stacked[name], self.plan.perturbations[name].stack(offsets)):
+        record = self.records[name]
+        with ExitStack() as stack:
+            stack.enter_context(stacked(self.plan.stacked[name], self.plan.perturbations[name].stack(offsets)))
+            if record.draws:
+                stack.enter_context(SharedDraws(len(offsets), rows_of((record.args, record.kwargs))))
             output = self._tower_output(name, copies=len(offsets))
         return _split(output, len(offsets))
 
@@ -293,10 +265,10 @@ class TowerEvaluation:
         """How many candidates go through the tower at once: so many that no more memory is used than elsewhere.
 
         Their hidden states and weights together may have as many elements as the largest tower's hidden states. Where
-        random numbers are drawn, candidates go one by one, under the same masks.
+        random numbers are drawn, all of them are given the same.
         """
         record = self.records[name]
-        if count < 2 or not self.batch_candidates or not self._stacks(name) or not record.elements or record.draws:
+        if count < 2 or not self.batch_candidates or not self._stacks(name) or not record.elements:
             return 1
         budget = max(MIN_BATCH_ELEMENTS, *(other.elements for other in self.records.values()))
         elements = record.elements

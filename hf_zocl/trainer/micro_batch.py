@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
-from ..passes import ForwardState, PlainEvaluation, TowerEvaluation
+from ..passes import ForwardState, PlainEvaluation, StackEvaluation, TowerEvaluation
 from ..passes.random_state import uncounted
 from ..private_names import without_autocast
 from ..zo import Estimate, Evaluation
@@ -142,14 +142,17 @@ class MicroBatch:
             )
         return loss
 
-    def make_evaluation(self) -> PlainEvaluation | TowerEvaluation:
-        """The way to L(θ + d): by the towers in a dual encoder, else by full forward passes."""
+    def make_evaluation(self) -> PlainEvaluation | StackEvaluation | TowerEvaluation:
+        """The way to L(θ + d): by the towers in a dual encoder, else from the first perturbed layer on."""
         trainer, plan = self.trainer, self.trainer._plan
         if not plan.buffers.is_watched:
             plan.buffers.watch(self.device, self.forward)
         before = ForwardState(self.device, plan.buffers)
         if not plan.towers:
-            return PlainEvaluation(self.forward, before)
+            # What is compiled as a whole cannot be taken apart.
+            if plan.stack is None or trainer.args.torch_compile:
+                return PlainEvaluation(self.forward, before)
+            return StackEvaluation(plan, self.forward, before)
         return TowerEvaluation(plan, self.forward, before, trainer.accelerator.autocast)
 
     def _finer(self, towers: set[str | None]) -> Evaluation:

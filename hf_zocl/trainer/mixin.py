@@ -12,7 +12,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan, task_aware
+from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, task_aware
 from ..passes.structure import shadowed
 from ..zo import (
     ESTIMATORS,
@@ -33,7 +33,7 @@ from .differences import DEFAULT_EPS, DifferenceWatch
 from .micro_batch import MicroBatch
 from .replay_file import load_replay_log, save_replay_log
 from .resumable import ResumableTrainer
-from .step_log import StepLog, add_moments
+from .step_log import StepLog
 
 
 logger = logging.get_logger(__name__)
@@ -88,6 +88,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._is_detached = False
         # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
         self._estimates: list[tuple[Estimate, float]] = []
+        self._streamed: list[tuple[Estimate, float]] = []  # those of the last step, and its learning rates
+        self._streamed_rates: dict[str | None, float] = {}
         self._step_log = StepLog()
         self.replay_log: ReplayLog | None = None
         if args.zo_branch == "none":
@@ -185,6 +187,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
+            together=not find_towers(self.accelerator.unwrap_model(self.model)),
         )
         self._watch = DifferenceWatch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
         perturbations = self._estimator.perturbations.values()
@@ -256,6 +259,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """`Trainer.log`, with the zeroth-order figures and a model's own (`TaskAware.extra_logs`) beside the loss."""
         is_of_training = "loss" in logs
         if is_of_training:
+            if self._streamed:  # all directions are drawn again for these figures
+                self._see_gradient(self._estimator.moments(self._streamed), self._streamed_rates)
             logs.update({name: float(value) for name, value in self._step_log.figures.items()})
             if self._watch is not None:
                 logs.update(self._watch.logs())
@@ -278,7 +283,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if self._estimator.is_streamed:
             self._hybrid.stream = self._stream_estimates(estimates, limit)
             return
-        self._see_gradient(self._estimator.write(estimates))
+        self._see_gradient(self._estimator.write(estimates), self._zo_learning_rates)
         if limit > 0:
             nn.utils.clip_grad_norm_(self.split.zo_parameters, limit)
 
@@ -286,18 +291,15 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """The gradients of one layer after another, for an optimizer that steps once for each."""
         factor = 1.0
         if limit > 0:
-            squares = sum(own.squares for moments in self._estimator.stream(estimates) for own in moments.values())
+            squares = sum(own.squares for own in self._estimator.moments(estimates).values())
             count = sum(len(perturbation) for perturbation in self._estimator.perturbations.values())
             norm = count**0.5 if self._estimator.sign else squares.sqrt()
             factor = torch.as_tensor(limit / (norm + 1e-6)).clamp(max=1.0)
-        total: dict[Place, Moments] = {}
-        for moments in self._estimator.stream(estimates, factor):
-            add_moments(total, moments)
-            yield
-        self._see_gradient(total)
+        self._streamed, self._streamed_rates = estimates, dict(self._zo_learning_rates)
+        return self._estimator.stream(estimates, factor)
 
-    def _see_gradient(self, moments: dict[Place, Moments]) -> None:
-        self._step_log.see_gradient(moments, self._zo_learning_rates, self.args.learning_rates_by_branch)
+    def _see_gradient(self, moments: dict[Place, Moments], rates: dict[str | None, float]) -> None:
+        self._step_log.see_gradient(moments, rates, self.args.learning_rates_by_branch)
 
     def _replay_settings(self) -> ReplaySettings:
         args, estimator = self.args, self._estimator

@@ -13,11 +13,16 @@ from ..files import written_whole
 from ..zo import ReplayLog, ReplaySettings
 
 
+# How directions are drawn: a log says it, for a seed drawn otherwise gives other ones.
+DIRECTION = "packed-rademacher"
+
+
 def save_replay_log(log: ReplayLog, path: Path) -> None:
     """Write a log as safetensors, its settings as their metadata; its folder is made."""
     path.parent.mkdir(exist_ok=True)
+    settings = {**asdict(log.settings), "direction": DIRECTION}
     with written_whole(path) as unfinished:
-        save_file(log.tensors(), unfinished, metadata={"settings": json.dumps(asdict(log.settings))})
+        save_file(log.tensors(), unfinished, metadata={"settings": json.dumps(settings)})
 
 
 def load_replay_log(path: str | Path) -> ReplayLog:
@@ -30,7 +35,7 @@ def load_replay_log(path: str | Path) -> ReplayLog:
         with safe_open(path, "pt") as file:
             settings = json.loads(file.metadata()["settings"])
         direction = settings.pop("direction", "rademacher")
-        if direction != "rademacher":
+        if direction != DIRECTION:
             raise ValueError(f"its directions are {direction}, which are not drawn any more")
         settings["queries"] = tuple((branch, count) for branch, count in settings["queries"])
         return ReplayLog.from_tensors(ReplaySettings(**settings), load_file(path))

@@ -10,26 +10,72 @@ from dataclasses import dataclass, replace
 import torch
 
 
+# Coordinates that are drawn at once: what stands between drawing and adding stays in a processor's cache.
+BLOCK = 1 << 20
+# Signs in a word, and in a number that a generator gives.
+WORD, DRAWN = 32, 64
+_SIGN_BIT = -(1 << (WORD - 1))
+
+
 def direction_seed(seed: int, step: int, micro_step: int, query: int) -> int:
     """The seed of one direction: a 63-bit hash of its key, so that the seeds of neighbours are unrelated."""
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_step, query), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def draw_direction(count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Draw Δ, whose n coordinates are ±1 with equal chance (Rademacher; of all with unit variance, the least noisy).
+class Direction:
+    """Δ, whose n coordinates are ±1 with equal chance (Rademacher; of all with unit variance, the least noisy).
 
-    From a generator of its own: the global random state is neither read nor changed.
+    Drawn block after block, 64 signs from one random number. The generator is its own: the global random state is
+    neither read nor changed.
 
     Args:
         count: n.
         seed: See `direction_seed`.
+    """
+
+    def __init__(self, count: int, seed: int, device: torch.device | str = "cpu"):
+        self._left, self._device = count, torch.device(device)
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._shifts = torch.arange(WORD, dtype=torch.int32, device=device).view(-1, 1)
+
+    def next(self, weight: float | torch.Tensor = 1.0, room: torch.Tensor | None = None) -> torch.Tensor:
+        """The next block of weight·Δ, of `BLOCK` coordinates or as many as are left.
+
+        Args:
+            weight: A number.
+            room: A tensor that the block may be written to, of `room_for` it.
+
+        Returns:
+            Float32.
+        """
+        size = min(self._left, BLOCK)
+        self._left -= size
+        width = -(-size // WORD)
+        numbers = torch.empty(-(-size // DRAWN), dtype=torch.int64, device=self._device)
+        words = numbers.random_(-(1 << (DRAWN - 1)), None, generator=self._generator).view(torch.int32)[:width]
+        room = room_for(size, self._device) if room is None else room[: width * WORD]
+        # Bit k of every word, moved to where a float has its sign, and the weight's bits beside it.
+        bits = torch.as_tensor(weight, dtype=torch.float32, device=self._device).view(torch.int32)
+        signs = torch.bitwise_left_shift(words, self._shifts, out=room.view(torch.int32).view(WORD, width))
+        signs.bitwise_and_(_SIGN_BIT).bitwise_xor_(bits)
+        return room[:size]
+
+
+def room_for(count: int, device: torch.device | str) -> torch.Tensor:
+    """An empty tensor with room for a block of a direction of `count` coordinates."""
+    return torch.empty(-(-min(count, BLOCK) // WORD) * WORD, device=device)
+
+
+def draw_direction(count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Draw a whole `Direction`.
 
     Returns:
         Float32, shape `(n,)`.
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
-    return torch.randint(0, 2, (count,), generator=generator, device=device, dtype=torch.float32).mul_(2).sub_(1)
+    direction = Direction(count, seed, device)
+    blocks = [direction.next() for _ in range(0, count, BLOCK)]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks or [torch.empty(0, device=device)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,8 @@ Place = tuple[str | None, int | str | None]
 class ZOEstimator:
     """Estimates the gradient of a loss in the zeroth-order groups from forward passes alone.
 
-    Equation 2 of arXiv 2506.12409 perturbs one modality and holds the other, so every branch has its own directions.
+    Equation 2 of arXiv 2506.12409 perturbs one modality and holds the other, so every branch has its own directions,
+    and they take turns; `together` perturbs all of them at once.
     What is asked and how the answers are weighed is the estimator's formula (`hf_zocl.zo.estimators`).
 
     A query whose loss is not finite counts for nothing, so one overflow does not spoil the weights. Where weights are
@@ -36,6 +37,8 @@ class ZOEstimator:
         sign: Use the sign of the estimate, not its magnitude (gradient sign normalisation of MoZO).
         seed: Keys the directions, with the step, the micro-step and the query.
         reduce: Averages a tensor of losses over data-parallel ranks.
+        together: Whether all branches are perturbed at once, where each has as many queries as the others: with full
+            passes their turns would cost as many times as much.
         model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied. Not by
             `forward-gradient`, whose tangents are as many as the parameters anyway.
 
@@ -56,6 +59,7 @@ class ZOEstimator:
         seed: int = 0,
         reduce: Callable[[torch.Tensor], torch.Tensor] = lambda losses: losses,
         model: nn.Module | None = None,
+        together: bool = False,
     ):
         if estimator not in ESTIMATORS:
             raise ValueError(f"zo_estimator={estimator!r} is unknown: expected one of {', '.join(ESTIMATORS)}.")
@@ -70,6 +74,7 @@ class ZOEstimator:
             for branch, members in branches.items()
         }
         self.queries = {branch: in_branch(queries, branch) for branch in branches}
+        self.moves_together = together and len(set(self.queries.values())) == 1
         least = self.formula.least_queries
         for branch, count in self.queries.items():
             if count < least:
@@ -120,6 +125,7 @@ class ZOEstimator:
                 noise={branch: resolution.noise for branch, resolution in self.resolutions.items()},
                 learning_rates={branch: in_branch(learning_rate, branch) for branch in self.queries},
                 sign=self.sign,
+                moves_together=self.moves_together,
             )
         )
 
@@ -142,17 +148,27 @@ class ZOEstimator:
     @torch.no_grad()
     def stream(
         self, estimates: Sequence[tuple[Estimate, float]], factor: float | torch.Tensor = 1.0
-    ) -> Iterator[dict[Place, Moments]]:
+    ) -> Iterator[None]:
         """What `write` does, times a factor, for one layer after another (see `StreamedPerturbation`)."""
         for branch, perturbation in self.perturbations.items():
-            for moments in perturbation.stream(_gradient(estimates, branch), self.sign, factor):
-                yield {(branch, layer): value for layer, value in moments.items()}
+            yield from perturbation.stream(_gradient(estimates, branch), self.sign, factor)
+
+    @torch.no_grad()
+    def moments(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[Place, Moments]:
+        """Those that `write` returns, made without writing anything."""
+        moments = {}
+        for branch, perturbation in self.perturbations.items():
+            own = perturbation.moments(_gradient(estimates, branch))
+            moments |= {(branch, layer): value for layer, value in own.items()}
+        return moments
 
     def _ways(
         self, evaluation: Evaluation, base_loss: torch.Tensor | None, finer: Callable[[], Evaluation] | None
     ) -> list[Way]:
         """Which branches are evaluated how; the plain way first, for a finer one reuses what it has computed."""
         is_finer = {branch: branch in self.resolutions and self.resolutions[branch].finer for branch in self.queries}
+        if self.moves_together:
+            is_finer = dict.fromkeys(is_finer, any(is_finer.values()))
         ways = [Way([b for b in self.queries if not is_finer[b]], lambda: evaluation, base_loss)]
         ways += [Way([b for b in self.queries if is_finer[b]], finer)]
         return [way for way in ways if way.branches]

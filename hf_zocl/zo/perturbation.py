@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch.autograd import forward_ad
 
-from ..private_names import add_each, add_to_each, copy_to_each
+from ..private_names import add_to_each, copy_to_each
 from .assignment import ZOGroup
-from .directions import Combination, draw_direction
+from .directions import BLOCK, Combination, Direction, room_for
+from .room import Room
 
 
 @dataclass(frozen=True)
@@ -30,19 +32,32 @@ class Moments:
         return self.squares / self.count - (self.total / self.count).square()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A parameter's coordinates within one block: from where to where there, and of the parameter from where."""
+
+    index: int
+    label: int | str | None
+    start: int
+    stop: int
+    first: int
+
+
 class Perturbation:
     """The zeroth-order parameters of one branch as one vector θ of n coordinates: moved to θ + d and back.
 
-    Coming back is a copy of the saved values, not a subtraction, which would drift in floating point.
+    Coming back is a copy of the saved values, not a subtraction, which would drift in floating point. A direction is
+    drawn and added block by block, so none is ever in memory as a whole.
 
     Args:
         groups: All the groups of the branch; their order fixes the order of the coordinates.
+        room: Where values are saved; by default, in memory that is given back at once.
 
     Raises:
         ValueError: If the groups are of several branches, or differ in ε.
     """
 
-    def __init__(self, groups: Sequence[ZOGroup]):
+    def __init__(self, groups: Sequence[ZOGroup], room: Room | None = None):
         kinds = {(group.branch, group.eps) for group in groups}
         if len(kinds) != 1:
             raise ValueError(f"The groups of one perturbation share their branch and ε; these have {sorted(kinds)}.")
@@ -50,7 +65,10 @@ class Perturbation:
         self.groups = tuple(groups)
         self.parameters = [parameter for group in groups for parameter in group.parameters]
         self._sizes = [parameter.numel() for parameter in self.parameters]
+        self._room = Room() if room is None else room
         self.is_rounded = any(parameter.dtype.itemsize < 4 for parameter in self.parameters)
+        labels = [group.label for group in groups for _ in group.parameters]
+        self._parts = list(_parts(self._sizes, labels))
 
     def __len__(self) -> int:
         return sum(self._sizes)
@@ -58,6 +76,10 @@ class Perturbation:
     @property
     def _data(self) -> list[torch.Tensor]:
         return [parameter.data for parameter in self.parameters]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.promote_types(self.parameters[0].dtype, torch.float32)
 
     def query(self, seed: int, sign: int = 1) -> Combination:
         """±ε·Δ."""
@@ -67,13 +89,12 @@ class Perturbation:
         """Δ, as a tangent."""
         return Combination((seed,), (1.0,), is_tangent=True)
 
-    def vector(self, combination: Combination) -> torch.Tensor:
-        """The combination's value, float32 or wider, shape `(n,)`."""
-        total = None
-        for seed, weight in zip(combination.seeds, combination.weights, strict=True):
-            term = self._direction(seed, combination.moved) * weight
-            total = term if total is None else total.add_(term)
-        return (total.sign_() if combination.sign else total).mul_(combination.scale)
+    def vector(self, *gradient: Combination) -> torch.Tensor:
+        """The combinations' sum, float32 or wider, shape `(n,)`."""
+        vector = torch.empty(len(self), dtype=self._dtype, device=self.parameters[0].device)
+        for own, block in zip(vector.split(BLOCK), self._blocks(gradient), strict=True):
+            own.copy_(block)
+        return vector
 
     def write(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
@@ -83,17 +104,33 @@ class Perturbation:
         Returns:
             The moments of the sum by layer (`ZOGroup.label`), as it is, without sign and factor.
         """
-        total = self.vector(gradient[0])
-        for term in gradient[1:]:
-            total.add_(self.vector(term))
+        gradients = [torch.empty_like(data, memory_format=torch.contiguous_format) for data in self._data]
         moments: dict[int | str | None, Moments] = {}
-        sizes = [sum(parameter.numel() for parameter in group.parameters) for group in self.groups]
-        for group, piece in zip(self.groups, total.split(sizes), strict=True):
-            own = Moments(len(piece), piece.sum(), piece.square().sum())
-            moments[group.label] = moments[group.label] + own if group.label in moments else own
-        total = (total.sign_() if sign else total).mul_(factor)
-        for parameter, piece in zip(self.parameters, self.pieces(total), strict=True):
-            parameter.grad = piece
+        for parts, block in zip(self._parts, self._blocks(gradient), strict=True):
+            _add_moments(moments, parts, block)
+            _copy(gradients, parts, _stepped(block, sign, factor))
+        self._set(gradients)
+        return moments
+
+    @contextmanager
+    def written(
+        self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
+    ) -> Iterator[None]:
+        """Inside, `.grad` is what `write` makes it; afterwards none."""
+        with self._room.like(self._data) as gradients:
+            for parts, block in zip(self._parts, self._blocks(gradient), strict=True):
+                _copy(gradients, parts, _stepped(block, sign, factor))
+            self._set(gradients)
+            try:
+                yield
+            finally:
+                self._set([None] * len(gradients))
+
+    def moments(self, gradient: Sequence[Combination]) -> dict[int | str | None, Moments]:
+        """Those that `write` returns."""
+        moments: dict[int | str | None, Moments] = {}
+        for parts, block in zip(self._parts, self._blocks(gradient), strict=True):
+            _add_moments(moments, parts, block)
         return moments
 
     def pieces(self, vector: torch.Tensor) -> list[torch.Tensor]:
@@ -105,28 +142,42 @@ class Perturbation:
     def at(self, offset: Combination) -> Iterator[None]:
         """Inside, the parameters are θ + offset; afterwards θ again, bit by bit, also when the block raises."""
         data = self._data
-        saved = [tensor.clone() for tensor in data]
-        try:
-            self._move(data, saved, offset)
-            yield
-        finally:
-            if offset.is_tangent:
-                self._assign(saved)
-            else:
-                copy_to_each(data, saved)
+        with self._room.like(data) as saved:
+            copy_to_each(saved, data)
+            try:
+                self._move(data, saved, offset)
+                yield
+            finally:
+                if offset.is_tangent:
+                    self._assign(saved)
+                else:
+                    copy_to_each(data, saved)
 
     def _move(self, data: list[torch.Tensor], saved: list[torch.Tensor], offset: Combination) -> None:
-        pieces = self.pieces(self.vector(offset))
         if offset.is_tangent:
             # The parameters themselves: what is written to their data leaves them without a tangent.
-            self._assign(map(forward_ad.make_dual, saved, pieces))
-        else:
-            add_to_each(data, pieces)
+            self._assign(map(forward_ad.make_dual, saved, self.pieces(self.vector(offset))))
+            return
+        flat = [_flat(tensor) for tensor in data]
+        for parts, block in zip(self._parts, self._blocks([offset]), strict=True):
+            own = [flat[part.index][part.first : part.first + part.stop - part.start] for part in parts]
+            moves = [
+                block[part.start : part.stop].to(there.device, there.dtype)
+                for part, there in zip(parts, own, strict=True)
+            ]
+            add_to_each(own, moves)
+        for tensor, moved in zip(data, flat, strict=True):
+            if not tensor.is_contiguous():  # its coordinates were moved in a copy
+                tensor.copy_(moved.view_as(tensor))
 
     @torch.no_grad()
     def _assign(self, values: Iterable[torch.Tensor]) -> None:
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.copy_(value)
+
+    def _set(self, gradients: Iterable[torch.Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
 
     def stack(self, offsets: Sequence[Combination]) -> list[torch.Tensor]:
         """θ + offset for every offset: one tensor of shape `(len(offsets), *shape)` per parameter."""
@@ -137,16 +188,84 @@ class Perturbation:
             return [forward_ad.make_dual(data.expand_as(piece).clone(), piece) for data, piece in pieces]
         return [data + piece for data, piece in pieces]
 
-    def _direction(self, seed: int, moved: tuple[float, float] | None) -> torch.Tensor:
-        drawn = self._draw(seed)
-        if moved is None or not self.is_rounded:
-            return drawn
-        # Rounded as in `at`.
-        ends = [add_each(self._data, self.pieces(drawn * size)) for size in moved]
-        first, second = (torch.cat([tensor.flatten().to(drawn.dtype) for tensor in end]) for end in ends)
-        return (first - second).div_(moved[0] - moved[1])
+    def _blocks(self, gradient: Sequence[Combination]) -> Iterator[torch.Tensor]:
+        """The sum of the combinations, block by block; the next one takes the room of the last.
 
-    def _draw(self, seed: int) -> torch.Tensor:
-        # Drawn again whenever it is needed: none is in memory while a forward pass runs.
-        drawn = draw_direction(len(self), seed, self.parameters[0].device)
-        return drawn.to(torch.promote_types(self.parameters[0].dtype, torch.float32))
+        Directions are drawn again whenever they are needed.
+        """
+        device = self.parameters[0].device
+        drawn = [[Direction(len(self), seed, device) for seed in term.seeds] for term in gradient]
+        count = 1 + (len(gradient) > 1) + any(len(term.seeds) > 1 for term in gradient)
+        rooms = [room_for(len(self), device) for _ in range(count)]
+        for parts in self._parts:
+            total = None
+            for term, directions in zip(gradient, drawn, strict=True):
+                own = self._block(term, directions, parts, rooms if total is None else rooms[1:])
+                total = own if total is None else total.add_(own)
+            yield total
+
+    def _block(
+        self, term: Combination, directions: Sequence[Direction], parts: Sequence[_Part], rooms: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """The next block of one combination."""
+        rounds = self.is_rounded and term.moved is not None
+        folds = self._dtype == torch.float32 and not rounds  # the weight is drawn with the signs
+        total = None
+        for direction, weight in zip(directions, term.weights, strict=True):
+            block = direction.next(weight if folds else 1.0, rooms[0 if total is None else 1]).to(self._dtype)
+            if rounds:
+                block = self._as_moved(block, parts, term.moved)
+            if not folds:
+                block = block.mul_(weight)
+            total = block if total is None else total.add_(block)
+        total = total.sign_() if term.sign else total
+        return total if term.scale == 1 else total.mul_(term.scale)
+
+    def _as_moved(self, block: torch.Tensor, parts: Sequence[_Part], ends: tuple[float, float]) -> torch.Tensor:
+        """The move of a block's coordinates between two ends, over their distance: rounded as in `at`."""
+        found = torch.empty_like(block)
+        for part in parts:
+            own = self._data[part.index].reshape(-1)[part.first : part.first + part.stop - part.start]
+            drawn = block[part.start : part.stop]
+            first, second = (own + (drawn * size).to(own.device, own.dtype) for size in ends)
+            found[part.start : part.stop] = first.to(found.dtype) - second.to(found.dtype)
+        return found.div_(ends[0] - ends[1])
+
+
+def _parts(sizes: Sequence[int], labels: Sequence[int | str | None]) -> Iterator[list[_Part]]:
+    """The parameters' parts in every block."""
+    parts, filled = [], 0
+    for index, (size, label) in enumerate(zip(sizes, labels, strict=True)):
+        first = 0
+        while first < size:
+            count = min(size - first, BLOCK - filled)
+            parts.append(_Part(index, label, filled, filled + count, first))
+            first, filled = first + count, filled + count
+            if filled == BLOCK:
+                yield parts
+                parts, filled = [], 0
+    if parts:
+        yield parts
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's coordinates; a copy of them where they do not lie side by side."""
+    return tensor.reshape(-1)
+
+
+def _stepped(block: torch.Tensor, sign: bool, factor: float | torch.Tensor) -> torch.Tensor:
+    block = block.sign_() if sign else block
+    return block if isinstance(factor, float) and factor == 1 else block.mul_(factor)
+
+
+def _copy(tensors: Sequence[torch.Tensor], parts: Sequence[_Part], block: torch.Tensor) -> None:
+    flat = [tensors[part.index].view(-1)[part.first : part.first + part.stop - part.start] for part in parts]
+    copy_to_each(flat, [block[part.start : part.stop] for part in parts])
+
+
+def _add_moments(moments: dict[int | str | None, Moments], parts: Sequence[_Part], block: torch.Tensor) -> None:
+    for label, group in groupby(parts, key=lambda part: part.label):
+        mine = list(group)
+        piece = block[mine[0].start : mine[-1].stop]
+        own = Moments(len(piece), piece.sum(), piece.square().sum())
+        moments[label] = moments[label] + own if label in moments else own

@@ -18,6 +18,7 @@ from ..private_names import TorchDispatchMode, is_compile_wrapper, is_compiled, 
 from .assignment import ZOGroup
 from .directions import Combination, direction_seed
 from .perturbation import Moments, Perturbation
+from .room import Room
 
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ class StreamedPerturbation(Perturbation):
     def __init__(self, groups: Sequence[ZOGroup], model: nn.Module):
         super().__init__(groups)
         self.model, self.is_watched = model, False
-        self.units = [_Unit(number, members, scopes) for number, (members, scopes) in enumerate(_units(groups, model))]
+        self._room = Room(keeps=True)
+        units = enumerate(_units(groups, model, self._room))
+        self.units = [_Unit(number, members, scopes) for number, (members, scopes) in units]
         self._has_stepped = False
 
     @contextmanager
@@ -94,10 +97,17 @@ class StreamedPerturbation(Perturbation):
     ) -> dict[int | str | None, Moments]:
         raise NotImplementedError("A streamed gradient never stands in .grad as a whole: use `stream`.")
 
+    def moments(self, gradient: Sequence[Combination]) -> dict[int | str | None, Moments]:
+        total: dict[int | str | None, Moments] = {}
+        for unit in self.units:
+            for label, own in unit.perturbation.moments([unit.own(term) for term in gradient]).items():
+                total[label] = total[label] + own if label in total else own
+        return total
+
     def stream(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
-    ) -> Iterator[dict[int | str | None, Moments]]:
-        """`write` for one unit after another; a unit's gradient is freed when the next one's is asked for.
+    ) -> Iterator[None]:
+        """`write` for one unit after another; a unit's gradient is gone when the next one's is asked for.
 
         Raises:
             RuntimeError: If the passes since the last step moved other units, but not this one.
@@ -111,10 +121,10 @@ class StreamedPerturbation(Perturbation):
                 "these; leave them out with zo_layers."
             )
         for unit in self.units:
-            yield unit.perturbation.write([unit.own(term) for term in gradient], sign, factor)
-            for parameter in unit.perturbation.parameters:
-                parameter.grad = None
+            with unit.perturbation.written([unit.own(term) for term in gradient], sign, factor):
+                yield
         self._has_stepped = True
+        self._room.clear()
 
     def _say_what_is_copied(self) -> None:
         whole = [unit for unit in self.units if unit.scopes and not unit.modules]
@@ -272,7 +282,9 @@ def _storage(tensor: torch.Tensor) -> int:
         return id(tensor)
 
 
-def _units(groups: Sequence[ZOGroup], model: nn.Module) -> Iterator[tuple[Perturbation, list[tuple[nn.Module, ...]]]]:
+def _units(
+    groups: Sequence[ZOGroup], model: nn.Module, room: Room
+) -> Iterator[tuple[Perturbation, list[tuple[nn.Module, ...]]]]:
     """The parameters by unit, in the groups' order, with the scopes in which they may move."""
     modules = dict(model.named_modules(remove_duplicate=False))
     owners: dict[int, list[str]] = {}
@@ -291,7 +303,7 @@ def _units(groups: Sequence[ZOGroup], model: nn.Module) -> Iterator[tuple[Pertur
         for _, own in groupby(members, key=lambda member: id(member[0])):
             (group, *_), names, parameters = zip(*own, strict=True)
             parts.append(replace(group, names=names, parameters=parameters))
-        yield Perturbation(parts), _scopes(key, layers, modules)
+        yield Perturbation(parts, room), _scopes(key, layers, modules)
 
 
 def _layers_around(path: str, modules: Mapping[str, nn.Module]) -> list[str]:

@@ -21,7 +21,15 @@ from transformers import (
 )
 
 from hf_zocl.models import CLIPClassifierOutput
-from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, stacked_linear
+from hf_zocl.passes import (
+    ForwardState,
+    PlainEvaluation,
+    TowerEvaluation,
+    TowerPlan,
+    candidates,
+    find_towers,
+    stacked_linear,
+)
 from hf_zocl.passes import prompts as packing
 from hf_zocl.zo import ESTIMATORS, LayerAssignment, ZOEstimator
 from tests.helpers import image_batch, mini_clip_classifier
@@ -180,6 +188,29 @@ def test_so_do_the_other_estimators(estimator):
 def test_dropout_masks_are_those_of_the_plain_passes(branch, layers, estimator):
     model, inputs = classifier(lora_dropout=0.3)
     assert_same(model, inputs, branch, layers, estimator=estimator, queries=2)
+
+
+@pytest.mark.parametrize("adapter", [{"adapter": "moe"}, {"lora_dropout": 0.3}], ids=str)
+def test_candidates_side_by_side_are_under_the_masks_and_noise_of_one(adapter, monkeypatch):
+    model, inputs = classifier(**adapter)
+    rows = count_calls(model.clip.base_model.model.text_model.encoder.layers[-1])
+    assert_same(model, inputs, "language", "all", queries=6)
+    assert max(rows) == 3 * 6
+    # The comparison can fail: rows that draw for themselves have other masks.
+    monkeypatch.setattr(
+        candidates.SharedDraws, "__torch_dispatch__", lambda self, func, _, args, kwargs: func(*args, **kwargs)
+    )
+    with pytest.raises(AssertionError):
+        assert_same(model, inputs, "language", "all", queries=6)
+
+
+def test_draws_that_candidates_cannot_share_leave_them_one_by_one(caplog):
+    model, inputs = classifier(lora_dropout=0.3)
+    layer = model.clip.base_model.model.text_model.encoder.layers[-1]
+    layer.register_forward_hook(lambda _, args, output: output + 0.01 * torch.rand(output.shape[-1]).to(output))
+    assert_same(model, inputs, "language", "all", checked, queries=3)
+    assert switched_off(caplog) == {"candidates side by side (language tower)"}
+    assert "cannot share" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "vit and bert"])

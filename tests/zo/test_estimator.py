@@ -239,7 +239,7 @@ def moves_of(estimator: str, **options) -> list[dict[str, torch.Tensor]]:
 
 
 def test_the_branches_take_turns_with_their_own_eps_and_directions():
-    base, first, second = moves_of("one-sided")
+    base, first, second = moves_of("one-sided", seed=1)
     assert (list(base), list(first), list(second)) == ([], ["vision"], ["text"])
     assert first["vision"].norm() * 10 < second["text"].norm()
     assert not torch.allclose(first["vision"] / 1e-3, second["text"] / 1e-1, atol=0.1)
@@ -301,8 +301,7 @@ def test_a_zo_sgd_step_is_a_mezo_step():
     count = sum(p.numel() for p in parameters)
 
     def move(factor):
-        generator = torch.Generator().manual_seed(direction_seed(seed, 0, 0, 0))
-        z = (2.0 * torch.randint(0, 2, (count,), generator=generator) - 1).split([p.numel() for p in parameters])
+        z = draw_direction(count, direction_seed(seed, 0, 0, 0)).split([p.numel() for p in parameters])
         with torch.no_grad():
             for p, piece in zip(parameters, z, strict=True):
                 p.add_(factor * piece.view_as(p))
@@ -420,3 +419,42 @@ def test_a_branch_may_be_evaluated_more_finely_than_the_other():
     for differences in estimate.differences.values():
         torch.testing.assert_close(differences.abs(), torch.full((2,), 2e-3), rtol=1e-2, atol=0)
     assert estimate.loss == base_loss
+
+
+@pytest.mark.parametrize(
+    ("estimator", "passes"), [("one-sided", 3), ("two-sided", 4), ("fzoo", 3), ("conservative", 3 + 3)]
+)
+def test_branches_that_move_together_share_their_passes(estimator, passes):
+    """What is estimated is the gradient of all parameters as one vector."""
+    model = TwoTowers().double()
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    groups = LayerAssignment("dual", "all").split(model, {"vision": 1e-3, "language": 1e-2}).zo
+    seen = []
+
+    def loss():
+        seen.append(where(model, start))
+        return model()
+
+    estimator = ZOEstimator(groups, estimator, queries=2, together=True)
+    estimate = estimator.estimate(PlainEvaluation(loss), step=0, learning_rate=0.1)
+    assert len(seen) == passes
+    assert all(set(point) in ({"vision", "text"}, set()) for point in seen)
+    assert torch.equal(estimate.differences["vision"], estimate.differences["language"])
+    vision, text = (start[f"{name}_model.weight"].flatten() for name in ("vision", "text"))
+    losses = [((vision + at.get("vision", 0)) * (text + at.get("text", 0))).sum() for at in seen[:3]]
+    difference = (losses[0] - losses[1]) / 2 if estimator.formula.is_two_sided else losses[1] - losses[0]
+    torch.testing.assert_close(estimate.differences["vision"][0], difference)
+
+
+def test_together_is_the_gradient_of_both_on_average():
+    model = TwoTowers().double()
+    groups = LayerAssignment("dual", "all").split(model, 1e-3).zo
+    accumulate(ZOEstimator(groups, "two-sided", queries=3000, together=True), model)
+    vision, text = model.vision_model.weight, model.text_model.weight
+    assert nn.functional.cosine_similarity(vision.grad[0], text[0].detach(), dim=0) > 0.98
+    assert nn.functional.cosine_similarity(text.grad[0], vision[0].detach(), dim=0) > 0.98
+
+
+def test_branches_with_other_numbers_of_queries_take_turns_all_the_same():
+    groups = LayerAssignment("dual", "all").split(TwoTowers()).zo
+    assert not ZOEstimator(groups, queries={"vision": 1, "language": 2}, together=True).moves_together

@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from hf_zocl.zo import Combination, LayerAssignment, Perturbation, ZOGroup, direction_seed, draw_direction
+from hf_zocl.zo.directions import BLOCK
+from hf_zocl.zo.room import Room
 
 
 def make() -> Perturbation:
@@ -41,6 +43,87 @@ def test_directions_are_plus_or_minus_one():
     direction = draw_direction(5000, 0)
     assert set(direction.tolist()) == {-1.0, 1.0}
     assert abs(direction.mean()) < 0.05
+
+
+def test_the_signs_of_a_direction_and_of_others_are_unrelated():
+    """Also those that are made of one random number, and those of neighbouring queries, layers and steps."""
+    count = 2 * BLOCK + 12345
+    one = draw_direction(count, direction_seed(0, 0, 0, 0))
+    noise = 5 / count**0.5
+    assert abs(one.mean()) < noise
+    for distance in (1, 2, 31, 32, 64, BLOCK // 64, BLOCK // 32, BLOCK // 2, BLOCK):
+        assert abs((one[distance:] * one[:-distance]).mean()) < noise * 2
+    for key in [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]:
+        assert abs((one * draw_direction(count, direction_seed(*key))).mean()) < noise
+
+
+def large() -> Perturbation:
+    """More than two blocks; one matrix lies across their border, and one is not contiguous."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(1000, 1000), torch.nn.Linear(1000, 1200), torch.nn.Linear(1200, 3))
+    model[1].weight = torch.nn.Parameter(torch.randn(1000, 1200).T)
+    return Perturbation(LayerAssignment("dual", "all").split(model, eps=1e-3).zo)
+
+
+def test_blocks_are_parts_of_one_direction():
+    perturbation = large()
+    before, direction = values(perturbation), draw_direction(len(perturbation), 1)
+    combination = Combination((1, 2), torch.tensor([0.5, -2.0]), scale=3.0)
+    expected = 3 * (0.5 * direction - 2 * draw_direction(len(perturbation), 2))
+    torch.testing.assert_close(perturbation.vector(combination), expected)
+    with perturbation.at(combination):
+        for p, old, piece in zip(perturbation.parameters, before, perturbation.pieces(expected), strict=True):
+            torch.testing.assert_close(p.detach(), old + piece)
+    assert equal(values(perturbation), before)
+    moments = perturbation.write([combination, Combination((1,), (1.0,))], sign=True, factor=0.25)
+    total = expected + direction
+    for parameter, piece in zip(perturbation.parameters, perturbation.pieces(total.sign() / 4), strict=True):
+        assert torch.equal(parameter.grad, piece)
+    (own,) = moments.values()
+    assert own.count == len(total)
+    torch.testing.assert_close(own.total, total.sum(), rtol=1e-4, atol=1)
+    torch.testing.assert_close(own.squares, total.square().sum())
+
+
+def test_moments_and_gradients_that_are_lent_are_those_that_are_written():
+    perturbation = large()
+    combination = Combination((1, 2), torch.tensor([0.5, -2.0]), moved=(1e-3, 0.0))
+    moments = perturbation.write([combination])
+    written = [parameter.grad for parameter in perturbation.parameters]
+    with perturbation.written([combination]):
+        assert equal([parameter.grad for parameter in perturbation.parameters], written)
+    assert all(parameter.grad is None for parameter in perturbation.parameters)
+    assert perturbation.moments([combination]) == moments
+
+
+def test_coming_back_is_exact_when_a_move_is_cut_off(monkeypatch):
+    perturbation = large()
+    before, blocks = values(perturbation), []
+
+    def interrupted(self, gradient):
+        blocks.append(torch.ones(BLOCK))
+        yield blocks[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Perturbation, "_blocks", interrupted)
+    with pytest.raises(KeyboardInterrupt), perturbation.at(perturbation.query(1)):
+        pass
+    assert blocks and equal(values(perturbation), before)
+
+
+def test_room_is_used_again_until_it_is_cleared():
+    room, one = Room(keeps=True), [torch.empty(3), torch.empty(2, 5, dtype=torch.bfloat16)]
+    with room.like(one) as first, room.like(one) as second:
+        addresses = {tensor.data_ptr() for tensor in [*first, *second]}
+        assert len(addresses) == 4
+        assert [(t.shape, t.dtype) for t in first] == [(t.shape, t.dtype) for t in one]
+    with room.like(one) as third:
+        assert {tensor.data_ptr() for tensor in third} < addresses
+    with room.like([torch.empty(1000)]) as larger:
+        assert larger[0].shape == (1000,)
+    assert [len(buffer) for buffer in room._free] == [128, 4032]
+    room.clear()
+    assert not room._free
 
 
 def test_drawing_leaves_the_global_random_state_alone():

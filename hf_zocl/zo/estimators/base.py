@@ -75,6 +75,8 @@ class Step:
         noise: By branch, the standard deviation of a loss's rounding, where it was measured.
         learning_rates: By branch, the size of the step that will be taken.
         sign: Whether it will be taken along the sign of the estimate.
+        moves_together: Whether all branches move at once, so that a difference says something of each; else they take
+            turns. They have the same number of queries then, and one way.
     """
 
     perturbations: Mapping[str | None, Perturbation]
@@ -84,6 +86,24 @@ class Step:
     noise: Mapping[str | None, float]
     learning_rates: Mapping[str | None, float]
     sign: bool
+    moves_together: bool = False
+
+    def turns(self, way: Way) -> list[tuple[str | None, ...]]:
+        """The branches of a way, those together that move at once."""
+        return [tuple(way.branches)] if self.moves_together else [(branch,) for branch in way.branches]
+
+    def points(
+        self, branches: Sequence[str | None], offset: Callable[[Perturbation, int], Combination]
+    ) -> list[Point]:
+        """A point for every query, at which these branches are away from θ.
+
+        Args:
+            branches: One turn.
+            offset: Of a perturbation and a direction's seed.
+        """
+        rows = zip(*(self.seeds[branch] for branch in branches), strict=True)
+        moved = [self.perturbations[branch] for branch in branches]
+        return [{own: offset(own, seed) for own, seed in zip(moved, row, strict=True)} for row in rows]
 
 
 class Estimator:

@@ -33,31 +33,41 @@ class Conservative(OneSided):
         """
         steps: Point = {}
         gains: list[torch.Tensor] = []
-        for way in step.ways:
-            for branch in way.branches:
-                mean, perturbation = estimate.gradient[branch], step.perturbations[branch]
-                rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
-                if len(mean.seeds) > 1:
-                    rows.append(mean.weights)
-                candidates = [replace(mean, weights=row) for row in rows]
-                points: list[Point] = [
-                    {perturbation: _sgd_step(step, candidate, branch)} for candidate in candidates[1:]
-                ]
-                gain = _gains(step, way, points, bases[branch])
-                winner = gain.argmin().view(1)
-                gains.append(gain.index_select(0, winner))
-                estimate.gradient[branch] = replace(mean, weights=torch.stack(rows).index_select(0, winner)[0])
-                steps[perturbation] = _sgd_step(step, estimate.gradient[branch], branch)
-        if len(steps) < 2:
+        turns = [(way, turn) for way in step.ways for turn in step.turns(way)]
+        for way, turn in turns:
+            rows = {branch: _candidates(estimate.gradient[branch]) for branch in turn}
+            points: list[Point] = [
+                {
+                    step.perturbations[branch]: _sgd_step(
+                        step, replace(estimate.gradient[branch], weights=own[number]), branch
+                    )
+                    for branch, own in rows.items()
+                }
+                for number in range(1, len(rows[turn[0]]))
+            ]
+            gain = _gains(step, way, points, bases[turn[0]])
+            winner = gain.argmin().view(1)
+            gains.append(gain.index_select(0, winner))
+            for branch, own in rows.items():
+                weights = torch.stack(own).index_select(0, winner)[0]
+                estimate.gradient[branch] = replace(estimate.gradient[branch], weights=weights)
+                steps[step.perturbations[branch]] = _sgd_step(step, estimate.gradient[branch], branch)
+        if len(turns) < 2:
             return
         # Steps that are good alone may not be good together.
         together = _gains(step, step.ways[-1], [steps], bases[step.ways[-1].branches[0]])
         options = torch.cat([together[1:], *gains])
         keep = torch.cat([torch.ones(1, len(gains)), torch.eye(len(gains))]).to(options.device)
         kept = keep.index_select(0, options.argmin().view(1))[0]
-        for number, branch in enumerate(branch for way in step.ways for branch in way.branches):
+        for number, branch in enumerate(branch for _, turn in turns for branch in turn):
             mean = estimate.gradient[branch]
             estimate.gradient[branch] = replace(mean, weights=mean.weights * kept[number].to(mean.weights.dtype))
+
+
+def _candidates(mean: Combination) -> list[torch.Tensor]:
+    """The weights of no step, of every query's own, and of their mean."""
+    rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
+    return [*rows, mean.weights] if len(mean.seeds) > 1 else rows
 
 
 def _sgd_step(step: Step, gradient: Combination, branch: str | None) -> Combination:

@@ -21,10 +21,11 @@ class ForwardGradient(Estimator):
 
     def estimate(self, step: Step) -> Estimate:
         (way,) = step.ways
+        turns = step.turns(way)
         tangents: list[Point] = [
-            {perturbation: perturbation.tangent(seed)}
-            for branch, perturbation in step.perturbations.items()
-            for seed in step.seeds[branch]
+            point
+            for turn in turns
+            for point in step.points(turn, lambda perturbation, seed: perturbation.tangent(seed))
         ]
         # Of the attention kernels, the plain one alone has a forward-mode derivative.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
@@ -34,8 +35,11 @@ class ForwardGradient(Estimator):
         derivatives = torch.zeros_like(values) if derivatives is None else derivatives
         base_loss, *derivatives = step.reduce(torch.cat([values[:1], derivatives[1:]]))
         estimate, first = Estimate(loss=base_loss), 0
-        for branch, seeds in step.seeds.items():
-            mine = estimate.differences[branch] = torch.stack(derivatives[first : first + len(seeds)])
-            first += len(seeds)
-            estimate.gradient[branch] = Combination(seeds, finite(mine) / len(seeds))
+        for turn in turns:
+            queries = len(step.seeds[turn[0]])
+            mine = torch.stack(derivatives[first : first + queries])
+            first += queries
+            for branch in turn:
+                estimate.differences[branch] = mine
+                estimate.gradient[branch] = Combination(step.seeds[branch], finite(mine) / queries)
         return estimate

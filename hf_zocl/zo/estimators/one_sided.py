@@ -22,21 +22,21 @@ class OneSided(Estimator):
         losses: list[torch.Tensor] = []
         for way in step.ways:
             points: list[Point] = [] if way.base_loss is not None else [{}]
-            for branch in way.branches:
-                perturbation = step.perturbations[branch]
-                points += [{perturbation: perturbation.query(seed)} for seed in step.seeds[branch]]
+            for branches in step.turns(way):
+                points += step.points(branches, lambda perturbation, seed: perturbation.query(seed))
             known = [] if way.base_loss is None else [wide(way.base_loss)]
             losses += known + way.losses(points)
         rest = step.reduce(torch.stack(losses))
         estimate, bases = Estimate(loss=rest[0]), {}
         for way in step.ways:
             base_loss, rest = rest[0], rest[1:]
-            for branch in way.branches:
-                seeds, eps = step.seeds[branch], step.perturbations[branch].eps
-                mine, rest = rest.tensor_split([len(seeds)])
-                bases[branch], estimate.differences[branch] = base_loss, mine - base_loss
-                weights = finite(self.quotients(mine, base_loss, eps, step.noise.get(branch, 0.0))) / len(mine)
-                estimate.gradient[branch] = Combination(seeds, weights, moved=(eps, 0.0))
+            for branches in step.turns(way):
+                mine, rest = rest.tensor_split([len(step.seeds[branches[0]])])
+                for branch in branches:
+                    seeds, eps = step.seeds[branch], step.perturbations[branch].eps
+                    bases[branch], estimate.differences[branch] = base_loss, mine - base_loss
+                    weights = finite(self.quotients(mine, base_loss, eps, step.noise.get(branch, 0.0))) / len(mine)
+                    estimate.gradient[branch] = Combination(seeds, weights, moved=(eps, 0.0))
         return estimate, bases
 
     def quotients(self, losses: torch.Tensor, base_loss: torch.Tensor, eps: float, noise: float) -> torch.Tensor:

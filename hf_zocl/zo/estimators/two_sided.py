@@ -2,11 +2,13 @@
 
     g = 1/q · Σᵢ [L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2ε · Δᵢ
 
-With two branches, L is the mean over both signs of the other branch's first query: up to O(ε²) the same number, and no
-pass at θ is needed.
+With two branches that take turns, L is the mean over both signs of the other branch's first query: up to O(ε²) the
+same number, and no pass at θ is needed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
@@ -19,18 +21,25 @@ class TwoSided(Estimator):
     is_two_sided = True
 
     def estimate(self, step: Step) -> Estimate:
+        ways = [(way, step.turns(way)) for way in step.ways]
         sides = {
-            branch: [[perturbation.query(seed, sign) for sign in (1, -1)] for seed in step.seeds[branch]]
-            for branch, perturbation in step.perturbations.items()
+            turn: [
+                step.points(turn, lambda perturbation, seed, sign=sign: perturbation.query(seed, sign))
+                for sign in (1, -1)
+            ]
+            for _, turns in ways
+            for turn in turns
         }
         found: list[torch.Tensor] = []
-        for way in step.ways:
+        for way, turns in ways:
             points: list[Point] = []
-            for branch in way.branches:
-                others = {step.perturbations[other]: theirs[0] for other, theirs in sides.items() if other != branch}
-                held = [{other: pair[i] for other, pair in others.items()} for i in (0, 1)] if others else [{}]
-                perturbation = step.perturbations[branch]
-                points += [{perturbation: side, **rest} for query in sides[branch] for side in query for rest in held]
+            for turn in turns:
+                others = [theirs for other, theirs in sides.items() if other != turn]
+                # The first query of every other turn, on either side.
+                held = [_merged(theirs[i][0] for theirs in others) for i in (0, 1)] if others else [{}]
+                points += [
+                    {**side, **rest} for query in zip(*sides[turn], strict=True) for side in query for rest in held
+                ]
             # Two branches meet at the four points of their first queries twice: each is evaluated once.
             keys = [frozenset(point.items()) for point in points]
             unique = dict(zip(keys, points, strict=True))
@@ -38,12 +47,18 @@ class TwoSided(Estimator):
             found += [losses[key] for key in keys]
         losses = step.reduce(torch.stack(found))
         estimate, first = Estimate(loss=losses.mean()), 0
-        for branch in (branch for way in step.ways for branch in way.branches):
-            seeds, eps = step.seeds[branch], step.perturbations[branch].eps
-            size = len(seeds) * 2 * (2 if len(sides) > 1 else 1)
-            mine = losses[first : first + size].view(len(seeds), 2, -1).mean(dim=2)
+        for turn in sides:
+            queries = len(step.seeds[turn[0]])
+            size = queries * 2 * (2 if len(sides) > 1 else 1)
+            mine = losses[first : first + size].view(queries, 2, -1).mean(dim=2)
             first += size
-            differences = estimate.differences[branch] = (mine[:, 0] - mine[:, 1]) / 2
-            weights = finite(differences / eps) / len(seeds)
-            estimate.gradient[branch] = Combination(seeds, weights, moved=(eps, -eps))
+            for branch in turn:
+                eps = step.perturbations[branch].eps
+                differences = estimate.differences[branch] = (mine[:, 0] - mine[:, 1]) / 2
+                weights = finite(differences / eps) / queries
+                estimate.gradient[branch] = Combination(step.seeds[branch], weights, moved=(eps, -eps))
         return estimate
+
+
+def _merged(points: Iterable[Point]) -> Point:
+    return {perturbation: offset for point in points for perturbation, offset in point.items()}

@@ -1,0 +1,158 @@
+"""A loss from the first perturbed layer on, in any model that runs a stack of layers one after another.
+
+The layers below give what they gave in the step's first pass, and leave the random state as they did then. What the
+model does around its layers (embeddings, masks, positions, caches, a head) runs as ever, so nothing needs to be known
+of it. A pass that calls the layers below otherwise than once each, in their order and before any perturbed one, is
+followed by full passes: gradient checkpointing runs layers again, LayerDrop leaves some out, experts are no stack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..private_names import tree_map
+from ..zo.estimators import Point
+from ..zo.perturbation import Perturbation
+from .plain import PlainEvaluation, at, watch
+from .random_state import ForwardState
+from .structure import forward_of
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The layers of a model that no perturbation moves, below the first that one does.
+
+    Attributes:
+        below: Those, in their order; at least one.
+        above: The others of their stack.
+    """
+
+    below: tuple[nn.Module, ...]
+    above: tuple[nn.Module, ...]
+
+
+def find_stack(model: nn.Module, perturbations: Collection[Perturbation]) -> Stack | None:
+    """The stack that holds all perturbed parameters, and most others below them; None if there is none."""
+    moved = {id(parameter) for perturbation in perturbations for parameter in perturbation.parameters}
+    best, most = None, 0
+    for layers in model.modules():
+        if not isinstance(layers, (nn.ModuleList, nn.Sequential)) or len(layers) < 2:
+            continue
+        inside = [{id(parameter) for parameter in layer.parameters()} for layer in layers]
+        if not moved <= set().union(*inside):
+            continue
+        first = next(index for index, own in enumerate(inside) if own & moved)
+        saved = sum(parameter.numel() for layer in layers[:first] for parameter in layer.parameters())
+        if saved > most and len(set(layers)) == len(layers):  # a layer that stands there twice runs twice
+            best, most = Stack(tuple(layers[:first]), tuple(layers[first:])), saved
+    return best
+
+
+class StackEvaluation:
+    """The losses of one micro-batch: the first by a full pass, the others from the first perturbed layer on.
+
+    Args:
+        plan: A `TowerPlan` that has a stack.
+        forward, before: As `PlainEvaluation`'s.
+        used: The shortcuts to take; default: those of the plan, each seen to hold before any is taken.
+    """
+
+    def __init__(
+        self,
+        plan: Any,
+        forward: Callable[[], torch.Tensor],
+        before: ForwardState,
+        used: Collection[Any] | None = None,
+    ):
+        self.plan, self.forward, self.before, self._own_used = plan, forward, before, used
+        self.after: ForwardState | None = None
+        self.plain: PlainEvaluation | None = None
+        self._output: Any = None
+        self._exit: ForwardState | None = None
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Watch a whole forward pass, such as the first-order one."""
+        order: list[nn.Module] = []
+        below, above = self.plan.stack.below, self.plan.stack.above
+        with ExitStack() as stack:
+            for layer in (*below, *above):
+                stack.enter_context(forward_of(layer, self._watched(layer, order)))
+            yield
+        self.after = self.before.now()
+        is_stack = tuple(order[: len(below)]) == below and not set(order[len(below) :]) & set(below)
+        if not is_stack or not self.before.same_buffers(self.after):
+            self._take_full_passes()
+
+    def _watched(self, layer: nn.Module, order: list[nn.Module]) -> Callable:
+        original = layer.forward
+
+        def watched(*args, **kwargs):
+            order.append(layer)
+            output = original(*args, **kwargs)
+            if layer is self.plan.stack.below[-1]:
+                self._output = tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, output)
+                self._exit = ForwardState(self.before.device)
+            return output
+
+        return watched
+
+    def _take_full_passes(self) -> None:
+        self.plain = PlainEvaluation(self.forward, self.before, self.after)
+        self._output = self._exit = None
+
+    def finer(self, forward: Callable[[], torch.Tensor], *_: Any) -> PlainEvaluation | StackEvaluation:
+        """The evaluation of the same micro-batch by another, finer forward pass."""
+        if self.plain is not None:
+            return self.plain.finer(forward)
+        return StackEvaluation(self.plan, forward, self.before, self._own_used)
+
+    def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
+        """The loss at every point; scalars."""
+        watch(points, lambda: PlainEvaluation(self.forward, self.before, self.after).losses([{}]))
+        points, losses = list(points), []
+        if points and self.after is None:
+            self.before.restore()
+            with at(points[0]), self.recording():
+                losses.append(self.forward())
+            if any(perturbation.widen() for perturbation in points[0] if hasattr(perturbation, "widen")):
+                losses.clear()  # it may have read parameters at θ
+            else:
+                points.pop(0)
+        if self.plain is None and self._used is None:
+            self.plan.check(self.forward, self.before, lambda used: self._by(used).losses)
+            if not self._used:
+                self._take_full_passes()
+        if self.plain is not None:
+            return losses + self.plain.losses(points)
+        return losses + PlainEvaluation(self._from_the_first_perturbed_layer, self.before, self.after).losses(points)
+
+    @property
+    def _used(self) -> Collection[Any] | None:
+        return self.plan.used if self._own_used is None else self._own_used
+
+    def _by(self, used: Collection[Any]) -> StackEvaluation:
+        return StackEvaluation(self.plan, self.forward, self.before, used)
+
+    def _from_the_first_perturbed_layer(self) -> torch.Tensor:
+        with ExitStack() as stack:
+            for layer in self.plan.stack.below:
+                stack.enter_context(forward_of(layer, self._replay))
+            return self.forward()
+
+    def _replay(self, *args: Any, **kwargs: Any) -> Any:
+        self._exit.restore()
+        return tree_map(lambda value: value, self._output)  # containers of its own
+
+    def close(self) -> None:
+        if self.plain is not None:
+            self.plain.close()
+        elif self.after is not None:
+            self.after.restore()
+        self._output = self._exit = None
