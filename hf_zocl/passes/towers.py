@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..private_names import attention_kernel, without_autocast
+from ..private_names import attention_kernel
 from ..zo.directions import Combination
 from ..zo.estimators import Point
 from ..zo.estimators.base import wide
