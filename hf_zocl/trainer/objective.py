@@ -1,0 +1,140 @@
+"""`zo_objective`: what zeroth-order layers learn by in the place of the loss; it needs no gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.trainer_pt_utils import nested_detach
+from transformers.utils import logging
+
+from ..zo import Estimate, Evaluation, Resolution
+from ..zo.noise import Line
+from .differences import ENOUGH, DifferenceWatch, MakeFiner, of_branch
+
+
+logger = logging.get_logger(__name__)
+
+# (model, inputs, outputs) → a number, or one for every example; the lower the better.
+Objective = Callable[[nn.Module, dict[str, Any], Any], Any]
+
+# A perturbation grows by these until half of so many directions change the objective.
+SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+DIRECTIONS = 4
+
+
+def check_objective(objective: Any, estimator: str, has_eps: bool, has_zo_parameters: bool) -> None:
+    """Refuse what cannot learn by an objective.
+
+    Raises:
+        TypeError: If it cannot be called.
+        ValueError: If the estimator differentiates, or nothing is zeroth-order.
+    """
+    if not callable(objective):
+        raise TypeError(f"zo_objective={objective!r}: expected a function of (model, inputs, outputs).")
+    if not has_eps:
+        raise ValueError(
+            f"zo_estimator={estimator!r} takes derivatives, and zo_objective need not have any: choose one-sided, "
+            "two-sided, conservative or fzoo."
+        )
+    if not has_zo_parameters:
+        raise ValueError(
+            "zo_objective: no trained parameter is zeroth-order, so nothing would learn by it; choose zo_branch and "
+            "zo_layers, or leave it out."
+        )
+
+
+@torch.no_grad()
+def value_of(objective: Objective, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> torch.Tensor:
+    """The objective as one number, in float32 at least: the mean, where there is one for every example.
+
+    Raises:
+        TypeError: If it is no number.
+        ValueError: If it is empty.
+    """
+    found = objective(model, inputs, nested_detach(outputs))
+    try:
+        value = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        value = None
+    if value is None or value.is_complex():
+        raise TypeError(f"zo_objective returned {type(found).__name__}: expected a number, or a tensor of one an example.")
+    if value.numel() == 0:
+        raise ValueError(f"zo_objective returned an empty tensor, of shape {tuple(value.shape)}.")
+    device = next(model.parameters()).device
+    return value.to(device, torch.promote_types(value.dtype, torch.float32)).mean()
+
+
+class ObjectiveWatch(DifferenceWatch):
+    """Chooses an ε that the objective sees, and says where it sees nothing.
+
+    An objective may be a step function, such as an accuracy: it has no rounding noise and no derivatives from which ε
+    would follow. `zo_eps="auto"` is the least ε at which half of a few directions change it.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._values: list[torch.Tensor] = []
+
+    def settle(
+        self, evaluation: Evaluation, make_finer: MakeFiner | None, why_flat: Callable[[str | None], str]
+    ) -> None:
+        """Measure every branch on a micro-batch."""
+        found = {}
+        for branch, eps in self.eps.items():
+            line = self._line(evaluation, branch)
+            base = line(0, [0.0])
+            found[branch] = own = _size_seen(line, base, SIZES if eps is None else (eps,))
+            if own.is_seen:
+                continue
+            larger = _size_seen(line, base, [size for size in SIZES if size > own.eps])
+            logger.warning_once(
+                f"{of_branch(branch)} learns nothing by zo_objective, which is {float(base):.4g} on the first batch and "
+                + (
+                    f"no other at zo_eps={own.eps:g}: no prediction changes. At zo_eps={larger.eps:g} it does."
+                    if larger.is_seen
+                    else f"whatever the weights are moved by, up to {max(own.eps, SIZES[-1]):g}: it says nothing where "
+                    "the training begins. Train by the loss first, take larger batches, or an objective with more values."
+                )
+            )
+        self.tries = 0 if all(own.is_seen for own in found.values()) else self.tries - 1
+        self.estimator.settle(found)
+
+    def see(self, estimate: Estimate) -> None:
+        super().see(estimate)
+        self._values.append(estimate.loss)
+
+    def logs(self) -> dict[str, float]:
+        """The objective, the mean since the last log, and ε; and a warning where all differences were zero."""
+        logs = {}
+        if self._values:
+            logs["zo_objective"] = float(torch.stack(self._values).mean())
+            self._values.clear()
+        for branch, resolution in self.estimator.resolutions.items():
+            logs["zo_eps" + (f"_{branch}" if branch else "")] = resolution.eps
+            total, count = self._seen.get(branch, (0.0, 0))
+            if count >= ENOUGH:
+                del self._seen[branch]
+                if float(total) == 0:
+                    logger.warning_once(
+                        f"{of_branch(branch)}: zo_objective did not change in any of {count} perturbations by "
+                        f"zo_eps={resolution.eps:g}, so nothing was learned: raise zo_eps, take larger batches or more "
+                        "zo_queries, or an objective with more values."
+                    )
+        return logs
+
+
+def _size_seen(line: Line, base: torch.Tensor, sizes: Sequence[float]) -> Resolution:
+    """The first of these sizes that changes the objective in half of the directions; else the best, or the last."""
+    best = None
+    for size in sizes:
+        changes = torch.cat([line(number, [size]) - base for number in range(DIRECTIONS)]).nan_to_num(0.0, 0.0, 0.0)
+        own = Resolution(size, 0.0, 0.0, float(changes.square().mean().sqrt()) / size)
+        count = int((changes != 0).sum())
+        if best is None or count >= best[0]:
+            best = count, own
+        if 2 * count >= DIRECTIONS:
+            break
+    return best[1] if best else Resolution(SIZES[-1], 0.0, 0.0, 0.0)
