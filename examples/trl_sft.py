@@ -65,12 +65,16 @@ def main(folder: str) -> None:
         bf16=False,
     )
     # A prompt and what is to follow it, as TRL wants them.
-    data = data.map(lambda row: {"prompt": f"{row['label']}:", "completion": f" {row['text']}"}, remove_columns=["text"])
+    data = data.map(
+        lambda row: {"prompt": f"{row['label']}:", "completion": f" {row['text']}"}, remove_columns=["text"]
+    )
     trainer = ZOSFTTrainer(model=LlamaForCausalLM(config), args=args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     for name in ("loss", "mean_token_accuracy", "num_tokens"):
-        print(f"{name}: {logs[0][name]:.4g} at step {logs[0]['step']}, {logs[-1][name]:.4g} at step {logs[-1]['step']}")
+        print(
+            f"{name}: {logs[0][name]:.4g} at step {logs[0]['step']}, {logs[-1][name]:.4g} at step {logs[-1]['step']}"
+        )
 
 
 if __name__ == "__main__":

@@ -75,8 +75,8 @@ class DifferenceWatch:
                 if not is_two_sided and two_sided_would_do(resolution.training_noise, finer):
                     hint = f" zo_estimator=two-sided would do in {self.precision}."
                 logger.warning_once(
-                    f"{of_branch(branch)}: in {self.precision} no difference of losses is seen well above their rounding"
-                    f"{' at zo_eps=' + str(eps) if eps else ''}: its zeroth-order passes run in float32.{hint}"
+                    f"{of_branch(branch)}: in {self.precision} no difference of losses is seen well above their "
+                    f"rounding{' at zo_eps=' + str(eps) if eps else ''}: its zeroth-order passes run in float32.{hint}"
                 )
         is_seen = {branch: resolution.is_seen for branch, resolution in found.items()}
         self.tries = 0 if all(is_seen.values()) else self.tries - 1

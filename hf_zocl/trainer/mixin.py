@@ -64,9 +64,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with.
 
     What has no gradient can be learned as well: with `zo_objective` the zeroth-order layers learn by its values, and
-    first-order layers, if any, by the loss. It is called beside the loss in every pass, without gradient, and returns a
-    number or one for every example, the lower the better; `inputs` are what `compute_loss` got, `outputs` what it
-    returned. It can be a method of a subclass as well:
+    first-order layers, if any, by the loss. It is called beside the loss in every pass, without gradient, and returns
+    a number or one for every example, the lower the better; `inputs` are what `compute_loss` got, `outputs` what it
+    returned. It can be a method of a subclass too:
 
         def zo_objective(self, model, inputs, outputs):
             return outputs.logits.argmax(-1) != inputs["labels"]

@@ -60,7 +60,9 @@ def value_of(objective: Objective, model: nn.Module, inputs: dict[str, Any], out
     except (TypeError, ValueError, RuntimeError):
         value = None
     if value is None or value.is_complex():
-        raise TypeError(f"zo_objective returned {type(found).__name__}: expected a number, or a tensor of one an example.")
+        raise TypeError(
+            f"zo_objective returned {type(found).__name__}: expected a number, or a tensor of one an example."
+        )
     if value.numel() == 0:
         raise ValueError(f"zo_objective returned an empty tensor, of shape {tuple(value.shape)}.")
     device = next(model.parameters()).device
@@ -89,16 +91,7 @@ class ObjectiveWatch(DifferenceWatch):
             found[branch] = own = _size_seen(line, base, SIZES if eps is None else (eps,))
             if own.is_seen:
                 continue
-            larger = _size_seen(line, base, [size for size in SIZES if size > own.eps])
-            logger.warning_once(
-                f"{of_branch(branch)} learns nothing by zo_objective, which is {float(base):.4g} on the first batch and "
-                + (
-                    f"no other at zo_eps={own.eps:g}: no prediction changes. At zo_eps={larger.eps:g} it does."
-                    if larger.is_seen
-                    else f"whatever the weights are moved by, up to {max(own.eps, SIZES[-1]):g}: it says nothing where "
-                    "the training begins. Train by the loss first, take larger batches, or an objective with more values."
-                )
-            )
+            logger.warning_once(f"{of_branch(branch)} {_why_unseen(line, base, own.eps)}")
         self.tries = 0 if all(own.is_seen for own in found.values()) else self.tries - 1
         self.estimator.settle(found)
 
@@ -120,10 +113,21 @@ class ObjectiveWatch(DifferenceWatch):
                 if float(total) == 0:
                     logger.warning_once(
                         f"{of_branch(branch)}: zo_objective did not change in any of {count} perturbations by "
-                        f"zo_eps={resolution.eps:g}, so nothing was learned: raise zo_eps, take larger batches or more "
-                        "zo_queries, or an objective with more values."
+                        f"zo_eps={resolution.eps:g}, so nothing was learned. Unless it is as low as it can be, raise "
+                        "zo_eps, take larger batches or more zo_queries, or an objective with more values."
                     )
         return logs
+
+
+def _why_unseen(line: Line, base: torch.Tensor, eps: float) -> str:
+    what = f"learns nothing by zo_objective, which is {float(base):.4g} on the first batch and "
+    larger = _size_seen(line, base, [size for size in SIZES if size > eps])
+    if larger.is_seen:
+        return what + f"no other at zo_eps={eps:g}: no prediction changes. At zo_eps={larger.eps:g} it does."
+    return what + (
+        f"whatever the weights are moved by, up to {max(eps, SIZES[-1]):g}: it says nothing where the training "
+        "begins. Train by the loss first, take larger batches, or an objective with more values."
+    )
 
 
 def _size_seen(line: Line, base: torch.Tensor, sizes: Sequence[float]) -> Resolution:

@@ -176,11 +176,13 @@ def test_exact_match_of_what_a_small_causal_lm_generates(tmp_path):
     data = [{"input_ids": torch.tensor([1 + i % 7, 1 + i % 5]), "labels": torch.tensor([3, 3])} for i in range(32)]
 
     def misses(model, inputs, outputs):
-        found = model.generate(inputs["input_ids"], max_new_tokens=2, do_sample=False)[:, 2:]
+        mask = torch.ones_like(inputs["input_ids"])
+        found = model.generate(inputs["input_ids"], attention_mask=mask, max_new_tokens=2, do_sample=False)[:, 2:]
         return (found != inputs["labels"]).any(dim=1)
 
-    options = {"zo_layers": "all", "zo_estimator": "fzoo", "zo_queries": 8, "zo_learning_rate": 2e-2, "zo_eps": 0.1}
-    trainer = trained(tmp_path, model, misses, data=data, max_steps=30, **options)
+    options = {"zo_layers": "all", "zo_estimator": "fzoo", "zo_queries": 16, "zo_learning_rate": 1e-2}
+    options |= {"max_steps": 30, "per_device_train_batch_size": 32}
+    trainer = trained(tmp_path, model, misses, data=data, **options)
     logs = training_logs(trainer)
     assert logs[-1]["zo_objective"] < 0.2 < 0.7 < logs[0]["zo_objective"]
 
@@ -197,9 +199,13 @@ def test_the_least_eps_that_half_of_the_directions_show_is_chosen(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "eps", "message"),
     [
-        (lambda model, inputs, outputs: 0.5, "auto", "is 0.5 on the first batch and whatever the weights are moved by"),
         (
-            lambda model, inputs, outputs: (outputs["logits"].argmax(-1) != inputs["labels"]),
+            lambda model, inputs, outputs: 0.5,
+            "auto",
+            "is 0.5 on the first batch and whatever the weights are moved by",
+        ),
+        (
+            lambda model, inputs, outputs: outputs["logits"].argmax(-1) != inputs["labels"],
             1e-6,
             "no other at zo_eps=1e-06: no prediction changes. At zo_eps=",
         ),
@@ -220,7 +226,7 @@ def test_differences_that_become_zero_are_named(tmp_path, caplog):
         return outputs["loss"] if len(calls) < 60 else torch.zeros(())
 
     logging.getLogger("transformers").propagate = True
-    options = {"data": separable(), "zo_layers": "all", "zo_queries": 16, "zo_eps": 1e-2, "max_steps": 12}
+    options = {"data": separable(), "zo_layers": "all", "zo_queries": 16, "zo_eps": 0.0123, "max_steps": 8}
     with caplog.at_level(logging.WARNING, logger="transformers"):
         trained(tmp_path, Classifier(), objective, **options)
     assert "zo_objective did not change in any of" in caplog.text
@@ -247,7 +253,10 @@ def test_a_training_goes_on_to_the_bit(tmp_path):
         options = {"zo_layers": "all", "max_steps": 4, "save_steps": 2, "save_strategy": "steps"}
         args = arguments(tmp_path, **options)
         trainer = ZOCLTrainer(
-            model=Classifier(), args=args, train_dataset=separable(), zo_objective=lambda m, i, o: o["loss"].round(decimals=2)
+            model=Classifier(),
+            args=args,
+            train_dataset=separable(),
+            zo_objective=lambda m, i, o: o["loss"].round(decimals=2),
         )
         trainer.train(resume_from_checkpoint=resume)
         return trainer
