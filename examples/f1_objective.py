@@ -74,10 +74,10 @@ def main(folder: str) -> None:
         zo_layers="all",
         zo_estimator="fzoo",  # differences over their deviation: an objective's own scale does not matter
         zo_queries=16,
-        zo_learning_rate=0.05,
+        zo_learning_rate=0.2,
         per_device_train_batch_size=400,
-        max_steps=200,
-        logging_steps=50,
+        max_steps=400,
+        logging_steps=100,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

@@ -20,7 +20,7 @@ logger = logging.get_logger(__name__)
 # (model, inputs, outputs) → a number, or one for every example; the lower the better.
 Objective = Callable[[nn.Module, dict[str, Any], Any], Any]
 
-# A perturbation grows by these until half of so many directions change the objective.
+# ε to choose from, each tried along so many directions.
 SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DIRECTIONS = 4
 
@@ -73,7 +73,7 @@ class ObjectiveWatch(DifferenceWatch):
     """Chooses an ε that the objective sees, and says where it sees nothing.
 
     An objective may be a step function, such as an accuracy: it has no rounding noise and no derivatives from which ε
-    would follow. `zo_eps="auto"` is the least ε at which half of a few directions change it.
+    would follow. `zo_eps="auto"` is the one of a few at which its changes are most like those of a slope.
     """
 
     def __init__(self, *args, **kwargs):
@@ -88,10 +88,11 @@ class ObjectiveWatch(DifferenceWatch):
         for branch, eps in self.eps.items():
             line = self._line(evaluation, branch)
             base = line(0, [0.0])
-            found[branch] = own = _size_seen(line, base, SIZES if eps is None else (eps,))
-            if own.is_seen:
+            own = best_size(line, base, SIZES) if eps is None else best_size(line, base, (eps,), least_seen=1)
+            found[branch] = own or Resolution(eps or SIZES[-1], 0.0, 0.0, 0.0)
+            if own is not None:
                 continue
-            logger.warning_once(f"{of_branch(branch)} {_why_unseen(line, base, own.eps)}")
+            logger.warning_once(f"{of_branch(branch)} {_why_unseen(line, base, found[branch].eps)}")
         self.tries = 0 if all(own.is_seen for own in found.values()) else self.tries - 1
         self.estimator.settle(found)
 
@@ -121,8 +122,8 @@ class ObjectiveWatch(DifferenceWatch):
 
 def _why_unseen(line: Line, base: torch.Tensor, eps: float) -> str:
     what = f"learns nothing by zo_objective, which is {float(base):.4g} on the first batch and "
-    larger = _size_seen(line, base, [size for size in SIZES if size > eps])
-    if larger.is_seen:
+    larger = best_size(line, base, [size for size in SIZES if size > eps])
+    if larger is not None:
         return what + f"no other at zo_eps={eps:g}: no prediction changes. At zo_eps={larger.eps:g} it does."
     return what + (
         f"whatever the weights are moved by, up to {max(eps, SIZES[-1]):g}: it says nothing where the training "
@@ -130,15 +131,29 @@ def _why_unseen(line: Line, base: torch.Tensor, eps: float) -> str:
     )
 
 
-def _size_seen(line: Line, base: torch.Tensor, sizes: Sequence[float]) -> Resolution:
-    """The first of these sizes that changes the objective in half of the directions; else the best, or the last."""
-    best = None
+def best_size(line: Line, base: torch.Tensor, sizes: Sequence[float], least_seen: int = 2) -> Resolution | None:
+    """Of the sizes that change the objective in so many directions, the one at which it is most like a slope.
+
+    On both sides of θ, what a slope makes of the changes is odd; a bend, and the jumps of a step function, are even as
+    well. So the ratio of both falls where a move is so large that the objective bends, and where it is so small that
+    a few jumps are all there is. A jump counts as no less than the least change.
+
+    Returns:
+        None if no size does.
+    """
+    seen = []
     for size in sizes:
-        changes = torch.cat([line(number, [size]) - base for number in range(DIRECTIONS)]).nan_to_num(0.0, 0.0, 0.0)
-        own = Resolution(size, 0.0, 0.0, float(changes.square().mean().sqrt()) / size)
-        count = int((changes != 0).sum())
-        if best is None or count >= best[0]:
-            best = count, own
-        if 2 * count >= DIRECTIONS:
-            break
-    return best[1] if best else Resolution(SIZES[-1], 0.0, 0.0, 0.0)
+        sides = torch.stack([line(number, [size, -size]) for number in range(DIRECTIONS)]) - base
+        sides = sides.double().nan_to_num(0.0, 0.0, 0.0)
+        if int((sides != 0).any(dim=1).sum()) >= least_seen:
+            seen.append((size, sides))
+    if not seen:
+        return None
+    least = min(float(sides[sides != 0].abs().min()) for _, sides in seen)
+
+    def likeness(sides: torch.Tensor) -> float:
+        odd, even = (sides[:, 0] - sides[:, 1]) / 2, (sides[:, 0] + sides[:, 1]) / 2
+        return float(odd.square().mean().sqrt() / (even.square().mean().sqrt() + least))
+
+    size, sides = max(seen, key=lambda found: likeness(found[1]))
+    return Resolution(size, 0.0, 0.0, float(sides.square().mean().sqrt()) / size)

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_zocl import ZeroOrderMixin, ZOCLTrainer
+from hf_zocl.trainer.objective import SIZES, best_size
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
 
@@ -187,7 +188,21 @@ def test_exact_match_of_what_a_small_causal_lm_generates(tmp_path):
     assert logs[-1]["zo_objective"] < 0.2 < 0.7 < logs[0]["zo_objective"]
 
 
-def test_the_least_eps_that_half_of_the_directions_show_is_chosen(tmp_path):
+@pytest.mark.parametrize(("jump", "expected"), [(0.0, {1e-4, 3e-4}), (1e-2, {1e-2, 3e-2})])
+def test_eps_is_where_the_changes_are_most_like_a_slopes(jump, expected):
+    """Above the jumps of a step function, and below its bend, which from 0.1 on is as large as the slope."""
+
+    def line(number, offsets):
+        slopes = (3.0, -2.0, 1.0, -2.5)
+        values = torch.tensor([0.37 + slopes[number] * x + 20 * x * x for x in offsets], dtype=torch.float64)
+        return (values / jump).round() * jump if jump else values
+
+    found = best_size(line, line(0, [0.0]), SIZES)
+    assert found.eps in expected and found.is_seen
+    assert best_size(line, line(0, [0.0]), [1e-6]) is None if jump else True
+
+
+def test_of_an_objective_eps_is_logged_and_no_noise(tmp_path):
     def steps(model, inputs, outputs):
         return torch.stack([p.sum() for p in model.parameters()]).sum().div(0.2).round()
 

@@ -5,6 +5,7 @@ training goes on from a checkpoint to the bit, and with `zo_branch="none"` the l
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -215,6 +216,14 @@ def test_without_zeroth_order_layers_it_is_the_host(tmp_path, host):
     ours = run(host, tmp_path / "none", zeroth_order(host.trainer, host.config), zo_branch="none", save_strategy="no")
     assert logged_losses(ours) == expected
     assert sum(host.calls) == generated
+
+
+@pytest.mark.parametrize("host", ["sft"], indirect=True)
+def test_passes_that_left_a_trace_would_be_seen(tmp_path, host, monkeypatch):
+    monkeypatch.setattr("hf_zocl.trainer.micro_batch.leaving_no_trace", lambda host: nullcontext())
+    _, expected, _ = control(host, tmp_path / "control")
+    traced = run(host, tmp_path / "zo", zeroth_order(host.trainer, host.config), save_strategy="no", zo_layers="all")
+    assert traced.state.log_history[0]["num_tokens"] > expected["num_tokens"]
 
 
 @pytest.mark.parametrize("layers", ["hop-even", "all"])
