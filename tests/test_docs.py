@@ -107,6 +107,8 @@ PYTHON = {
     ("arguments.md", "MoEAdapterConfig"): Way(
         "a small model stands in for the Hub's", replaced=(('"openai/clip-vit-base-patch16"', "small_clip()"),)
     ),
+    ("own_project.md", "zeroth_order("): Way("as it stands", check=check_factory),
+    ("own_project.md", "zo_objective="): Way("as it stands"),
     ("hub.md", "load_task_checkpoint"): ASKS_THE_HUB,
     ("hub.md", "pipeline("): ASKS_THE_HUB,
     ("hub.md", "adapter_kwargs"): ASKS_THE_HUB,

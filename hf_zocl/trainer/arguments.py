@@ -63,7 +63,8 @@ class ZeroOrderArguments:
             `zo_eps` and `zo_learning_rate` take one value, or one for each tower, `vision=2,language=16` or a mapping.
         zo_eps: ε, the size of the perturbation; `auto` measures the rounding noise of the loss as a training begins,
             and takes the ε at which truncation and rounding are least.
-        zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO).
+        zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO). By default where it is of a
+            `zo_objective` and would be stepped along as it is, for an objective's scale says nothing of the weights'.
         zo_optim: `sgd`, `sign` or `adamw`.
         zo_learning_rate: The peak learning rate of the zeroth-order parameters.
         zo_momentum: Momentum of `sgd` and `sign`.
@@ -86,7 +87,9 @@ class ZeroOrderArguments:
     # Texts to HfArgumentParser, for a command line may say "auto" or "vision=2,language=16"; numbers once parsed.
     zo_queries: str = field(default=1, metadata={"help": "Directions per branch and step; or vision=2,language=16."})
     zo_eps: str = field(default="auto", metadata={"help": "Size of the perturbation, or auto: measured."})
-    zo_sign: bool = field(default=False, metadata={"help": "Step by the sign of the estimate (MoZO)."})
+    zo_sign: bool | None = field(
+        default=None, metadata={"help": "Step by the sign of the estimate (MoZO); default: with a zo_objective."}
+    )
     zo_optim: str = field(default="sgd", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
     zo_learning_rate: str = field(default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."})
     zo_momentum: float = field(default=0.0, metadata={"help": "Momentum of zo_optim=sgd and sign."})

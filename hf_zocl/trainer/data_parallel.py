@@ -77,15 +77,21 @@ class DataParallelTrainer(HookedTrainer):
         finally:
             self._share = None
 
+    @property
+    def _own_share(self) -> float:
+        """What this process's examples count in the mean over all: 1 but for an epoch's last batch."""
+        return 1.0 if self._share is None else self._share
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`Trainer.compute_loss`, in training times what this process's examples count in the mean over all.
 
         That is 1 but for an epoch's last batch in several processes. An override should call this one for it.
         """
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self._share in (None, 1.0):
+        share = self._own_share
+        if share == 1.0:
             return result
-        return (result[0] * self._share, result[1]) if return_outputs else result * self._share
+        return (result[0] * share, result[1]) if return_outputs else result * share
 
     def _own_examples(
         self, inputs: dict[str, torch.Tensor | Any], items_of_all: bool = True

@@ -75,14 +75,14 @@ class DifferenceWatch:
                 if not is_two_sided and two_sided_would_do(resolution.training_noise, finer):
                     hint = f" zo_estimator=two-sided would do in {self.precision}."
                 logger.warning_once(
-                    f"{_of(branch)}: in {self.precision} no difference of losses is seen well above their rounding"
-                    f"{' at zo_eps=' + str(eps) if eps else ''}: its zeroth-order passes run in float32.{hint}"
+                    f"{of_branch(branch)}: in {self.precision} no difference of losses is seen well above their "
+                    f"rounding{' at zo_eps=' + str(eps) if eps else ''}: its zeroth-order passes run in float32.{hint}"
                 )
         is_seen = {branch: resolution.is_seen for branch, resolution in found.items()}
         self.tries = 0 if all(is_seen.values()) else self.tries - 1
         for branch, resolution in found.items():
             if not is_seen[branch]:
-                logger.warning_once(f"{_of(branch)} {self._why_unseen(branch, resolution, why_flat)}")
+                logger.warning_once(f"{of_branch(branch)} {self._why_unseen(branch, resolution, why_flat)}")
         self.estimator.settle(found)
         logger.info("Zeroth-order passes: " + "; ".join(_described(*item) for item in found.items()) + ".")
 
@@ -103,7 +103,7 @@ class DifferenceWatch:
                 del self._seen[branch]
                 if resolution.is_seen and float(total) / count < resolution.noise:
                     logger.warning_once(
-                        f"{_of(branch)}: the differences of losses have fallen below the rounding of a loss "
+                        f"{of_branch(branch)}: the differences of losses have fallen below the rounding of a loss "
                         f"({resolution.noise:.1e}): what is left of the zeroth-order estimate is noise."
                     )
         if len(logs) > 2:
@@ -162,7 +162,7 @@ def _described(branch: str | None, resolution: Resolution) -> str:
     return f"{branch or 'model'} ε {resolution.eps:.2g}, rounding noise {resolution.noise:.1e}{precision}"
 
 
-def _of(branch: str | None) -> str:
+def of_branch(branch: str | None) -> str:
     return f"The {branch} tower" if branch else "The model"
 
 

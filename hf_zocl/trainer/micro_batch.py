@@ -19,6 +19,7 @@ from ..private_names import without_autocast
 from ..zo import Estimate, Evaluation
 from .compat import gradient_scaler
 from .differences import why_flat
+from .objective import Objective, value_of
 from .quiet import leaving_no_trace
 
 
@@ -51,6 +52,7 @@ class MicroBatch:
         self.trainer, self.stack = trainer, stack
         self.estimate: Estimate | None = None
         self._loss, self._backward = loss, backward
+        self._objective: Objective | None = trainer.zo_objective
         self._base_loss: torch.Tensor | None = None
         self._recording = stack.enter_context(ExitStack())
         self._has_begun = self._is_passed_back = self._is_hosts_own = False
@@ -64,13 +66,38 @@ class MicroBatch:
         if not self.trainer._has_first_order:
             with torch.autocast(self.device.type, enabled=False):
                 self._begin()
+                if self._objective is None:
+                    self._make_estimate()
+                    return (self.estimate.loss, None) if kwargs.get("return_outputs") else self.estimate.loss
+            with torch.no_grad():
+                result = self._recorded(model, inputs)
+            self._recording.close()
+            with torch.autocast(self.device.type, enabled=False):
                 self._make_estimate()
-            return (self.estimate.loss, None) if kwargs.get("return_outputs") else self.estimate.loss
+            return result
         self._begin()
+        return self._recorded(model, inputs)
+
+    def _recorded(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> Any:
+        """The host's loss at θ, from which the base of the differences is known."""
         self._recording.enter_context(self.evaluation.recording())
-        result = self._loss(model, inputs, *args, **kwargs)
-        self._base_loss = _scalar(result).detach()
-        return result
+        if self._objective is None:
+            result = self._loss(model, inputs, *self._args, **self._kwargs)
+            self._base_loss = _scalar(result).detach()
+            return result
+        result = self._loss_and_outputs(model, inputs)
+        self._base_loss = self._value(result[1])
+        return result if self._kwargs.get("return_outputs") else result[0]
+
+    def _loss_and_outputs(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> tuple[torch.Tensor, Any]:
+        if self._args:
+            return self._loss(model, inputs, True, *self._args[1:], **self._kwargs)
+        return self._loss(model, inputs, **{**self._kwargs, "return_outputs": True})
+
+    def _value(self, outputs: Any) -> torch.Tensor:
+        """The objective, counting what this process's examples do."""
+        value = value_of(self._objective, self._unwrapped(), copy(self.inputs), outputs)
+        return value * self.trainer._own_share
 
     def backward(self, loss: torch.Tensor, **kwargs) -> None:
         """In the place of the accelerator's `backward`."""
@@ -122,6 +149,8 @@ class MicroBatch:
             learning_rate=trainer._zo_learning_rates,
             finer=partial(self._finer, finer),
         )
+        if self._objective is not None and trainer._estimator.formula.is_two_sided:
+            self.estimate.loss = trainer._average_over_ranks(self._base_loss)
 
     def forward(self) -> torch.Tensor:
         """The loss, a scalar, at the present parameters."""
@@ -133,6 +162,8 @@ class MicroBatch:
 
     def _loss_without_gradient(self, module: nn.Module) -> torch.Tensor:
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            if self._objective is not None:
+                return self._value(self._loss_and_outputs(module, copy(self.inputs))[1])
             loss = _scalar(self._loss(module, copy(self.inputs), *self._args, **self._kwargs))
         if loss.dtype.itemsize < 4:
             logger.warning_once(
@@ -148,6 +179,9 @@ class MicroBatch:
         if not plan.buffers.is_watched:
             plan.buffers.watch(self.device, self.forward)
         before = ForwardState(self.device, plan.buffers)
+        # Whether a shortcut gives an objective's differences cannot be seen in a step function.
+        if self._objective is not None:
+            return PlainEvaluation(self.forward, before)
         if not plan.towers:
             # What is compiled as a whole cannot be taken apart.
             if plan.stack is None or trainer.args.torch_compile:

@@ -31,6 +31,7 @@ from .compat import accumulated_batches, put_first, scales_loss
 from .data_parallel import DataParallelTrainer
 from .differences import DEFAULT_EPS, DifferenceWatch
 from .micro_batch import MicroBatch
+from .objective import Objective, ObjectiveWatch, check_objective
 from .replay_file import load_replay_log, save_replay_log
 from .resumable import ResumableTrainer
 from .step_log import StepLog
@@ -62,8 +63,20 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     Parameters that a subclass's optimizer trains and the model lacks, such as a loss's own classifier, are first-order
     whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with.
 
+    What has no gradient can be learned as well: with `zo_objective` the zeroth-order layers learn by its values, and
+    first-order layers, if any, by the loss. It is called beside the loss in every pass, without gradient, and returns
+    a number or one for every example, the lower the better; `inputs` are what `compute_loss` got, `outputs` what it
+    returned. It can be a method of a subclass too:
+
+        def zo_objective(self, model, inputs, outputs):
+            return outputs.logits.argmax(-1) != inputs["labels"]
+
     Several processes train as one does (`DataParallelTrainer`), and a training that goes on from a checkpoint ends as
     one that never stopped (`ResumableTrainer`).
+
+    Args:
+        zo_objective: Where another base comes first, whose constructor does not know it, a method or an attribute.
+        *positional, **kwargs: The host's.
 
     Attributes:
         split: Which parameters are zeroth-order and which first-order; None with `zo_branch="none"`.
@@ -75,11 +88,15 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             `zo_optim` instead).
     """
 
-    def __init__(self, *positional, **kwargs):
+    zo_objective: Objective | None = None
+
+    def __init__(self, *positional, zo_objective: Objective | None = None, **kwargs):
         super().__init__(*positional, **kwargs)  # a host's own order of arguments
         args = self.args
         if not isinstance(args, ZeroOrderArguments):
             raise TypeError(f"args: expected arguments with ZeroOrderArguments as a base, got {type(args).__name__}.")
+        if zo_objective is not None:
+            self.zo_objective = zo_objective
         self.split: ParameterSplit | None = None
         self._estimator: ZOEstimator | None = None
         self._watch: DifferenceWatch | None = None
@@ -93,6 +110,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._step_log = StepLog()
         self.replay_log: ReplayLog | None = None
         if args.zo_branch == "none":
+            self._check_objective()
             return
         if self.optimizer is not None:
             raise ValueError(
@@ -111,6 +129,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         # A host may have made it, or wrapped it in an adapter.
         if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             self._assign_layers()  # fail before any work
+            self._check_objective()
         put_first(self, _InstallEstimate(self))  # what looks at the gradients is to see the estimate
 
     @property
@@ -141,6 +160,11 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             parameter.requires_grad_(not value)
         self._is_detached = value
 
+    def _check_objective(self) -> None:
+        if self.zo_objective is not None:
+            name = self.args.zo_estimator
+            check_objective(self.zo_objective, name, ESTIMATORS[name].has_eps, self.has_zo_parameters)
+
     def _assign_layers(self) -> None:
         args: ZeroOrderArguments = self.args
         # Where ε is to be measured, it is so at the first step.
@@ -162,12 +186,14 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         for them and data-parallel wrappers leave them alone.
         """
         if self.args.zo_branch == "none":
+            self._check_objective()
             return super().create_optimizer(model)
         if self._is_detached:  # called anew within `train`, for example with a smaller batch
             self._detach_zo_parameters(False)
         if not self._split_is_current():
             self._assign_layers()
             self.optimizer = None
+        self._check_objective()
         args = self.args
         self._detach_zo_parameters(True)
         if self.optimizer is None:
@@ -182,14 +208,14 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             self.split.zo,
             estimator=args.zo_estimator,
             queries=args.queries_by_branch,
-            # What is judged must be what will be applied.
-            sign=args.zo_sign or (ESTIMATORS[args.zo_estimator].judges_steps and args.zo_optim == "sign"),
+            sign=self._goes_by_sign,
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
             together=not find_towers(self.accelerator.unwrap_model(self.model)),
         )
-        self._watch = DifferenceWatch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
+        watch = DifferenceWatch if self.zo_objective is None else ObjectiveWatch
+        self._watch = watch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
         perturbations = self._estimator.perturbations.values()
         module = self.accelerator.unwrap_model(self.model)
         self._plan = TowerPlan(module, perturbations, self._average_over_ranks)
@@ -198,6 +224,15 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         is_replayable = not self._has_first_order and not self._estimator.is_streamed and not is_rounded
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
+
+    @property
+    def _goes_by_sign(self) -> bool:
+        args, formula = self.args, ESTIMATORS[self.args.zo_estimator]
+        if formula.judges_steps and args.zo_optim == "sign":
+            return True  # what is judged must be what will be applied
+        if args.zo_sign is None:
+            return self.zo_objective is not None and formula.has_scale and args.zo_optim == "sgd"
+        return args.zo_sign
 
     def _first_order_optimizer(self, model: nn.Module | None) -> torch.optim.Optimizer:
         """The Trainer's, over what requires a gradient alone: GaLore's and APOLLO's groups hold all parameters."""
@@ -250,8 +285,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     def _take(self, estimate: Estimate, scale: float) -> None:
         """Keep a micro-batch's estimate until the optimizer's step."""
         self._watch.see(estimate)
-        # A quotient of losses has no scale of its own.
-        own_scale = scale if self._estimator.formula.has_scale else 1.0 / accumulated_batches(self)
+        # A quotient of losses has no scale of its own, and an objective counts no items.
+        is_as_loss = self._estimator.formula.has_scale and self.zo_objective is None
+        own_scale = scale if is_as_loss else 1.0 / accumulated_batches(self)
         self._estimates.append((estimate, own_scale))
         self._step_log.see(estimate)
 
