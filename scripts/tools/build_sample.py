@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--cifar10", type=Path, required=True, help="CIFAR-10 as a dataset folder")
     parser.add_argument("--output_dir", type=Path, default=SAMPLE_DIR, help="default: the package's own sample folder")
-    parser.add_argument("--train_images_per_class", type=int, default=200)
+    parser.add_argument("--train_images_per_class", type=int, default=400)
     parser.add_argument("--test_images_per_class", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
