@@ -9,6 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_zocl import ZeroOrderMixin, ZOCLTrainer
+from hf_zocl.passes import PlainEvaluation
 from hf_zocl.trainer.objective import SIZES, best_size
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
@@ -150,6 +151,21 @@ def test_first_order_layers_learn_by_the_loss(tmp_path):
     plain = Trainer(model=control, args=arguments(tmp_path, zo_branch="none", max_steps=2), train_dataset=rows())
     plain.train()
     assert same(trainer, plain)
+
+
+def test_a_shortcut_is_used_for_the_loss_and_none_for_an_objective(tmp_path):
+    kinds = []
+
+    class Tells(ZOCLTrainer):
+        def _evaluation(self, micro_batch):
+            kinds.append(super()._evaluation(micro_batch))
+            return kinds[-1]
+
+    options = {"zo_layers": "all", "zo_eps": 1e-2, "max_steps": 1}
+    train(tmp_path, trainer_class=Tells, **options)
+    assert type(kinds.pop()) is not PlainEvaluation
+    train(tmp_path, trainer_class=type("Mine", (Tells,), {"zo_objective": staticmethod(the_loss)}), **options)
+    assert type(kinds.pop()) is PlainEvaluation
 
 
 class Host(Trainer):
