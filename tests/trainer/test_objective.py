@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 from hf_zocl import ZeroOrderMixin, ZOCLTrainer
 from hf_zocl.passes import PlainEvaluation
 from hf_zocl.trainer.objective import SIZES, best_size
-from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
+from tests.helpers import Mlp, arguments, rows, train, training_logs
 
 
 def the_loss(model, inputs, outputs):
