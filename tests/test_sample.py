@@ -40,7 +40,7 @@ def test_embedded_model_loads_as_float32_and_gives_finite_features(dataset):
     assert outputs.image_embeds.std(0).max() > 0.01  # images differ
 
 
-@pytest.mark.parametrize(("split", "per_class"), [("train", 200), ("test", 50)])
+@pytest.mark.parametrize(("split", "per_class"), [("train", 400), ("test", 50)])
 def test_embedded_dataset_is_balanced(dataset, split, per_class):
     assert Counter(dataset[split]["label"]) == dict.fromkeys(range(10), per_class)
     assert dataset[split][0]["img"].size == (32, 32)
@@ -57,7 +57,7 @@ def test_embedded_dataset_has_the_columns_of_cifar10(dataset):
 def test_embedded_train_and_test_images_are_distinct(dataset):
     raw = [split.cast_column("img", Image(decode=False)) for split in dataset.values()]
     images = [row["img"]["bytes"] for split in raw for row in split]
-    assert len(set(images)) == len(images) == 2500
+    assert len(set(images)) == len(images) == 4500
 
 
 def test_embedded_folders_have_cards():
