@@ -180,8 +180,8 @@ def loss_of(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
 class Reads(TorchDispatchMode):
     """Which parameters a model reads, and which of them away from θ."""
 
-    # By which parameters are moved and put back.
-    OTHERS = {"clone", "detach", "_foreach_add_", "_foreach_copy_"}
+    # By which parameters are moved and put back; of a view, it is what reads it that counts.
+    OTHERS = {"clone", "detach", "_foreach_add_", "_foreach_copy_", "view", "slice"}
 
     def __init__(self, parameters: list[torch.nn.Parameter]):
         super().__init__()
@@ -261,11 +261,14 @@ def assert_step_is_right(name: str, layers: str, streamed: bool, tmp_path, monke
 
     torch._foreach_copy_(list(theta), list(theta.values()))
     base, seen = loss(), set()
-    for branch, perturbation in trainer._estimator.perturbations.items():
-        (seed,) = trainer.estimate.gradient[branch].seeds
-        moves = directions(perturbation, seed)
+    all_moves = {
+        branch: directions(perturbation, *trainer.estimate.gradient[branch].seeds)
+        for branch, perturbation in trainer._estimator.perturbations.items()
+    }
+    for branch, moves in all_moves.items():
         seen |= set(moves)
-        torch._foreach_add_(list(moves), list(moves.values()), alpha=eps)
+        for each in all_moves.values() if trainer._estimator.moves_together else [moves]:
+            torch._foreach_add_(list(each), list(each.values()), alpha=eps)
         difference = loss() - base
         torch._foreach_copy_(list(theta), list(theta.values()))
         (found,) = trainer.estimate.differences[branch]

@@ -264,7 +264,7 @@ def test_the_sample_comes_from_the_package_and_has_no_hub_id():
     stream = get_benchmark("cifar10-sample").stream()
     assert (stream.name, stream.dataset_id) == ("cifar10-sample", None)
     assert stream[0].class_names == ("deer", "bird")
-    assert [len(task.train) for task in stream] == [400] * 5
+    assert [len(task.train) for task in stream] == [800] * 5
     assert [len(task.test) for task in stream] == [100] * 5
 
 
