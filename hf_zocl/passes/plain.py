@@ -47,7 +47,7 @@ class PlainEvaluation:
         losses = []
         for point in points:
             loss = self._loss(point)
-            while _was_missed(point):
+            while was_missed(point):
                 loss = self._loss(point)
             losses.append(loss)
         return losses
@@ -89,7 +89,7 @@ def _streamed(point: Point) -> list[StreamedPerturbation]:
     return [perturbation for perturbation in point if isinstance(perturbation, StreamedPerturbation)]
 
 
-def _was_missed(point: Point) -> bool:
+def was_missed(point: Point) -> bool:
     """Whether the last pass may have read streamed parameters at θ: then the next one moves them for longer."""
     missed = [perturbation for perturbation in _streamed(point) if perturbation.widen()]
     return bool(missed)

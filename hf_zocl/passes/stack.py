@@ -19,7 +19,7 @@ from torch import nn
 from ..private_names import tree_map
 from ..zo.estimators import Point
 from ..zo.perturbation import Perturbation
-from .plain import PlainEvaluation, at, watch
+from .plain import PlainEvaluation, at, was_missed, watch
 from .random_state import ForwardState
 from .structure import forward_of
 
@@ -121,7 +121,7 @@ class StackEvaluation:
             self.before.restore()
             with at(points[0]), self.recording():
                 losses.append(self.forward())
-            if any(perturbation.widen() for perturbation in points[0] if hasattr(perturbation, "widen")):
+            if was_missed(points[0]):
                 losses.clear()  # it may have read parameters at θ
             else:
                 points.pop(0)

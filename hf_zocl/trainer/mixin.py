@@ -204,6 +204,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
             parts = [first_order, zo] if any(group["params"] for group in first_order.param_groups) else [zo]
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
+        module = self.accelerator.unwrap_model(self.model)
         self._estimator = ZOEstimator(
             self.split.zo,
             estimator=args.zo_estimator,
@@ -212,12 +213,11 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             seed=args.seed if args.zo_seed is None else args.zo_seed,
             reduce=self._average_over_ranks,
             model=self.model if self._has_many_zo_parameters else None,
-            together=not find_towers(self.accelerator.unwrap_model(self.model)),
+            together=not find_towers(module),
         )
         watch = DifferenceWatch if self.zo_objective is None else ObjectiveWatch
         self._watch = watch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
         perturbations = self._estimator.perturbations.values()
-        module = self.accelerator.unwrap_model(self.model)
         self._plan = TowerPlan(module, perturbations, self._average_over_ranks)
         # What half precision rounds away of a move depends on ε, which a log does not have.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)

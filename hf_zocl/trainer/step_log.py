@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from ..zo import Estimate, Moments, Place
+from ..zo.perturbation import add_moments
 
 
 class StepLog:
@@ -47,12 +47,6 @@ class StepLog:
         if len({peaks[branch] for branch in rates}) == 1:
             rates = {None: next(iter(rates.values()))}
         self.figures |= {_name("zo_learning_rate", branch): rate for branch, rate in rates.items()}
-
-
-def add_moments(total: dict[Any, Moments], more: Mapping[Any, Moments]) -> None:
-    """Add moments to those of the same places."""
-    for place, moments in more.items():
-        total[place] = total[place] + moments if place in total else moments
 
 
 def _name(figure: str, branch: str | None, layer: int | str | None = None) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -32,6 +33,12 @@ class Moments:
         return self.squares / self.count - (self.total / self.count).square()
 
 
+def add_moments(total: dict[Any, Moments], more: Mapping[Any, Moments]) -> None:
+    """Add moments to those of the same places."""
+    for place, moments in more.items():
+        total[place] = total[place] + moments if place in total else moments
+
+
 @dataclass(frozen=True)
 class _Part:
     """A parameter's coordinates within one block: from where to where there, and of the parameter from where."""
@@ -41,6 +48,10 @@ class _Part:
     start: int
     stop: int
     first: int
+
+    def of(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The coordinates in one tensor for each parameter; a copy of them where they do not lie side by side."""
+        return tensors[self.index].reshape(-1)[self.first : self.first + self.stop - self.start]
 
 
 class Perturbation:
@@ -158,9 +169,9 @@ class Perturbation:
             # The parameters themselves: what is written to their data leaves them without a tangent.
             self._assign(map(forward_ad.make_dual, saved, self.pieces(self.vector(offset))))
             return
-        flat = [_flat(tensor) for tensor in data]
+        flat = [tensor.reshape(-1) for tensor in data]
         for parts, block in zip(self._parts, self._blocks([offset]), strict=True):
-            own = [flat[part.index][part.first : part.first + part.stop - part.start] for part in parts]
+            own = [part.of(flat) for part in parts]
             moves = [
                 block[part.start : part.stop].to(there.device, there.dtype)
                 for part, there in zip(parts, own, strict=True)
@@ -225,7 +236,7 @@ class Perturbation:
         """The move of a block's coordinates between two ends, over their distance: rounded as in `at`."""
         found = torch.empty_like(block)
         for part in parts:
-            own = self._data[part.index].reshape(-1)[part.first : part.first + part.stop - part.start]
+            own = part.of(self._data)
             drawn = block[part.start : part.stop]
             first, second = (own + (drawn * size).to(own.device, own.dtype) for size in ends)
             found[part.start : part.stop] = first.to(found.dtype) - second.to(found.dtype)
@@ -248,24 +259,17 @@ def _parts(sizes: Sequence[int], labels: Sequence[int | str | None]) -> Iterator
         yield parts
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's coordinates; a copy of them where they do not lie side by side."""
-    return tensor.reshape(-1)
-
-
 def _stepped(block: torch.Tensor, sign: bool, factor: float | torch.Tensor) -> torch.Tensor:
     block = block.sign_() if sign else block
     return block if isinstance(factor, float) and factor == 1 else block.mul_(factor)
 
 
 def _copy(tensors: Sequence[torch.Tensor], parts: Sequence[_Part], block: torch.Tensor) -> None:
-    flat = [tensors[part.index].view(-1)[part.first : part.first + part.stop - part.start] for part in parts]
-    copy_to_each(flat, [block[part.start : part.stop] for part in parts])
+    copy_to_each([part.of(tensors) for part in parts], [block[part.start : part.stop] for part in parts])
 
 
 def _add_moments(moments: dict[int | str | None, Moments], parts: Sequence[_Part], block: torch.Tensor) -> None:
     for label, group in groupby(parts, key=lambda part: part.label):
         mine = list(group)
         piece = block[mine[0].start : mine[-1].stop]
-        own = Moments(len(piece), piece.sum(), piece.square().sum())
-        moments[label] = moments[label] + own if label in moments else own
+        add_moments(moments, {label: Moments(len(piece), piece.sum(), piece.square().sum())})

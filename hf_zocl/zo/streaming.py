@@ -17,7 +17,7 @@ from torch import nn
 from ..private_names import TorchDispatchMode, is_compile_wrapper, is_compiled, storage_id, tree_leaves
 from .assignment import ZOGroup
 from .directions import Combination, direction_seed
-from .perturbation import Moments, Perturbation
+from .perturbation import Moments, Perturbation, add_moments
 from .room import Room
 
 
@@ -100,8 +100,7 @@ class StreamedPerturbation(Perturbation):
     def moments(self, gradient: Sequence[Combination]) -> dict[int | str | None, Moments]:
         total: dict[int | str | None, Moments] = {}
         for unit in self.units:
-            for label, own in unit.perturbation.moments([unit.own(term) for term in gradient]).items():
-                total[label] = total[label] + own if label in total else own
+            add_moments(total, unit.perturbation.moments([unit.own(term) for term in gradient]))
         return total
 
     def stream(
