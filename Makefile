@@ -33,9 +33,10 @@ test: $(VENV)/installed  ## the tests, without the slow ones, one process a core
 test-slow: $(VENV)/installed  ## the slow tests, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(CORES) --dist loadfile
 
-check: $(VENV)/installed  ## lint, format and the import floors
+check: $(VENV)/installed  ## lint, format, types and the import floors
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/installed  ## let ruff rewrite the files

@@ -32,6 +32,7 @@ EXTRAS["dev"] = [
     "hypothesis>=6.100",
     "ruff>=0.9",
     "import-linter>=2.1",
+    "mypy>=1.15",
     "tensorboard>=2.18",
     *EXTRAS["reproduce"],
 ]
@@ -57,5 +58,13 @@ setup(
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,
-    classifiers=["Programming Language :: Python :: 3"],
+    project_urls={"Paper": "https://arxiv.org/abs/2506.12409"},
+    keywords="zeroth-order optimization, continual learning, CLIP, transformers, peft, MeZO",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
 )

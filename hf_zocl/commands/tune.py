@@ -182,7 +182,8 @@ def whole_first_task(recipe: Recipe) -> Dataset:
 
 def split_by_class(data: Dataset, held_out: int, images: int | None, seed: int) -> tuple[Dataset, Dataset]:
     labels = np.asarray(data["label"])
-    train, test = [], []
+    train: list = []
+    test: list = []
     for label in np.unique(labels):
         rows = np.random.default_rng((seed, int(label))).permutation(np.flatnonzero(labels == label))
         if len(rows) <= held_out:

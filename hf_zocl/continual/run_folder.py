@@ -54,7 +54,7 @@ _OF_THE_RUN = {
 _OF_THE_RUN_BY_PREFIX = ("zo_", "lora_", "moe_")
 # The keys of the results that going on reads and adds to.
 _LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
-_NEEDED = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
+_NEEDED: dict[str, Any] = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
 _NEEDED |= dict.fromkeys(("seconds", "peak_memory_bytes"), (int, float))
 _HOW_TO_GO_ON = "--resume goes on with it, --overwrite_output_dir replaces it, another output_dir leaves it alone"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import numbers
 from collections.abc import Sequence
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -35,7 +36,7 @@ def draw_class_order(label_ids: list[int], given: Sequence[int] | None, seed: in
     return order
 
 
-def task_sizes(classes: int, initial_increment: int | None, increment: int | str) -> list[int]:
+def task_sizes(classes: int, initial_increment: int | None, increment: int | Literal["all"]) -> list[int]:
     """The number of classes of every task."""
     if increment == "all":
         return [classes]

@@ -109,9 +109,9 @@ class _Files:
             head, tail = content[:PROBE], content[-PROBE:]
         else:
             with open(self.paths[position].as_py(), "rb") as file:
-                head = file.read(PROBE)
+                head = memoryview(file.read(PROBE))
                 file.seek(max(0, size - PROBE))
-                tail = file.read()
+                tail = memoryview(file.read())
         return hashlib.blake2b(bytes(head) + bytes(tail), digest_size=16).digest() + size.to_bytes(8, "little")
 
     def is_same(self, position: int, others: _Files, other: int) -> bool:

@@ -297,8 +297,8 @@ class TaskStream(Sequence[Task]):
             )
         check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
         if scenario == "domain":
-            domains = {*train.domains.tolist(), *test.domains.tolist()}
-            domains = in_order(domains) if all(isinstance(domain, str) for domain in domains) else sorted(domains)
+            found = {*train.domains.tolist(), *test.domains.tolist()}
+            domains = in_order(found) if all(isinstance(domain, str) for domain in found) else sorted(found)
             parts = {str(domain): (train.in_domain(domain), test.in_domain(domain)) for domain in domains}
             cuts = [(0, len(order))]
         else:

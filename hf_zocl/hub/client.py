@@ -162,8 +162,8 @@ def download(repo_id: str, patterns: Sequence[str], revision: str | None = None,
 def _response(error: BaseException | None) -> Any:
     """The answer of the Hub behind an error, which the client may have wrapped."""
     while error is not None:
-        if getattr(error, "response", None) is not None:
-            return error.response
+        if (response := getattr(error, "response", None)) is not None:
+            return response
         error = error.__cause__
     return None
 

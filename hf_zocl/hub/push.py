@@ -359,7 +359,8 @@ class PushOnSave(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         weights = {name: tensor.cpu().contiguous() for name, tensor in adapter_weights(model.clip).items()}
         files: dict[str, Path | bytes] = {ADAPTER_WEIGHTS: save(weights, metadata={"format": "pt"})}
-        scratch, replaces = None, ()
+        scratch: Path | None = None
+        replaces: tuple[str, ...] = ()
         if self.strategy != "every_save":
             scratch = checkpoint.with_name(f"{SCRATCH}{checkpoint.name}")  # the Trainer may remove its own meanwhile
             folder = LAST_CHECKPOINT

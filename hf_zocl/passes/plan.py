@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -137,7 +137,7 @@ class TowerPlan:
         with uncounted(self.model), without_autocast(before.device.type):
             check = SelfCheck(PlainEvaluation(forward, before).losses, self.precision, self.reduce)
             check.look(self.all_perturbations)
-            faults = {}
+            faults: Mapping[tuple[str, str | None], str] = {}
             if check.is_seen:
                 self.used, faults = holding(self.shortcuts, lambda used: check.fault(losses_by(used)))
         state.restore()

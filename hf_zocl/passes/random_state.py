@@ -93,7 +93,7 @@ class ForwardState:
     ):
         self.device = device
         self.buffers = buffers if isinstance(buffers, Buffers) else Buffers(buffers)
-        self.places = self.buffers.places() if earlier is None else earlier.places
+        self.places: dict[str, tuple[nn.Module, str]] = self.buffers.places() if earlier is None else earlier.places
         present = {name: own_buffers(module).get(key) for name, (module, key) in self.places.items()}
         self.tensors = {name: tensor for name, tensor in present.items() if tensor is not None}
         # A module that replaces a buffer may say in an attribute that it has.
@@ -184,7 +184,8 @@ class _CopyBeforeWriting(TorchDispatchMode):
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         super().__init__()
-        self._tensors, self._copies = tensors, {}
+        self._tensors = tensors
+        self._copies: dict[str, torch.Tensor] = {}
         self._names: dict[int | None, list[str]] = {}
         for name, tensor in tensors.items():
             self._names.setdefault(_address(tensor), []).append(name)

@@ -13,6 +13,6 @@ def pretraining_rows(labels: Sequence[int]) -> np.ndarray:
     Args:
         labels: The label of every row of the training split.
     """
-    labels, rng = np.asarray(labels), np.random.RandomState(0)
-    shuffled = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    array, rng = np.asarray(labels), np.random.RandomState(0)
+    shuffled = [rng.permutation(np.flatnonzero(array == label)) for label in np.unique(array)]
     return np.sort(np.concatenate([rows[: len(rows) // 2] for rows in shuffled]))

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
@@ -40,6 +40,15 @@ _WHY_NOT = {
     "DeepSpeed": "its engine owns the gradients and the optimizer's step, and never sees an estimate in .grad.",
     "parallelism_config": "ranks that hold parts of one model would each perturb their own part in their own way.",
 }
+
+
+if TYPE_CHECKING:
+    OnePerTower = float | str | Mapping[str, float | str]
+    Layers = str | int | list[int] | list[str]
+else:
+    # What HfArgumentParser is to make of a command line, which may say "auto" or "vision=2,language=16".
+    OnePerTower = str
+    Layers = str | list[str]
 
 
 @dataclass(repr=False, kw_only=True)  # the repr of TrainingArguments shows no token
@@ -79,19 +88,22 @@ class ZeroOrderArguments:
     """
 
     zo_branch: str = field(default="dual", metadata={"help": f"Zeroth-order branch: {', '.join(BRANCHES)}."})
-    zo_layers: str | list[str] = field(
+    zo_layers: Layers = field(
         default_factory=lambda: "hop-even",  # HfArgumentParser reads the default of a list from its factory alone
         metadata={"help": f"Zeroth-order layers: {', '.join(LAYER_SCHEMES)}, numbers from 1, or regular expressions."},
     )
     zo_estimator: str = field(default="one-sided", metadata={"help": f"Estimator: {', '.join(ESTIMATORS)}."})
-    # Texts to HfArgumentParser, for a command line may say "auto" or "vision=2,language=16"; numbers once parsed.
-    zo_queries: str = field(default=1, metadata={"help": "Directions per branch and step; or vision=2,language=16."})
-    zo_eps: str = field(default="auto", metadata={"help": "Size of the perturbation, or auto: measured."})
+    zo_queries: OnePerTower = field(
+        default=1, metadata={"help": "Directions per branch and step; or vision=2,language=16."}
+    )
+    zo_eps: OnePerTower = field(default="auto", metadata={"help": "Size of the perturbation, or auto: measured."})
     zo_sign: bool | None = field(
         default=None, metadata={"help": "Step by the sign of the estimate (MoZO); default: with a zo_objective."}
     )
     zo_optim: str = field(default="sgd", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
-    zo_learning_rate: str = field(default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."})
+    zo_learning_rate: OnePerTower = field(
+        default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."}
+    )
     zo_momentum: float = field(default=0.0, metadata={"help": "Momentum of zo_optim=sgd and sign."})
     zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})

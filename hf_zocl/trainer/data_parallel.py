@@ -28,8 +28,10 @@ class DataParallelTrainer(HookedTrainer):
     what it trains without autograd (`_gradient_free_parameters`).
     """
 
-    # Parameters that are trained though they require no gradient.
-    _gradient_free_parameters: Sequence[nn.Parameter] = ()
+    @property
+    def _gradient_free_parameters(self) -> Sequence[nn.Parameter]:
+        """Parameters that are trained though they require no gradient."""
+        return ()
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

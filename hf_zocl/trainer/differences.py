@@ -94,7 +94,7 @@ class DifferenceWatch:
 
     def logs(self) -> dict[str, float]:
         """σ and ε of every branch; and a warning where the differences since the last one are below σ."""
-        logs = {}
+        logs: dict[str, float] = {}
         for branch, resolution in self.estimator.resolutions.items():
             suffix = f"_{branch}" if branch else ""
             logs |= {f"zo_noise{suffix}": resolution.noise, f"zo_eps{suffix}": resolution.eps}
@@ -186,7 +186,8 @@ def why_flat(
                 return f"The adapter of {name} is {what}: {undo} to train it."
     for parameter in parameters:
         parameter.requires_grad_(True)
-    value, gradients = None, ()
+    value: float | None = None
+    gradients: tuple[torch.Tensor | None, ...] = ()
     try:
         loss = loss_with_gradient()
         value = float(loss.detach())

@@ -146,7 +146,7 @@ class MicroBatch:
             step=trainer.state.global_step,
             micro_step=len(trainer._estimates),
             base_loss=self._base_loss,
-            learning_rate=trainer._zo_learning_rates,
+            learning_rate=trainer._estimates.learning_rates,
             finer=partial(self._finer, finer),
         )
         if self._objective is not None and trainer._estimator.formula.is_two_sided:

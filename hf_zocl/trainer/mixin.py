@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
-from transformers.utils import logging
 
-from ..passes import PlainEvaluation, TowerEvaluation, TowerPlan, find_towers, task_aware
+from ..passes import TowerPlan, find_towers, task_aware
 from ..passes.structure import shadowed
 from ..zo import (
     ESTIMATORS,
     Estimate,
+    Evaluation,
     HybridOptimizer,
-    Moments,
     ParameterSplit,
-    Place,
     ReplayLog,
     ReplaySettings,
     ZOEstimator,
@@ -32,12 +30,10 @@ from .data_parallel import DataParallelTrainer
 from .differences import DEFAULT_EPS, DifferenceWatch
 from .micro_batch import MicroBatch
 from .objective import Objective, ObjectiveWatch, check_objective
-from .replay_file import load_replay_log, save_replay_log
+from .pending import PendingEstimates
+from .replay_file import earlier_log, save_replay_log
 from .resumable import ResumableTrainer
-from .step_log import StepLog
 
-
-logger = logging.get_logger(__name__)
 
 # More zeroth-order parameters than this, in number and as a part of the model, are moved in place, layer by layer.
 STREAMED_PARAMETERS = 1 << 24
@@ -89,25 +85,21 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     """
 
     zo_objective: Objective | None = None
+    _estimator: ZOEstimator
+    _watch: DifferenceWatch
+    _plan: TowerPlan
+    _hybrid: HybridOptimizer
 
     def __init__(self, *positional, zo_objective: Objective | None = None, **kwargs):
         super().__init__(*positional, **kwargs)  # a host's own order of arguments
-        args = self.args
+        args: Any = self.args
         if not isinstance(args, ZeroOrderArguments):
             raise TypeError(f"args: expected arguments with ZeroOrderArguments as a base, got {type(args).__name__}.")
         if zo_objective is not None:
             self.zo_objective = zo_objective
         self.split: ParameterSplit | None = None
-        self._estimator: ZOEstimator | None = None
-        self._watch: DifferenceWatch | None = None
-        self._plan: TowerPlan | None = None
-        self._hybrid: HybridOptimizer | None = None
         self._is_detached = False
-        # The estimates of the micro-batches, and what each counts; a gradient only when the optimizer wants it.
-        self._estimates: list[tuple[Estimate, float]] = []
-        self._streamed: list[tuple[Estimate, float]] = []  # those of the last step, and its learning rates
-        self._streamed_rates: dict[str | None, float] = {}
-        self._step_log = StepLog()
+        self._estimates: PendingEstimates | None = None  # and what it is made of: once there is an optimizer
         self.replay_log: ReplayLog | None = None
         if args.zo_branch == "none":
             self._check_objective()
@@ -219,6 +211,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._watch = watch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
         perturbations = self._estimator.perturbations.values()
         self._plan = TowerPlan(module, perturbations, self._average_over_ranks)
+        self._estimates = PendingEstimates(
+            self.split, self._estimator, self._hybrid, args.zo_max_grad_norm, args.learning_rates_by_branch
+        )
         # What half precision rounds away of a move depends on ε, which a log does not have.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
         is_replayable = not self._has_first_order and not self._estimator.is_streamed and not is_rounded
@@ -276,7 +271,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             "calls super().training_step, or self.compute_loss and self.accelerator.backward once each."
         )
 
-    def _evaluation(self, micro_batch: MicroBatch) -> PlainEvaluation | TowerEvaluation:
+    def _evaluation(self, micro_batch: MicroBatch) -> Evaluation:
         return micro_batch.make_evaluation()
 
     def _measure_differences(self, micro_batch: MicroBatch) -> None:
@@ -288,54 +283,28 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         # A quotient of losses has no scale of its own, and an objective counts no items.
         is_as_loss = self._estimator.formula.has_scale and self.zo_objective is None
         own_scale = scale if is_as_loss else 1.0 / accumulated_batches(self)
-        self._estimates.append((estimate, own_scale))
-        self._step_log.see(estimate)
+        self._estimates.add(estimate, own_scale)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the zeroth-order figures and a model's own (`TaskAware.extra_logs`) beside the loss."""
-        is_of_training = "loss" in logs
+        is_of_training, estimates = "loss" in logs, self._estimates
         if is_of_training:
-            if self._streamed:  # all directions are drawn again for these figures
-                self._see_gradient(self._estimator.moments(self._streamed), self._streamed_rates)
-            logs.update({name: float(value) for name, value in self._step_log.figures.items()})
-            if self._watch is not None:
+            if estimates is not None:
+                logs.update(estimates.figures())
                 logs.update(self._watch.logs())
             logs.update(task_aware(self.model).extra_logs())
         super().log(logs, start_time)
-        if is_of_training:
-            self.state.log_history[-1].update({name: float(value) for name, value in self._step_log.by_layer.items()})
-
-    def _forget_estimates(self) -> None:
-        self._estimates.clear()
+        if is_of_training and estimates is not None:
+            self.state.log_history[-1].update(estimates.figures_by_layer())
 
     def _install_estimates(self) -> None:
-        """Hand the estimate to the optimizer: normalised and clipped apart from the first-order gradients."""
-        estimates, limit = list(self._estimates), self.args.zo_max_grad_norm
-        if not estimates:
+        """Hand the estimate to the optimizer, and take note of it for replay."""
+        if not self._estimates:
             raise self._no_estimate()
-        self._forget_estimates()
         if self.replay_log is not None:
-            self.replay_log.record(self.state.global_step, estimates, list(self._zo_learning_rates.values()))
-        if self._estimator.is_streamed:
-            self._hybrid.stream = self._stream_estimates(estimates, limit)
-            return
-        self._see_gradient(self._estimator.write(estimates), self._zo_learning_rates)
-        if limit > 0:
-            nn.utils.clip_grad_norm_(self.split.zo_parameters, limit)
-
-    def _stream_estimates(self, estimates: list[tuple[Estimate, float]], limit: float) -> Iterator[None]:
-        """The gradients of one layer after another, for an optimizer that steps once for each."""
-        factor = 1.0
-        if limit > 0:
-            squares = sum(own.squares for own in self._estimator.moments(estimates).values())
-            count = sum(len(perturbation) for perturbation in self._estimator.perturbations.values())
-            norm = count**0.5 if self._estimator.sign else squares.sqrt()
-            factor = torch.as_tensor(limit / (norm + 1e-6)).clamp(max=1.0)
-        self._streamed, self._streamed_rates = estimates, dict(self._zo_learning_rates)
-        return self._estimator.stream(estimates, factor)
-
-    def _see_gradient(self, moments: dict[Place, Moments], rates: dict[str | None, float]) -> None:
-        self._step_log.see_gradient(moments, rates, self.args.learning_rates_by_branch)
+            rates = list(self._estimates.learning_rates.values())
+            self.replay_log.record(self.state.global_step, list(self._estimates), rates)
+        self._estimates.install()
 
     def _replay_settings(self) -> ReplaySettings:
         args, estimator = self.args, self._estimator
@@ -352,12 +321,12 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     # What the two bases ask.
 
     @property
-    def _gradient_free_parameters(self) -> list[nn.Parameter]:
+    def _gradient_free_parameters(self) -> Sequence[nn.Parameter]:
         return self.split.zo_parameters if self.split is not None else []
 
     @property
-    def _foreign_parameters(self) -> list[nn.Parameter]:
-        groups = self._hybrid.param_groups if self._hybrid is not None else []
+    def _foreign_parameters(self) -> Sequence[nn.Parameter]:
+        groups = self._hybrid.param_groups if self._estimates is not None else []
         own = {id(parameter) for parameter in self.model.parameters()}
         return [parameter for group in groups for parameter in group["params"] if id(parameter) not in own]
 
@@ -367,40 +336,21 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _save_progress(self, folder: Path) -> None:
         super()._save_progress(folder)
-        if self.args.should_save and self._watch is not None:
+        if self.args.should_save and self._estimates is not None:
             self._watch.save(folder)
         if self.replay_log is not None and self.args.should_save:
             save_replay_log(self.replay_log, folder / REPLAY_FILE)
 
     def _restore_progress(self, folder: Path) -> None:
         super()._restore_progress(folder)
-        if self._watch is not None:
+        if self._estimates is not None:
             self._watch.load(folder)
         if self.replay_log is not None:
-            self.replay_log = self._earlier_log(folder / REPLAY_FILE)
-
-    def _earlier_log(self, file: Path) -> ReplayLog | None:
-        """The steps before the checkpoint, where they are known and were taken as those that follow will be."""
-        if not file.is_file():
-            return None
-        try:
-            log = load_replay_log(file)
-        except ValueError as error:
-            logger.warning(f"{error} The training goes on without a log of its steps.")
-            return None
-        if log.settings != self._replay_settings():
-            logger.warning(f"{file}: its steps were taken under other arguments, so no log of the steps is kept.")
-            return None
-        return log
+            self.replay_log = earlier_log(folder / REPLAY_FILE, self._replay_settings())
 
     def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """What the Trainer multiplies the loss of a micro-batch by."""
         return 1.0 if scales_loss(self, num_items_in_batch) else 1.0 / accumulated_batches(self)
-
-    @property
-    def _zo_learning_rates(self) -> dict[str | None, float]:
-        """By branch, in the order of the branches."""
-        return {group["zo_branch"]: group["lr"] for group in self.optimizer.param_groups if "zo_branch" in group}
 
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses
@@ -413,7 +363,7 @@ class _InstallEstimate(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if self.trainer.has_zo_parameters and self.trainer._hybrid is None:
+        if self.trainer.has_zo_parameters and self.trainer._estimates is None:
             raise RuntimeError(
                 f"{type(self.trainer).__name__}: its create_optimizer does not call super().create_optimizer, which "
                 "adds the zeroth-order rule."
@@ -421,7 +371,8 @@ class _InstallEstimate(TrainerCallback):
         self._clear_foreign_gradients()
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.trainer._forget_estimates()  # what an interrupted step may have left
+        if self.trainer._estimates is not None:
+            self.trainer._estimates.clear()  # what an interrupted step may have left
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._install_estimates()

@@ -8,10 +8,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from ..files import written_whole
 from ..zo import ReplayLog, ReplaySettings
 
+
+logger = logging.get_logger(__name__)
 
 # How directions are drawn: a log says it, for a seed drawn otherwise gives other ones.
 DIRECTION = "packed-rademacher"
@@ -41,3 +44,18 @@ def load_replay_log(path: str | Path) -> ReplayLog:
         return ReplayLog.from_tensors(ReplaySettings(**settings), load_file(path))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path} is no log of zeroth-order steps ({error}).") from error
+
+
+def earlier_log(path: Path, settings: ReplaySettings) -> ReplayLog | None:
+    """The steps before a checkpoint, where they are known and were taken under the settings of those that follow."""
+    if not path.is_file():
+        return None
+    try:
+        log = load_replay_log(path)
+    except ValueError as error:
+        logger.warning(f"{error} The training goes on without a log of its steps.")
+        return None
+    if log.settings != settings:
+        logger.warning(f"{path}: its steps were taken under other arguments, so no log of the steps is kept.")
+        return None
+    return log

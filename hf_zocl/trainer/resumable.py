@@ -88,10 +88,15 @@ class ResumableTrainer(HookedTrainer):
         earlier_seconds: How long the training lasted up to the checkpoint that it went on from.
     """
 
-    # Parameters that are trained though they require no gradient.
-    _gradient_free_parameters: Sequence[nn.Parameter] = ()
-    # Parameters that are trained and are none of the model's.
-    _foreign_parameters: Sequence[nn.Parameter] = ()
+    @property
+    def _gradient_free_parameters(self) -> Sequence[nn.Parameter]:
+        """Parameters that are trained though they require no gradient."""
+        return ()
+
+    @property
+    def _foreign_parameters(self) -> Sequence[nn.Parameter]:
+        """Parameters that are trained and are none of the model's."""
+        return ()
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

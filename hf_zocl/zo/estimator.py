@@ -139,7 +139,7 @@ class ZOEstimator:
         Returns:
             The moments of the sum by branch and layer, before any sign normalisation.
         """
-        moments = {}
+        moments: dict[Place, Moments] = {}
         for branch, perturbation in self.perturbations.items():
             own = perturbation.write(_gradient(estimates, branch), self.sign)
             moments |= {(branch, layer): value for layer, value in own.items()}
@@ -156,7 +156,7 @@ class ZOEstimator:
     @torch.no_grad()
     def moments(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[Place, Moments]:
         """Those that `write` returns, made without writing anything."""
-        moments = {}
+        moments: dict[Place, Moments] = {}
         for branch, perturbation in self.perturbations.items():
             own = perturbation.moments(_gradient(estimates, branch))
             moments |= {(branch, layer): value for layer, value in own.items()}

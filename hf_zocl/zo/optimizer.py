@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -72,8 +73,13 @@ def build_zo_optimizer(
     """
     branches: dict[str | None, dict] = {}
     for group in groups:
-        branch = {"params": [], "lr": in_branch(lr, group.branch), "zo_branch": group.branch, "zo_names": []}
-        branch = branches.setdefault(group.branch, branch)
+        fresh: dict[str, Any] = {
+            "params": [],
+            "lr": in_branch(lr, group.branch),
+            "zo_branch": group.branch,
+            "zo_names": [],
+        }
+        branch = branches.setdefault(group.branch, fresh)
         branch["params"].extend(group.parameters)
         branch["zo_names"].extend(group.names)
     params = list(branches.values())

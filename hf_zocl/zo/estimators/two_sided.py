@@ -43,8 +43,8 @@ class TwoSided(Estimator):
             # Two branches meet at the four points of their first queries twice: each is evaluated once.
             keys = [frozenset(point.items()) for point in points]
             unique = dict(zip(keys, points, strict=True))
-            losses = dict(zip(unique, way.losses(list(unique.values())), strict=True))
-            found += [losses[key] for key in keys]
+            by_point = dict(zip(unique, way.losses(list(unique.values())), strict=True))
+            found += [by_point[key] for key in keys]
         losses = step.reduce(torch.stack(found))
         estimate, first = Estimate(loss=losses.mean()), 0
         for turn in sides:

@@ -1,0 +1,94 @@
+"""A step's zeroth-order estimates, between their micro-batches and the optimizer's step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from ..zo import Estimate, HybridOptimizer, Moments, ParameterSplit, Place, ZOEstimator
+from .step_log import StepLog
+
+
+class PendingEstimates:
+    """Keeps estimates as seeds and weights, and makes a gradient of them only when the optimizer wants it.
+
+    Args:
+        split: Which parameters are zeroth-order.
+        estimator: Made the estimates.
+        optimizer: Steps along their sum.
+        max_norm: Clips the sum, apart from the first-order gradients; 0 does not clip.
+        peak_rates: The highest learning rate of every branch, for the log.
+    """
+
+    def __init__(
+        self,
+        split: ParameterSplit,
+        estimator: ZOEstimator,
+        optimizer: HybridOptimizer,
+        max_norm: float,
+        peak_rates: Mapping[str | None, float],
+    ):
+        self.split, self.estimator, self.optimizer = split, estimator, optimizer
+        self.max_norm, self.peak_rates = max_norm, peak_rates
+        self._scaled: list[tuple[Estimate, float]] = []
+        self._log = StepLog()
+        # Those of the last step that was streamed, and its learning rates.
+        self._streamed: list[tuple[Estimate, float]] = []
+        self._streamed_rates: dict[str | None, float] = {}
+
+    def __len__(self) -> int:
+        return len(self._scaled)
+
+    def __iter__(self) -> Iterator[tuple[Estimate, float]]:
+        """Every micro-batch's estimate, and what it counts."""
+        return iter(self._scaled)
+
+    def add(self, estimate: Estimate, scale: float) -> None:
+        """Keep a micro-batch's estimate, which counts `scale`."""
+        self._scaled.append((estimate, scale))
+        self._log.see(estimate)
+
+    def clear(self) -> None:
+        self._scaled.clear()
+
+    def install(self) -> None:
+        """Hand the estimate to the optimizer: normalised, and clipped apart from the first-order gradients."""
+        estimates = list(self)
+        self.clear()
+        if self.estimator.is_streamed:
+            self.optimizer.stream = self._stream(estimates)
+            return
+        self._see_gradient(self.estimator.write(estimates), self.learning_rates)
+        if self.max_norm > 0:
+            nn.utils.clip_grad_norm_(self.split.zo_parameters, self.max_norm)
+
+    def _stream(self, estimates: list[tuple[Estimate, float]]) -> Iterator[None]:
+        """The gradients of one layer after another, for an optimizer that steps once for each."""
+        factor: torch.Tensor | float = 1.0
+        if self.max_norm > 0:
+            squares = torch.as_tensor(sum(own.squares for own in self.estimator.moments(estimates).values()))
+            count = sum(len(perturbation) for perturbation in self.estimator.perturbations.values())
+            norm = count**0.5 if self.estimator.sign else squares.sqrt()
+            factor = torch.as_tensor(self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        self._streamed, self._streamed_rates = estimates, dict(self.learning_rates)
+        return self.estimator.stream(estimates, factor)
+
+    @property
+    def learning_rates(self) -> dict[str | None, float]:
+        """The present ones, by branch, in the order of the branches."""
+        return {group["zo_branch"]: group["lr"] for group in self.optimizer.param_groups if "zo_branch" in group}
+
+    def figures(self) -> dict[str, float]:
+        """The latest step's, for the console and the history."""
+        if self._streamed:  # all directions are drawn again for these figures
+            self._see_gradient(self.estimator.moments(self._streamed), self._streamed_rates)
+        return {name: float(value) for name, value in self._log.figures.items()}
+
+    def figures_by_layer(self) -> dict[str, float]:
+        """The latest step's, for the history alone."""
+        return {name: float(value) for name, value in self._log.by_layer.items()}
+
+    def _see_gradient(self, moments: dict[Place, Moments], rates: dict[str | None, float]) -> None:
+        self._log.see_gradient(moments, rates, self.peak_rates)
