@@ -66,6 +66,7 @@ def test_it_runs(name, tmp_path):
         assert after > before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, needed in NEEDS.items() if needed is not None])
 def test_what_is_missing_is_one_line(name):
     module, install = NEEDS[name]

@@ -90,6 +90,7 @@ def test_the_benchmark_of_the_moe_adapter_prints_a_table(capsys, monkeypatch):
     assert all(row.endswith("x") for row in rows[1:])
 
 
+@pytest.mark.slow
 def test_reproduce_runs_every_cell_once_and_prints_a_table(tmp_path, script):
     command = ["scripts/studies/reproduce.py", "layers", "--recipe", "scripts/recipes/quickstart.yaml"]
     command += ["--seeds", "0", "1", "--model_name_or_path", small_clip()]
@@ -135,6 +136,7 @@ def test_with_a_floor_of_retention_the_fastest_learner_wins():
         mark_best(rows, keep=9.5)
 
 
+@pytest.mark.slow
 def test_reproduce_chooses_rates_on_the_first_task_once(tmp_path, script):
     command = ["scripts/studies/reproduce.py", "mozo", "--recipe", "scripts/recipes/quickstart.yaml"]
     command += ["--cells", "MoZO", "--model_name_or_path", small_clip()]

@@ -60,6 +60,7 @@ def test_a_step_with_few_queries_is_mostly_noise_and_measuring_changes_no_bit(sc
     assert all(not p.requires_grad or p.grad is None or torch.isfinite(p.grad).all() for p in measured.parameters())
 
 
+@pytest.mark.slow
 def test_a_rate_of_zero_has_no_cosine(script, tmp_path):
     model = mini_clip_classifier()
     probe = script("alignment")["Probe"](model, every=1, batches=1)

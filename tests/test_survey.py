@@ -295,6 +295,7 @@ def test_what_is_stepped_was_perturbed_and_by_the_right_estimate(name, layers, s
         assert units and all(unit.modules for unit in units)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "CLIPModel"])
 def test_a_penalty_on_the_weights_is_part_of_the_estimate(name, streamed, tmp_path, monkeypatch):

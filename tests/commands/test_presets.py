@@ -105,6 +105,7 @@ def test_a_wrong_value_beside_a_preset_says_where_both_stand(tmp_path):
         parse(tmp_path, "preset: fzoo\nzo_queries: 1\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains(name, tmp_path):
     training = parse(tmp_path, f"preset: {name}\n").training

@@ -44,6 +44,7 @@ def test_the_numbers_are_those_of_the_run(run, number):
     assert measured["details"] == results["details"][number - 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "moe"])
 @pytest.mark.parametrize(("dtype", "adapters_own"), [("bfloat16", torch.float32), ("float64", torch.float64)])
 def test_a_checkpoint_is_loaded_in_the_dtype_of_its_run(tmp_path, dtype, adapters_own, adapter):
@@ -82,6 +83,7 @@ def test_another_scenario_asks_among_other_classes(run):
     assert measured["accuracy_row"][1] == 1.0  # the second task has one class
 
 
+@pytest.mark.slow
 def test_every_scenario_gives_the_same_numbers(tmp_path):
     four = ("--class_order", "3", "8", "0", "1")
     results = train(tmp_path, "--scenario", "task", *four, "--prompt_template", "a photo of a {}.", "a {}.")
@@ -107,6 +109,7 @@ def test_classes_that_are_not_the_streams_are_an_error(run):
         evaluate_checkpoint(run[0] / "task-01", class_order=[1, 2, 3], partial_order=True)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_what_was_measured(run, tmp_path):
     output_dir, results = run
     command = [

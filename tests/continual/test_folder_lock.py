@@ -41,6 +41,7 @@ def holder(tmp_path):
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_holder_that_is_killed_holds_nothing(tmp_path, holder):
     with pytest.raises(FolderInUseError, match=f"process {holder.pid} "):
         FolderLock(tmp_path).__enter__()

@@ -77,6 +77,7 @@ def run(tmp_path_factory) -> tuple[Path, ContinualTaskScheduler, list[dict[str, 
     return output_dir, scheduler, watch.kept
 
 
+@pytest.mark.slow
 def test_frozen_experts_stay_bit_identical_in_both_towers(run):
     _, scheduler, kept = run
     final = dict(scheduler.model.named_parameters())
@@ -113,6 +114,7 @@ def test_load_task_checkpoint_gives_the_same_logits_to_the_last_bit(run):
     assert torch.equal(loaded(images).logits, model(images).logits)
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_with_its_routers_and_frozen_experts(run, tmp_path):
     output_dir = tmp_path / "run"
     shutil.copytree(run[0], output_dir)

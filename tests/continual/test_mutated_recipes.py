@@ -155,6 +155,7 @@ def test_the_recipe_itself_runs_its_first_step(tmp_path):
     assert (tmp_path / "run" / "task-02" / "task.json").is_file()
 
 
+@pytest.mark.slow
 @seed(1993)
 @settings(RUNS, max_examples=150)
 @given(MUTATIONS)

@@ -139,6 +139,7 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert sorted(path.name for path in first.iterdir()) == sorted(path.name for path in second.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "steps"),
     [(HYBRID, 1), (ALL_ZO, 1), (MOE, 1), (ACCUMULATED, STEPS + 3)],

@@ -176,6 +176,7 @@ def test_every_scenario_runs_and_its_results_say_what_was_measured(scenario, cla
     assert ("mtil" in results) == (scenario == "cross-dataset")
 
 
+@pytest.mark.slow
 def test_what_training_leaves_as_it_is_has_no_forward_transfer(local, tmp_path):
     still = "--learning_rate 0 --zo_learning_rate 0 --initial_increment 2 --increment 1 --evaluate_future true"
     results = run(tmp_path / "run", "--benchmark", "none", "--dataset_path", local[0], *still.split())

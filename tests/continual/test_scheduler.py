@@ -133,6 +133,7 @@ def test_a_run_folder_and_a_task_name_a_checkpoint_too(run):
     assert model.class_names == ("cat", "ship")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_loads_without_hf_zocl(tmp_path):
     """In a process of its own, which must not import hf_zocl; the accuracy is the one in results.json."""
     script = tmp_path / "load.py"
@@ -281,6 +282,7 @@ def test_the_loaded_model_is_a_classifier(run):
     assert isinstance(load_task_checkpoint(run[0] / "task-01")[0], CLIPClassifier)
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_no_test_image_out(tmp_path):
     drop = "--dataloader_drop_last true --per_device_eval_batch_size 7 --per_device_train_batch_size 4"
     results = build_scheduler(small_recipe(tmp_path, *drop.split())).run()

@@ -57,6 +57,7 @@ def assert_the_first_task_alone_is_complete(folder) -> None:
     assert all(value.isfinite().all() for value in weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", ["none", "dual"])
 @pytest.mark.parametrize(
     ("step", "message"),

@@ -99,6 +99,7 @@ def put_back(request):
     return damage
 
 
+@pytest.mark.slow
 @settings(
     max_examples=250, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -120,6 +121,7 @@ def test_a_mutated_checkpoint_is_refused_by_name_or_means_the_same(original, exp
         (original / name).write_bytes(before)
 
 
+@pytest.mark.slow
 @settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -57,6 +57,7 @@ def changed(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["lora", "moe"])
 def test_a_checkpoint_is_trained_further_and_its_classes_are_known(adapter, tmp_path):
     folder = save_checkpoint(tmp_path, task=2, adapter=adapter)
@@ -105,6 +106,7 @@ def test_any_adapter_of_pefts_is_trained_further(tmp_path):
     assert all(torch.equal(trained[name], saved[name]) for name in saved)
 
 
+@pytest.mark.slow
 def test_another_method_of_pefts_is_trained_further_too(tmp_path):
     config = IA3Config(target_modules=["k_proj", "fc2"], feedforward_modules=["fc2"])
     changed(get_peft_model(clip(), config)).save_pretrained(tmp_path / "adapter")
@@ -173,6 +175,7 @@ def test_routers_of_another_streams_tasks_are_refused(tmp_path):
         load_pretrained(str(tmp_path), AdapterArguments())
 
 
+@pytest.mark.slow
 def test_a_fresh_adapter_on_the_merged_model_has_an_argument_of_its_own(tmp_path):
     folder = save_checkpoint(tmp_path, task=2)
     merged = tmp_path / "merged"
@@ -217,6 +220,7 @@ def two(active: str) -> torch.nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mine", "second", "default"])
 def test_the_active_adapter_is_trained_and_saved(name, tmp_path):
     model = get_peft_model(clip(), LORA, adapter_name="mine") if name == "mine" else two(name)

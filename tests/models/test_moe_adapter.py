@@ -534,6 +534,7 @@ def arguments(tmp_path, **options) -> ZOCLTrainingArguments:
     return ZOCLTrainingArguments(**{**defaults, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("branch", "layers"),
     [("dual", "all"), ("language", "hop-even"), ("vision", "hop-odd"), ("dual", "suffix-1"), ("none", "all")],
@@ -554,6 +555,7 @@ def test_the_trainer_takes_every_assignment(tmp_path, branch, layers):
         assert min(shares) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"gradient_checkpointing": True}, {"bf16": True, "use_cpu": True}, {"gradient_accumulation_steps": 2}]
 )
@@ -567,6 +569,7 @@ def test_the_trainers_options_work(tmp_path, options):
     assert all(torch.isfinite(parameter).all() for parameter in after.values())
 
 
+@pytest.mark.slow
 def test_all_losses_of_an_estimate_see_the_same_routing_noise(tmp_path):
     """With an ε as small as this the gates differ only if the noise does."""
     model, seen = mini_clip_classifier(adapter="moe"), []
@@ -615,6 +618,7 @@ def test_the_balance_loss_reaches_the_loss_in_training_alone():
     assert all(adapter.balance_losses is None for adapter in adapters(model))
 
 
+@pytest.mark.slow
 def test_with_a_balance_loss_every_loss_is_a_full_forward_pass(tmp_path):
     model = mini_clip_classifier(adapter="moe", moe_balance_loss=0.1, moe_noise=False, moe_dropout=0.0)
     assert model.couples_towers

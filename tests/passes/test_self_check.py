@@ -116,6 +116,7 @@ def test_a_penalty_of_two_percent_on_inner_states_is_noticed(tower, context, cap
     assert switched_off(caplog) == {"the reuse of towers"}
 
 
+@pytest.mark.slow
 def test_a_resumed_training_switches_off_the_same_and_ends_at_the_same_weights(tmp_path, caplog):
     def run(**options) -> tuple[nn.Module, set[str]]:
         caplog.clear()

@@ -155,6 +155,7 @@ MOE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MOE)
 @pytest.mark.parametrize(("branch", "layers"), [("dual", "all"), ("language", "hop-even"), ("vision", "suffix-2")])
 def test_moe_adapters_give_them_too(kind, branch, layers):
@@ -348,6 +349,7 @@ class CountSyncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_no_query_waits_for_the_accelerator(estimator):
     """transformers reads the mask of a plain text pass; a step has one such pass, however many queries."""

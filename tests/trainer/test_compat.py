@@ -314,6 +314,7 @@ def source_of(cls: type) -> str:
         return ""
 
 
+@pytest.mark.slow
 def test_no_other_class_overrides_a_private_name_of_its_bases():
     found = {}
     for module in pkgutil.walk_packages(hf_zocl.__path__, "hf_zocl."):

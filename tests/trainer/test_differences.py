@@ -78,6 +78,7 @@ def test_bf16_differences_follow_the_derivatives(tmp_path, warnings, adapter, la
     assert "The language tower: in bf16 no difference of losses is seen well above their rounding" in warnings.text
 
 
+@pytest.mark.slow
 def test_a_number_that_bf16_hides_is_seen_in_float32(tmp_path, warnings):
     model = randomised()
     trainer = one_step(tmp_path, model, bf16=True, zo_layers="all", zo_queries=12, zo_eps=5e-4)
@@ -86,6 +87,7 @@ def test_a_number_that_bf16_hides_is_seen_in_float32(tmp_path, warnings):
     assert "at zo_eps=0.0005: its zeroth-order passes run in float32" in warnings.text
 
 
+@pytest.mark.slow
 def test_two_sided_differences_of_a_bf16_tower_stay_in_bf16(tmp_path):
     model = randomised()
     trainer = one_step(tmp_path, model, bf16=True, zo_layers="all", zo_queries=12, zo_estimator="two-sided")
@@ -93,6 +95,7 @@ def test_two_sided_differences_of_a_bf16_tower_stay_in_bf16(tmp_path):
     assert min(correlations(trainer, model).values()) >= 0.95
 
 
+@pytest.mark.slow
 def test_noise_and_eps_are_logged_beside_the_differences(tmp_path):
     log = training_logs(train(tmp_path, Mlp(), data=rows(), zo_layers="all", max_steps=1))[0]
     assert 1e-9 < log["zo_noise"] < 1e-5
@@ -174,6 +177,7 @@ def test_a_loss_that_never_moves_is_named_with_its_reason(tmp_path, warnings, mo
     assert warnings.text.count("learns nothing by differences") == 1
 
 
+@pytest.mark.slow
 def test_a_merged_adapter_is_named(tmp_path, warnings):
     model = mini_clip_classifier()
     model.clip.merge_adapter()

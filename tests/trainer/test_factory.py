@@ -48,6 +48,7 @@ def test_it_trains_saves_and_goes_on(tmp_path):
         assert torch.equal(mine, other)
 
 
+@pytest.mark.slow
 def test_what_it_made_is_read_in_a_process_that_never_made_it(tmp_path):
     _, arguments = zeroth_order(Seq2SeqTrainer, Seq2SeqTrainingArguments)
     args = arguments(output_dir=str(tmp_path), zo_queries=3, use_cpu=True, report_to="none")

@@ -33,6 +33,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(weights(one), weights(other), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["all", "hop-odd"])
 @pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "fzoo", "conservative"])
 def test_an_objective_equal_to_the_loss_trains_to_the_same_bits(tmp_path, estimator, layers):
@@ -52,6 +53,7 @@ class PlainPasses(ZOCLTrainer):
         return PlainEvaluation(micro_batch.forward, super()._evaluation(micro_batch).before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", ["dual", "language"])
 def test_in_a_dual_encoder_it_trains_as_plain_passes_do(tmp_path, branch):
     options = {"zo_branch": branch, "zo_layers": "all", "zo_eps": 1e-2, "zo_sign": False, "zo_learning_rate": 1e-2}
@@ -153,6 +155,7 @@ def test_first_order_layers_learn_by_the_loss(tmp_path):
     assert same(trainer, plain)
 
 
+@pytest.mark.slow
 def test_a_shortcut_is_used_for_the_loss_and_none_for_an_objective(tmp_path):
     kinds = []
 
@@ -185,6 +188,7 @@ def test_a_method_will_do_in_either_order_of_the_bases(tmp_path):
     assert same(trainer, trained(tmp_path, Mlp(), the_loss, **options))
 
 
+@pytest.mark.slow
 def test_exact_match_of_what_a_small_causal_lm_generates(tmp_path):
     torch.manual_seed(0)
     sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 16, "vocab_size": 8}

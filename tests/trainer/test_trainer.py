@@ -44,6 +44,7 @@ def unmeasured(monkeypatch):
     monkeypatch.setattr(ZOCLTrainer, "_measure_differences", lambda *_: None)
 
 
+@pytest.mark.slow
 def test_branch_none_is_a_plain_trainer_to_the_last_bit(tmp_path):
     options = {"max_steps": 6, "gradient_accumulation_steps": 2, "warmup_steps": 2, "lr_scheduler_type": "cosine"}
     ours = train(tmp_path, zo_branch="none", **options)
@@ -111,6 +112,7 @@ def test_a_batch_keeps_its_type_in_every_pass(tmp_path):
     assert set(seen) == {BatchEncoding}
 
 
+@pytest.mark.slow
 def test_the_optimizer_and_pefts_saving_see_the_zo_parameters(tmp_path):
     model = mini_clip_classifier()
     seen = {}
@@ -241,6 +243,7 @@ def test_language_queries_do_not_run_the_vision_tower(tmp_path, unmeasured):
     assert calls == {"vision_model": 8, "text_model": 3 + 8}
 
 
+@pytest.mark.slow
 def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
     log = training_logs(train(tmp_path, zo_learning_rate=3e-3))[0]
     names = {"loss", "grad_norm", "learning_rate", "zo_loss_difference", "zo_grad_norm", "zo_learning_rate"}
@@ -251,6 +254,7 @@ def test_the_logs_carry_the_zeroth_order_figures(tmp_path):
     assert log["zo_variance_vision"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", ["one-sided", "conservative"])
 def test_a_tower_may_have_a_learning_rate_of_its_own(tmp_path, estimator):
     model, rates = mini_clip_classifier(), {"vision": 1e-3, "language": 5e-3}
@@ -271,6 +275,7 @@ def test_a_tower_may_have_a_learning_rate_of_its_own(tmp_path, estimator):
     assert all(torch.equal(a, b) for a, b in zip(trainable(again).values(), trainable(model).values(), strict=True))
 
 
+@pytest.mark.slow
 def test_the_history_alone_carries_the_variance_of_every_layer(tmp_path, capsys):
     log = training_logs(train(tmp_path, zo_layers="hop-even"))[0]
     names = {name for name in log if "_layer_" in name}
@@ -285,6 +290,7 @@ def test_the_history_alone_carries_the_variance_of_every_layer(tmp_path, capsys)
     assert "_layer_" not in printed
 
 
+@pytest.mark.slow
 def test_tensorboard_receives_the_zeroth_order_figures(tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -443,6 +449,7 @@ def test_fzoo_is_averaged_over_micro_batches_when_the_loss_counts_items(tmp_path
     assert training_logs(trainer)[0]["zo_grad_norm"] < count**0.5 * {1: 1.5, 4: 0.75}[accumulation]
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_weights(tmp_path):
     plain = train(tmp_path, zo_layers="hop-even")
     checkpointed = train(tmp_path, zo_layers="hop-even", gradient_checkpointing=True)
@@ -797,6 +804,7 @@ def test_a_compiled_model_is_not_compiled_again_when_weights_are_perturbed(tmp_p
     assert [e["loss"] for e in compiled] == pytest.approx([e["loss"] for e in eager], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", ["hop-even", "all"])
 def test_bf16_autocast_holds_for_every_pass_of_a_step(tmp_path, unmeasured, layers):
     seen, model = set(), mini_clip_classifier()

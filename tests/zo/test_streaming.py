@@ -337,6 +337,7 @@ def test_the_streamed_gradient_is_the_sum_of_its_directions(estimator):
     assert seen == len(perturbation.units)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"zo_optim": "adamw"}, {"zo_sign": True}, {"zo_max_grad_norm": 30.0}])
 def test_a_whole_model_learns_by_streamed_forward_passes_alone(tmp_path, monkeypatch, options):
     monkeypatch.setattr(hf_zocl.trainer.mixin, "STREAMED_PARAMETERS", 0)
