@@ -45,6 +45,7 @@ from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retent
 from .processes import by_main_process
 from .run_checks import check_measurable
 from .run_folder import RESULTS_FILE, ResumeError, RunFolder
+from .run_monitor import RunMonitor
 from .task_record import task_info
 from .task_training import TaskTraining
 
@@ -106,7 +107,7 @@ class ContinualTaskScheduler:
         self.image_cache_gb, self.skip_corrupt = image_cache_gb, skip_corrupt
         self.base_model = base_model or self.recipe.get("model_name_or_path") or model.config.name_or_path
         self.known_classes = tuple(known_classes)
-        self._codec = PixelCodec(processor.image_processor)
+        self._codec, self._monitor = PixelCodec(processor.image_processor), RunMonitor(args, stream)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
         self._fingerprints: dict[str, str] = {}  # known to the main process, which writes
         for each in (stream, *self.held_out.values()):
@@ -155,6 +156,7 @@ class ContinualTaskScheduler:
                 self._check_batches(task)
         with ExitStack() as stack:
             results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
+            stack.enter_context(self._monitor)
             return self._run(results, resume, train)
 
     def _take_folder(self, stack: ExitStack, resume: bool | str | Path, overwrite: bool) -> dict[str, Any] | None:
@@ -194,6 +196,7 @@ class ContinualTaskScheduler:
         if not train:
             begin()
             return self._finish_untrained(results)
+        self._monitor.begin(self._images, results, goes_on=begin is None)
         started = time.perf_counter() - results["seconds"]
         for task in self._images[len(results["accuracy_matrix"]) :]:
             logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
@@ -204,6 +207,7 @@ class ContinualTaskScheduler:
             results["training"].append(trained.means)
             task_aware(self.model).end_task(task.index)
             self._evaluate(task, results)
+            self._monitor.measured(results)
             results["seconds"] = time.perf_counter() - started
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], peak_memory_bytes())
             self._save(task, results, trained.replay_log)
@@ -315,7 +319,7 @@ class ContinualTaskScheduler:
         return StreamEvaluator(
             self.model,
             self.processor,
-            self._training.trainer("evaluation", callbacks=self.callbacks),
+            self._training.trainer("evaluation", callbacks=[*self.callbacks, *self._monitor.callbacks()]),
             self._codec,
             known,
         )
@@ -350,10 +354,10 @@ class ContinualTaskScheduler:
         return TaskTraining(*parts)
 
     def _callbacks(self, task: Task) -> list[TrainerCallback]:
-        """The callbacks of a task's trainer: the caller's and, if every save goes to the Hub, its own."""
-        if self._pusher is None or self.args.hub_strategy in ("every_task", "end"):
-            return self.callbacks
-        return [*self.callbacks, PushOnSave(self._pusher, self.args.hub_strategy, task.index)]
+        """The callbacks of a task's trainer: the caller's, the run's and, if every save goes to the Hub, its own."""
+        pushes = self._pusher is not None and self.args.hub_strategy not in ("every_task", "end")
+        own = [PushOnSave(self._pusher, self.args.hub_strategy, task.index)] if pushes else []
+        return [*self.callbacks, *self._monitor.callbacks(task), *own]
 
     def _save(self, task: Task, results: dict[str, Any], replay_log: ReplayLog | None) -> None:
         """Save what a complete task leaves behind; the results come last, because they say that the rest is there."""

@@ -17,6 +17,7 @@ from ..trainer import ZOCLTrainer
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..zo import ReplayLog
 from .measures import means
+from .progress import without_own_display
 from .run_folder import RunFolder
 from .task_check import TaskCheck
 
@@ -78,17 +79,20 @@ class TaskTraining:
             logging_nan_inf_filter=False,  # a loss that is not finite is to be seen (`TaskCheck`)
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
             dataloader_drop_last=self.args.dataloader_drop_last and task is not None,  # every test image counts
-            report_to=self.args.report_to if task is not None else "none",
+            report_to="none",  # which is told of the run as a whole, by `StreamReport`
             push_to_hub=False,  # tasks are pushed as a whole
             hub_token=None,  # the Trainer writes its arguments into its checkpoints
         )
-        return self.trainer_class(
+        callbacks = list(callbacks)
+        trainer = self.trainer_class(
             model=self.model,
             args=args,
             train_dataset=None if task is None else task.train,
             data_collator=ImageCollator(self.processor, *labels, self.codec),
-            callbacks=list(callbacks),
+            callbacks=callbacks,
         )
+        without_own_display(trainer, callbacks)  # `StreamProgress` shows the whole run
+        return trainer
 
     def train(
         self,
