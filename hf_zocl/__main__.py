@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "learn a stream of tasks (under `accelerate launch -m`, in several processes too)",
     "evaluate": "measure a task's checkpoint, as its run did or on another benchmark",
     "report": "write a report of finished runs, or a comparison of several",
+    "demo": "serve a page to try a run with, or push it as a Space",
     "push": "push to the Hub what a run could not push, or a run that was never pushed",
     "tune": "choose learning rates and ε on the first task alone",
     "replay": "make a task's adapter again from the log of its zeroth-order steps",

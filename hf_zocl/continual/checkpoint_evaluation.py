@@ -62,7 +62,7 @@ def evaluate_checkpoint(
     info = read_task(folder)
     given = {name: value for name, value in overrides.items() if value is not None}
     is_own = not given.keys() & {"benchmark", "dataset_name", "datasets"}
-    run = _run_arguments(info["recipe"], given, is_own)
+    run = run_arguments_of(info["recipe"], given, is_own)
     stream, template = build_stream(run, seed=info["recipe"].get("data_seed") or 0)
     index = info["task"] if is_own else len(stream)
     if is_own and list(stream.seen_class_names(index)) != info["classes"]:
@@ -88,7 +88,7 @@ def evaluate_checkpoint(
     }
 
 
-def _run_arguments(recipe: dict[str, Any], given: dict[str, Any], is_own: bool) -> RunArguments:
+def run_arguments_of(recipe: dict[str, Any], given: dict[str, Any], is_own: bool) -> RunArguments:
     """The run's own arguments; for another benchmark, without those of its stream."""
     names = {each.name for each in fields(RunArguments)}
     if is_own and "benchmark" not in recipe:

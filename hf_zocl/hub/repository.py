@@ -114,10 +114,15 @@ def _foreign_names(api: HfApi, repo_id: str) -> list[str]:
 
 
 def changes(
-    api: HfApi, repo_id: str, revision: str, files: dict[str, Path | bytes], is_ours: Callable[[str], bool]
+    api: HfApi,
+    repo_id: str,
+    revision: str,
+    files: dict[str, Path | bytes],
+    is_ours: Callable[[str], bool],
+    repo_type: str = "model",
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The operations that turn the tree at `revision` into `files`, as far as its paths are ours."""
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision)
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
     there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
     gone = [CommitOperationDelete(path) for path in there if path not in files and is_ours(path)]
     changed = [(path, content) for path, content in files.items() if not _is_same(content, there.get(path))]

@@ -1,4 +1,4 @@
-"""A small Hugging Face Hub on loopback: the part of its protocol that models need, over real files.
+"""A small Hugging Face Hub on loopback: the part of its protocol that models and Spaces need, over real files.
 
 The real `huggingface_hub` client talks to it, with `HF_ENDPOINT` set to `HubServer.url` and Xet storage switched off:
 
@@ -37,6 +37,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".parquet")
 LFS_SIZE = 10_000_000
 GIT_ATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES)
+SPACE_KINDS = ("gradio", "docker", "static")
 KINDS = ("status", "drop", "drop-upload", "drop-download", "slow", "corrupt", "truncate")
 
 
@@ -301,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _readable(self, repo_id: str) -> Repository:
         try:
             repository = self.hub.repository(repo_id)
-            if repository.private and self.user != repo_id.split("/")[0]:
+            if repository.private and self.user != _owner(repo_id):
                 raise HubError(404, "Repository not found", "RepoNotFound")
         except HubError as error:
             if self.user is None:  # whoever is not known is not told whether there is such a repository
@@ -317,7 +318,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _may_write(self, repo_id: str) -> None:
         if self.user is None:
             raise HubError(401, "Invalid username or password.")
-        if self.user != repo_id.split("/")[0]:
+        if self.user != _owner(repo_id):
             raise HubError(403, f"{self.user} has no right to write to {repo_id}")
 
     def _json(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
@@ -358,12 +359,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def create_repo(self) -> None:
         asked = json.loads(self.body)
-        repo_id = f"{asked.get('organization') or self.user}/{asked['name']}"
+        name = f"{asked.get('organization') or self.user}/{asked['name']}"
+        kind = asked.get("type") or "model"
+        repo_id = f"spaces/{name}" if kind == "space" else name
         self._may_write(repo_id)
-        answer = {"url": f"{self.hub.url}/{repo_id}", "name": repo_id}
+        if kind == "space" and asked.get("sdk") not in SPACE_KINDS:
+            raise HubError(400, f"sdk: expected one of {', '.join(SPACE_KINDS)}")
+        answer = {"url": f"{self.hub.url}/{repo_id}", "name": name}
         with self.hub.lock:
             if (self.hub.folder / "repositories" / repo_id).is_dir():
-                return self._json({"error": "You already created this model repo", **answer}, 409)
+                return self._json({"error": f"You already created this {kind} repo", **answer}, 409)
             self.hub.create(repo_id, private=asked.get("visibility") == "private" or bool(asked.get("private")))
         return self._json(answer)
 
@@ -384,7 +389,7 @@ class _Handler(BaseHTTPRequestHandler):
         card = repository.path(commit, "README.md")
         header = card.read_text(encoding="utf-8").split("---\n")[1] if card.is_file() else ""
         shown = dict(re.findall(r"^(pipeline_tag|library_name): (\S+)$", header, re.MULTILINE))
-        answer = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "author": repo_id.split("/")[0], "sha": commit}
+        answer = {"_id": repo_id, "id": repo_id, "modelId": repo_id, "author": _owner(repo_id), "sha": commit}
         answer |= {"private": repository.private, "disabled": False, "gated": False, "tags": [], "siblings": siblings}
         self._json({**answer, "downloads": 0, "likes": 0, "lastModified": described["date"], **shown})
 
@@ -399,7 +404,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commits(self, repo_id: str, revision: str) -> None:
         history = self._readable(repo_id).history(revision)
-        authors = [{"user": repo_id.split("/")[0]}]
+        authors = [{"user": _owner(repo_id)}]
         self._json(
             [{"id": c["id"], "authors": authors, **{k: c[k] for k in ("title", "message", "date")}} for c in history]
         )
@@ -562,25 +567,32 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": [], "warnings": []})
 
 
+def _owner(repo_id: str) -> str:
+    return repo_id.removeprefix("spaces/").split("/")[0]
+
+
 def _is_large(name: str, size: int) -> bool:
     return size > 0 and (name.endswith(LFS_SUFFIXES) or size > LFS_SIZE)
 
 
-_REPO = r"([\w.-]+/[\w.-]+)"
+# A Space is kept, and called here, as `spaces/USER/NAME`.
+_NAME = r"[\w.-]+/[\w.-]+"
+_REPO = f"((?:spaces/)?{_NAME})"
+_API = f"/api/(?:models/|(?=spaces/)){_REPO}"
 ROUTES = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create_repo),
     ("DELETE", "/api/repos/delete", _Handler.delete_repo),
     ("POST", "/api/validate-yaml", _Handler.validate_yaml),
-    ("GET", f"/api/models/{_REPO}(?:/revision/([^/]+))?", _Handler.info),
-    ("GET", f"/api/models/{_REPO}/refs", _Handler.refs),
-    ("GET", f"/api/models/{_REPO}/commits/([^/]+)", _Handler.commits),
-    ("GET", f"/api/models/{_REPO}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
-    ("POST", f"/api/models/{_REPO}/paths-info/([^/]+)", _Handler.paths_info),
-    ("POST", f"/api/models/{_REPO}/preupload/([^/]+)", _Handler.preupload),
-    ("POST", f"/api/models/{_REPO}/commit/([^/]+)", _Handler.commit),
-    ("POST", f"/api/models/{_REPO}/tag/([^/]+)", _Handler.create_tag),
-    ("DELETE", f"/api/models/{_REPO}/tag/([^/]+)", _Handler.delete_tag),
+    ("GET", f"{_API}(?:/revision/([^/]+))?", _Handler.info),
+    ("GET", f"{_API}/refs", _Handler.refs),
+    ("GET", f"{_API}/commits/([^/]+)", _Handler.commits),
+    ("GET", f"{_API}/tree/([^/]+)(?:/(.+))?", _Handler.tree),
+    ("POST", f"{_API}/paths-info/([^/]+)", _Handler.paths_info),
+    ("POST", f"{_API}/preupload/([^/]+)", _Handler.preupload),
+    ("POST", f"{_API}/commit/([^/]+)", _Handler.commit),
+    ("POST", f"{_API}/tag/([^/]+)", _Handler.create_tag),
+    ("DELETE", f"{_API}/tag/([^/]+)", _Handler.delete_tag),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", f"/lfs/{_REPO}/([0-9a-f]+)", _Handler.lfs_upload),
     ("POST", f"/lfs-verify/{_REPO}", _Handler.lfs_verify),

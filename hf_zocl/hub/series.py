@@ -1,0 +1,179 @@
+"""`TaskSeries`: a run's model before its training and after each of its tasks, on one base model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from huggingface_hub import constants as hub_constants
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
+
+from ..models import CLIPClassifier, trained_adapter
+from .checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    check_repository_name,
+    complete_tasks,
+    find_task_checkpoint,
+    read_sealed,
+)
+from .client import answered, persistently
+from .load import load_task_checkpoint
+from .task_info import TASK_FILE, is_task_name, read_json, read_task, task_folder, task_number
+from .untrusted import check_finite, refusing
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The model at one place of a series.
+
+    Args:
+        task: The task after which it was so; 0: before any.
+        known: The places in `TaskSeries.classes` of those that images are predicted among.
+        learned: The names of the classes that the task brought.
+        title: The task's title, if it has one.
+        prompt_template: The prompt or prompts.
+        weights: The adapter's; None: no adapter.
+    """
+
+    task: int
+    known: tuple[int, ...]
+    learned: tuple[str, ...]
+    title: str | None
+    prompt_template: str | list[str]
+    weights: dict[str, torch.Tensor] | None
+
+
+class TaskSeries:
+    """Classifies images with the model as it was at every stage; the stages share one base model.
+
+    Args:
+        model: The classifier, with all the classes.
+        stages: The stages, the first one before any task.
+        info: The `task.json` of the last one.
+    """
+
+    def __init__(self, model: CLIPClassifier, stages: Sequence[Stage], info: dict[str, Any]):
+        self.model, self.stages, self.info = model, tuple(stages), info
+        self.classes = model.class_names
+        self._texts: dict[int, torch.Tensor] = {}
+        self._lock = threading.Lock()  # the stages take turns in one model
+
+    @classmethod
+    def load(cls, path: str | Path, **hub_kwargs: Any) -> TaskSeries:
+        """Load all tasks' checkpoints of a run.
+
+        Args:
+            path: The run's folder, or its repository on the Hub.
+            hub_kwargs: As for `load_task_checkpoint`.
+
+        Raises:
+            ValueError: If there is no such run, it has no task, a checkpoint is not as it was saved, or they are not
+                of one run.
+        """
+        tasks = tasks_of(path, **hub_kwargs)
+        folders = {task: find_task_checkpoint(path, task, **hub_kwargs) for task in tasks}
+        model, _ = load_task_checkpoint(folders[tasks[-1]], **hub_kwargs)
+        last = read_task(folders[tasks[-1]])
+        stages = [_stage(folders[task], task, folders[tasks[-1]], last, model) for task in tasks]
+        before = Stage(0, stages[-1].known, (), None, last["prompt_template"], None)
+        return cls(model, [before, *stages], last)
+
+    @torch.no_grad()
+    def probabilities(self, images: Sequence[Any]) -> torch.Tensor:
+        """The probabilities of all classes at every stage; zero for those that are not known there.
+
+        Args:
+            images: As `CLIPClassifier.predict` takes them.
+
+        Returns:
+            `(images, stages, classes)`, on the CPU.
+
+        Raises:
+            ValueError: If one is no image that can be read.
+        """
+        with self._lock:
+            pixels = self.model._pixel_values(list(images))
+            found = torch.zeros(len(pixels), len(self.stages), len(self.classes))
+            for place, stage in enumerate(self.stages):
+                self._switch(stage)
+                known = list(stage.known)
+                if stage.weights is None:
+                    with self.model.clip.disable_adapter():
+                        logits = self._logits(place, stage, pixels)
+                else:
+                    logits = self._logits(place, stage, pixels)
+                found[:, place, known] = logits[:, known].softmax(dim=-1).cpu()
+        return found
+
+    def _switch(self, stage: Stage) -> None:
+        if stage.weights is not None:
+            name = trained_adapter(self.model.clip)
+            set_peft_model_state_dict(self.model.clip, stage.weights, adapter_name=name)
+
+    def _logits(self, place: int, stage: Stage, pixels: torch.Tensor) -> torch.Tensor:
+        if place not in self._texts:  # the classes' features are those of the stage, whatever the image
+            self.model.set_classes(self.classes, stage.prompt_template)
+            self._texts[place] = self.model._encode_prompts()
+        images = torch.cat([self.model.encode("vision", part) for part in pixels.split(64)])
+        return self.model.logits(images, self._texts[place])
+
+
+def tasks_of(path: str | Path, **hub_kwargs: Any) -> list[int]:
+    """The tasks of a run whose checkpoints are there, in order.
+
+    Args:
+        path: The run's folder, or its repository on the Hub; where the Hub is switched off, what was downloaded before
+            counts.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        tasks = complete_tasks(folder)
+        if not tasks:
+            hint = f" It is a checkpoint of a run: give {folder.parent}." if (folder / TASK_FILE).is_file() else ""
+            raise ValueError(f"{folder}: expected a run's folder, with task-01 and so on.{hint}")
+        return tasks
+    check_repository_name(str(path))
+    if hub_kwargs.get("local_files_only") or hub_constants.is_offline_mode():
+        return list(range(1, read_task(find_task_checkpoint(path, **hub_kwargs))["task"] + 1))
+    api = HfApi(token=hub_kwargs.get("token"), library_name="hf_zocl")
+    refs = persistently(lambda: answered(lambda: api.list_repo_refs(str(path))))
+    tasks = sorted(task_number(ref.name) for ref in refs.tags if is_task_name(ref.name))
+    if not tasks:
+        raise ValueError(f"{path}: expected the repository of a run, with the tags task-01 and so on; it has none.")
+    return tasks
+
+
+def _stage(folder: Path, task: int, last_folder: Path, last: dict[str, Any], model: CLIPClassifier) -> Stage:
+    """A task's stage, if its adapter is of the same shape and base model as the last one's, which was checked."""
+    info = read_sealed(folder)
+    if info["task"] != task:
+        raise ValueError(
+            f"{folder / TASK_FILE} is foreign: it is of task {info['task']}, expected {task_folder(task)}."
+        )
+    config, expected = (read_json(each / ADAPTER_CONFIG) for each in (folder, last_folder))
+    same = [(info.get(name), last.get(name)) for name in ("adapter", "base_model", "base_model_sha256")]
+    names = set(info["classes"]) | set(info.get("known_classes", ()))
+    foreign = f"{folder} is foreign: it is not of the run of {last_folder.name}"
+    if config != expected or any(mine != theirs for mine, theirs in same):
+        raise ValueError(f"{foreign}: another adapter or base model.")
+    if not names <= {*last["classes"], *last.get("known_classes", ())}:
+        raise ValueError(f"{foreign}: other classes.")
+    file = folder / ADAPTER_WEIGHTS
+    with refusing(f"{file} is damaged: it cannot be read as safetensors"):
+        weights, shapes = load_file(file), load_file(last_folder / ADAPTER_WEIGHTS)
+    if {n: (t.shape, t.dtype) for n, t in weights.items()} != {n: (t.shape, t.dtype) for n, t in shapes.items()}:
+        raise ValueError(f"{foreign}: weights of other names or shapes.")
+    check_finite(weights, str(file))
+    known = tuple(place for place, name in enumerate(model.class_names) if name in names)
+    titles = info.get("task_titles") or [None] * task
+    return Stage(task, known, tuple(info["task_classes"]), titles[-1], info["prompt_template"], weights)
