@@ -5,7 +5,7 @@
     python -m hf_zocl demo someone/a-repository --push_space someone/a-demo
 
 It needs Gradio: pip install "hf_zocl[demo]". The page is served to this machine alone, unless --server_name says
-otherwise. --push_space makes a Space on the Hub that shows the repository; of a run's folder, the one it was pushed to.
+otherwise. --push_space makes a Space on the Hub that shows the repository, or the one a run's folder was pushed to.
 """
 
 import argparse

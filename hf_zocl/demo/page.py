@@ -112,7 +112,9 @@ def _blocks(series: TaskSeries, name: str, pictures: list[Picture], note: str) -
             return _enlarged(picture.image), held, show(held, place)
 
         slider.change(show, [state, slider], said, show_progress="hidden", queue=False, trigger_mode="always_last")
-        image.input(look, [image, slider], [state, said])
+        # Not `input`, which a picture that is picked sets off as well.
+        image.upload(look, [image, slider], [state, said])
+        image.clear(lambda: (None, message(ASK)), None, [state, said], show_progress="hidden")
         gallery.select(pick, [slider], [image, state, said], show_progress="hidden")
     return page
 

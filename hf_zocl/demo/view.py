@@ -24,7 +24,8 @@ CSS = """
 .zocl .true .fill {background: #1f8a5b} .zocl .true .name {font-weight: 650}
 .zocl .number {text-align: right; font-variant-numeric: tabular-nums}
 .zocl table {width: 100%; border: 0 !important; border-collapse: collapse; table-layout: fixed; margin: 0}
-.zocl th, .zocl td {border: solid var(--border-color-primary) !important; border-width: 1px 0 0 !important; padding: .25em .4em; text-align: left;
+.zocl th, .zocl td {border: solid var(--border-color-primary) !important; border-width: 1px 0 0 !important;
+  padding: .25em .4em; text-align: left;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; background: transparent}
 .zocl th {font-weight: 500; color: var(--body-text-color-subdued)}
 .zocl tr.now td {font-weight: 650; background: var(--border-color-primary)}
@@ -106,8 +107,8 @@ def _bar(name: str, probability: torch.Tensor, is_true: bool) -> str:
     share = f"{100 * float(probability):.2f}"
     kind, mark = ("row true", "✓ ") if is_true else ("row", "")
     return (
-        f'<div class="{kind}"><span class="name" title="{escape(name)}">{mark}{escape(name)}</span><span class="track">'
-        f'<span class="fill" style="display:block;width:{share}%"></span></span>'
+        f'<div class="{kind}"><span class="name" title="{escape(name)}">{mark}{escape(name)}</span>'
+        f'<span class="track"><span class="fill" style="display:block;width:{share}%"></span></span>'
         f'<span class="number">{_percent(probability)}</span></div>'
     )
 
