@@ -24,6 +24,7 @@ CSS = """
 .zocl .true .fill {background: #1f8a5b} .zocl .true .name {font-weight: 650}
 .zocl .number {text-align: right; font-variant-numeric: tabular-nums}
 .zocl table {width: 100%; border: 0 !important; border-collapse: collapse; table-layout: fixed; margin: 0}
+.zocl tr {border: 0 !important}
 .zocl th, .zocl td {border: solid var(--border-color-primary) !important; border-width: 1px 0 0 !important;
   padding: .25em .4em; text-align: left;
   overflow: hidden; text-overflow: ellipsis; white-space: nowrap; background: transparent}

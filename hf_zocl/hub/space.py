@@ -9,12 +9,13 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 
-from .client import answered, one_line, persistently
+from .client import answered, is_final, one_line, persistently
 from .public import redact
 from .repository import ForeignRepositoryError, changes
 
 
 APP_FILE = "app.py"
+PATIENCE = 600  # seconds for a push
 # What the Hub's own form makes.
 FRESH = {"README.md", ".gitattributes"}
 
@@ -47,7 +48,10 @@ def push_space(
         raise ValueError("push_space: there is no token: pass hub_token, set HF_TOKEN or run `hf auth login`.")
     api = HfApi(token=token, library_name="hf_zocl")
     try:
-        return persistently(lambda: answered(lambda: _push(api, name, files, mark, private), 600))
+        return persistently(
+            lambda: answered(lambda: _push(api, name, files, mark, private), PATIENCE),
+            final=lambda error: is_final(error) or isinstance(error, ForeignRepositoryError),
+        )
     except ForeignRepositoryError:
         raise
     except Exception as error:  # the client's errors have no common class
