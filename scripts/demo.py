@@ -1,0 +1,7 @@
+"""Serve a page to try a run with, or push it as a Space: `python scripts/demo.py --help`."""
+
+from hf_zocl.commands.demo import main
+
+
+if __name__ == "__main__":
+    main()
