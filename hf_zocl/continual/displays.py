@@ -127,9 +127,11 @@ def _bar(total: int, done: int, title: str, end: str, position: int, leave: bool
     )  # fmt: skip
 
 
-def _closed(bar: tqdm | None) -> None:
+def _closed(bar: tqdm | None) -> tqdm | None:
+    """Close a bar; afterwards there is none."""
     if bar is not None:
         bar.close()
+    return None
 
 
 class NotebookDisplay(Display):

@@ -24,13 +24,7 @@ from ..hub.push import HubPusher, PushOnSave
 from ..hub.repository import fetch_run
 from ..hub.task_info import task_folder
 from ..hub.untrusted import check_processor
-from ..models import (
-    CLIPClassifier,
-    base_digest,
-    check_templates,
-    check_trained_parameters,
-    trained_adapter,
-)
+from ..models import CLIPClassifier, base_digest, check_templates, check_trained_parameters, trained_adapter
 from ..passes import task_aware
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer

@@ -103,8 +103,8 @@ def _blocks(series: TaskSeries, name: str, pictures: list[Picture], note: str) -
             except ValueError as error:
                 held = message(str(error).removeprefix("predict: ").partition(": ")[2] or str(error))
                 return held, held
-            held = (probabilities.tolist(), None)
-            return held, show(held, place)
+            found = (probabilities.tolist(), None)
+            return found, show(found, place)
 
         def pick(place: int, event: gr.SelectData) -> tuple[Any, Any, str]:
             picture = pictures[event.index]
@@ -127,4 +127,6 @@ def _caption(series: TaskSeries, picture: Picture) -> str:
 def _enlarged(image: Image.Image) -> Image.Image:
     """A small image, enlarged by a whole factor; a browser would blur it."""
     factor = -(-SMALLEST // max(image.size))
-    return image if factor <= 1 else image.resize((image.width * factor, image.height * factor), Image.NEAREST)
+    return (
+        image if factor <= 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    )
