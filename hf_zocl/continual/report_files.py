@@ -94,7 +94,7 @@ class ReportFiles:
         return {**self.predictions, TRAINING_LOG: (json.dumps(curves, allow_nan=False) + "\n").encode()}
 
     def row(self, results: Mapping[str, Any], dataset_id: str | None) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """What `task.json` says of the row of the gallery on the card, and its picture; nothing of images that are not public already.
+        """What `task.json` says of the row of the gallery on the card, and its picture; nothing of private images.
 
         A card may be pushed, so its images are those of a registered benchmark or of a dataset on the Hub.
         """
