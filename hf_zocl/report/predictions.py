@@ -109,13 +109,14 @@ class PredictionHistory:
                     raise ValueError(f"{name} is {values.dtype} of shape {list(values.shape)}, expected whole numbers")
             if (metadata or {}).get("sha256") != _digest(tensors):
                 raise ValueError("its content does not fit its checksum")
+            tensors = {name: values.astype(np.int64) for name, values in tensors.items()}
             after = {
                 int(match[1]): tensors[name] for name in tensors if (match := re.fullmatch(_AFTER + r"(\d+)", name))
             }
             missing = [name for name in ("images", "label", "zero_shot") if name not in tensors]
             if missing:
                 raise ValueError(f"{missing[0]} is missing")
-            return cls(tensors["images"].astype(np.int64), tensors["label"], tensors["zero_shot"], after)
+            return cls(tensors["images"], tensors["label"], tensors["zero_shot"], after)
         except ValueError as error:
             raise ValueError(f"{path}: no predictions of a run, or damaged: {error}.") from error
 
