@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 
 WIDTH, HEIGHT = 380, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 10, 38
+LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 38
 COLORS, DASHES = 5, ("", "6 3", "2 3", "9 3 2 3")
 MOST_MARKED = 30  # points of a line that have a mark each
 

@@ -12,7 +12,7 @@ from .charts import Chart, Series, draw
 from .runs import RunGroup
 
 
-ZERO_SHOT = 4  # the colour of zero-shot in every chart
+ZERO_SHOT = 14  # grey, dotted and with diamonds, in every chart
 VARIANCE = re.compile(r"zo_variance(?:_(?P<branch>vision|language))?(?:_(?:layers?_)?(?P<layer>\d+))?")
 SEEDS = " Bars: one standard deviation over the seeds."
 
@@ -54,8 +54,9 @@ def standings(groups: Sequence[RunGroup]) -> tuple[list[Standing], float]:
 
 def comparison_charts(groups: Sequence[RunGroup]) -> list[Chart]:
     """The charts that these settings, which can be compared, have the data for."""
-    charts = [accuracy(groups), *([forgetting(groups), memory(groups), variance(groups)] if len(groups) > 1 else [])]
-    charts.append(variance_by_layer(groups))
+    charts = [accuracy(groups)]
+    if len(groups) > 1:  # of one setting, the matrix and the curves say it better
+        charts += [forgetting(groups), memory(groups), variance(groups), variance_by_layer(groups)]
     return [chart for chart in charts if chart is not None]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .charts import Chart, Series, draw
 from .compare import mean_and_deviation
-from .comparison_charts import forgotten
+from .comparison_charts import forgotten, variance_by_layer
 from .confusion import Confusion, confusion
 from .gallery import GALLERY_FILE, Shown, kinds, read_gallery
 from .predictions import PREDICTIONS_FILE, PredictionHistory
@@ -21,6 +21,7 @@ from .runs import TRAINING_LOG, RunGroup, class_names
 
 
 MOST_NUMBERED = 12  # tasks of a matrix whose cells have room for a number
+MOST_LISTED = 10  # classes in a task's title
 MODES = {"zo": "ZO", "fo": "FO", "fo+zo": "mix", "frozen": "–"}
 
 
@@ -92,10 +93,18 @@ class RunView:
     def galleries(self, shown: Mapping[int, list[Shown]]) -> list[TaskGallery]:
         """The gallery task by task, of the images that there is room for."""
         return [
-            TaskGallery(self.titles[task - 1], self._summary(task), tuple(images))
+            TaskGallery(self._title(task), self._summary(task), tuple(images))
             for task, images in shown.items()
             if images
         ]
+
+    def _title(self, task: int) -> str:
+        numbers = np.unique(self.history.labels[self.history.of_task(task)])
+        names = ", ".join(self.classes[number] for number in numbers[:MOST_LISTED]) + (
+            f" and {len(numbers) - MOST_LISTED} more" if len(numbers) > MOST_LISTED else ""
+        )
+        own = self.titles[task - 1]
+        return f"Task {task}" + ("" if own == f"task-{task:02d}" else f", {own}") + f": {names}"
 
     def _summary(self, task: int) -> str:
         found = {kind: len(places) for kind, places in kinds(self.history, task).items()}
@@ -228,7 +237,7 @@ def _curves(group: RunGroup, folder: Path | None) -> list[Chart]:
             breaks=breaks,
         ),
     ]
-    return [chart for chart in drawn if chart is not None]
+    return [chart for chart in (*drawn, variance_by_layer([group])) if chart is not None]
 
 
 def _logs(folder: Path, tasks: int) -> list[dict[str, list[float | None]]]:
