@@ -16,7 +16,7 @@ from .charts import Chart
 from .compare import Comparison, compare_groups
 from .comparison_charts import Standing, comparison_charts, standings
 from .escape import one_line
-from .gallery import KINDS, within
+from .gallery import KINDS, shorten, within
 from .one_run import RunView, view
 from .runs import RunGroup, by_benchmark, load_groups
 
@@ -92,7 +92,7 @@ def compared(groups: Sequence[RunGroup]) -> list[Compared]:
 def render_report(groups: Sequence[RunGroup], comparison: Comparison) -> str:
     """The HTML text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["line"] = one_line
+    environment.filters |= {"line": one_line, "short": shorten}
     here = resources.files("hf_zocl.report")
     views = [view(group) for group in groups]
     shown = [each.gallery if number < MAX_LOOKED_INTO else {} for number, each in enumerate(views)]

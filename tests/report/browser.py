@@ -33,7 +33,7 @@ addEventListener("load", () => {
       const seen = visible === null ? box : {
         left: Math.max(box.left, visible.left), right: Math.min(box.right, visible.right),
         top: Math.max(box.top, visible.top), bottom: Math.min(box.bottom, visible.bottom)};
-      texts.push({text: node.data.trim(), left: seen.left, right: seen.right, top: seen.top, bottom: seen.bottom});
+      texts.push({node, text: node.data.trim(), left: seen.left, right: seen.right, top: seen.top, bottom: seen.bottom});
     }
   }
   const overlaps = [];
@@ -41,7 +41,7 @@ addEventListener("load", () => {
     const a = texts[i], b = texts[j];
     const across = Math.min(a.right, b.right) - Math.max(a.left, b.left);
     const down = Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top);
-    if (across > 1 && down > 4)
+    if (a.node !== b.node && across > 1 && down > 4)
       overlaps.push([a.text, b.text]);
   }
   const found = {view, page: document.documentElement.scrollWidth, wide: wide.map(each => each.outerHTML.slice(0, 90)),
