@@ -33,7 +33,8 @@ addEventListener("load", () => {
       const seen = visible === null ? box : {
         left: Math.max(box.left, visible.left), right: Math.min(box.right, visible.right),
         top: Math.max(box.top, visible.top), bottom: Math.min(box.bottom, visible.bottom)};
-      texts.push({node, text: node.data.trim(), left: seen.left, right: seen.right, top: seen.top, bottom: seen.bottom});
+      const {left, right, top, bottom} = seen;
+      texts.push({node, text: node.data.trim(), left, right, top, bottom});
     }
   }
   const overlaps = [];

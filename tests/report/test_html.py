@@ -199,9 +199,13 @@ def test_the_probe_sees_what_overlaps_and_what_is_too_wide(tmp_path):
 @pytest.mark.slow
 def test_ten_runs_of_twenty_tasks_and_two_hundred_classes_are_one_small_file_in_seconds(tmp_path):
     folders = [save_whole_run(tmp_path / f"run {n}", n, 20, 10, 50, side=96) for n in range(10)]
+    for folder in folders:  # of one seed, so that their differences are paired
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "seed": 0}))
     started = time.perf_counter()
     path = write_report(folders, tmp_path / "report", baseline="run 0")
-    assert time.perf_counter() - started < 20
+    print(f"{(seconds := time.perf_counter() - started):.2f} s, {path.stat().st_size} bytes")
+    assert seconds < 20
     assert path.stat().st_size < 5_000_000
     text = path.read_text(encoding="utf-8")
     assert text.count("Confusion after the last task") == 10 and text.count('class="card"') >= 200
