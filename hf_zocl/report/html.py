@@ -102,6 +102,7 @@ def render_report(groups: Sequence[RunGroup], comparison: Comparison) -> str:
         comparison=comparison if len(groups) > 1 else None,
         compared=compared(groups),
         kinds=KINDS,
+        most_drawn=MAX_DRAWN,
         runs=[
             _run(each, gallery, number < MAX_LOOKED_INTO)
             for number, (each, gallery) in enumerate(zip(views, within(shown, IMAGE_BUDGET), strict=True))
