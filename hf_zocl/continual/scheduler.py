@@ -369,8 +369,8 @@ class ContinualTaskScheduler:
         self.folder.remove_checkpoints(task.name)
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
-        names = self.base_model, self.known_classes
-        return task_info(task, self.stream, self.model, self._assignment, *names, results)
+        of_run = self.stream, self.model, self._assignment, self.base_model, self.known_classes
+        return task_info(task, *of_run, results)
 
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -167,11 +168,9 @@ def _checked(webp: bytes) -> bytes:
 
 def within(galleries: Sequence[Mapping[int, list[Shown]]], budget: int) -> Iterator[dict[int, list[Shown]]]:
     """The galleries with as many images a task as keep all of them together within a number of bytes."""
-    most = PER_TASK
-    while most > 1 and _size(galleries, most) > budget:
-        most -= 1
+    most = next((most for most in range(PER_TASK, 0, -1) if _size(galleries, most) <= budget), 0)
     for gallery in galleries:
-        yield {task: shown[:most] for task, shown in gallery.items()} if _size(galleries, most) <= budget else {}
+        yield {task: shown[:most] for task, shown in gallery.items()}
 
 
 def _size(galleries: Sequence[Mapping[int, list[Shown]]], most: int) -> int:
@@ -192,26 +191,27 @@ def draw_row(shown: Sequence[Shown], names: Sequence[str]) -> Figure:
         names: The name of every class number.
     """
     moments = sorted({0, shown[0].task, max(shown[0].said)})
-    lines = ["is", *("zero-shot" if moment == 0 else f"after task {moment}" for moment in moments)]
-    width = 1.1
-    figure = Figure(figsize=(1.1 + width * len(shown), 1.25 + 0.24 * len(lines)), facecolor="white")
-    bottom = 1.15 / (1.25 + 0.24 * len(lines))
-    for column, one in enumerate(shown):
-        left = (1.1 + width * column) / (1.1 + width * len(shown))
-        axes = figure.add_axes((left, 1 - bottom, 1.0 / (1.1 + width * len(shown)), 1.0 / (1.25 + 0.24 * len(lines))))
+    heads = ["is", *("zero-shot" if moment == 0 else f"after task {moment}" for moment in moments)]
+    cell, line, edge = 1.1, 0.24, 0.1  # inches
+    width, height = cell * (1 + len(shown)), cell + line * len(heads) + 2 * edge
+    figure = Figure(figsize=(width, height), facecolor="white")
+
+    def write(x: float, row: int, text: str, **style: Any) -> None:
+        y = height - edge - cell - line * (row + 0.5)
+        figure.text(x / width, y / height, mathtext(text), va="center", fontsize=8.5, **style)
+
+    for row, head in enumerate(heads):
+        write(edge, row, head, color="#595959")
+    for column, one in enumerate(shown, start=1):
+        axes = figure.add_axes((cell * column / width, (height - cell) / height, 1.0 / width, 1.0 / height))
         axes.imshow(Image.open(io.BytesIO(one.webp)))
         axes.set_axis_off()
-        for row, text in enumerate([names[one.label], *(names[one.said[moment]] for moment in moments)]):
-            is_right = row == 0 or one.said[moments[row - 1]] == one.label
-            mark = "" if row == 0 else ("✓ " if is_right else "✗ ")
-            color = "black" if row == 0 else (TRAINED if is_right else ZERO_SHOT)["color"]
-            y = 1 - bottom - (row + 0.7) * 0.24 / (1.25 + 0.24 * len(lines))
-            center = left + 0.5 / (1.1 + width * len(shown))
-            style = {"color": color, "fontsize": 8.5, "fontweight": "bold" if row == 0 else "normal"}
-            figure.text(center, y, mathtext(mark + shorten(text, 13)), ha="center", va="center", **style)
-    for row, text in enumerate(lines):
-        y = 1 - bottom - (row + 0.7) * 0.24 / (1.25 + 0.24 * len(lines))
-        figure.text(0.08 / (1.1 + width * len(shown)), y, text, ha="left", va="center", fontsize=8.5, color="#595959")
+        middle = cell * column + 0.5
+        write(middle, 0, shorten(names[one.label], 13), ha="center", fontweight="bold")
+        for row, moment in enumerate(moments, start=1):
+            is_right = one.said[moment] == one.label
+            mark, color = ("✓", TRAINED["color"]) if is_right else ("✗", ZERO_SHOT["color"])
+            write(middle, row, f"{mark} {shorten(names[one.said[moment]], 13)}", ha="center", color=color)
     return figure
 
 
