@@ -57,7 +57,7 @@ setup(
         "hf_zocl.commands": ["recipes/*.yaml", "presets/*.yaml"],
         "hf_zocl.sample": ["mini-clip/*", "cifar10-sample/*", "cifar10-sample/data/*"],
         "hf_zocl.model_cards": ["*.md"],
-        "hf_zocl.report": ["*.html"],
+        "hf_zocl.report": ["*.html", "*.css"],
     },
     install_requires=REQUIRED,
     extras_require=EXTRAS,

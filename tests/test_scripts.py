@@ -65,7 +65,8 @@ def test_the_quickstart_recipe_runs_through_accelerate_and_ends_with_a_table(tmp
     assert results["recipe"]["zo_layers"] == "hop-even"
     assert f"after task 2  {100 * results['accuracy_matrix'][1][0]:>6.1f}" in done.stdout
     assert "zero-shot" in done.stdout
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["accuracy_matrix.png", "results.json", "task-01", "task-02"]
+    names = ["accuracy_matrix.png", "gallery.json", "predictions.safetensors", "results.json", "task-01", "task-02"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 @pytest.mark.slow

@@ -79,10 +79,12 @@ class StreamEvaluator:
 
         Returns:
             `row` (the accuracy on the test images of tasks 1 to `index`), `seen` (the accuracy on all of them; where
-            datasets are tasks, the mean over the datasets) and `details`: `top_5_accuracy`, `calibration_error` and
-            `per_class_accuracy`, by arrival label.
+            datasets are tasks, the mean over the datasets), `details` (`top_5_accuracy`, `calibration_error` and
+            `per_class_accuracy`, by arrival label) and `predicted`, the class of every image as `PredictionHistory`
+            counts classes, `(images,)`.
         """
-        found = [self.predict(evaluation) for evaluation in stream.evaluations(index)]
+        evaluations = stream.evaluations(index)
+        found = [self.predict(evaluation) for evaluation in evaluations]
         labels, ranked = np.concatenate([f.labels for f in found]), _stack([f.ranked for f in found])
         hits, tasks = ranked[:, 0] == labels, np.concatenate([f.tasks for f in found])
         row, seen = accuracy_row(ranked[:, 0], labels, tasks)
@@ -92,20 +94,30 @@ class StreamEvaluator:
             "calibration_error": calibration_error(np.concatenate([f.confidences for f in found]), hits),
             "per_class_accuracy": per_class_accuracy(ranked[:, 0], labels, classes),
         }
-        return {"row": row, "seen": _seen(stream, row, seen), "details": details}
+        predicted = np.concatenate(
+            [self._numbers(stream, each, f.ranked[:, 0]) for each, f in zip(evaluations, found, strict=True)]
+        )
+        return {"row": row, "seen": _seen(stream, row, seen), "details": details, "predicted": predicted}
 
     def future(self, stream: TaskStream, index: int) -> list[float]:
         """The accuracy on each task after `index`, predicted among the classes it will have when it arrives."""
         return [float(self.predict(evaluation).hits.mean()) for evaluation in stream.future_evaluations(index)]
 
     def zero_shot(self, stream: TaskStream) -> dict[str, Any]:
-        """Measure the untrained model by the protocol of the whole stream, in one pass over all test images."""
+        """Measure the untrained model by the protocol of the whole stream, in one pass over all test images.
+
+        Returns:
+            The `zero_shot` of `results.json`; and `labels`, the true class of every test image, with `predicted`, a
+            list by task of what `after` calls so.
+        """
         last = len(stream)
         if stream.scenario == "class":
-            matrix, seen = self._zero_shot_by_class(stream)
+            matrix, seen, labels, predicted = self._zero_shot_by_class(stream)
         else:  # what an image is predicted among does not change with time
             found = [self.predict(evaluation) for evaluation in stream.evaluations(last)]
             hits, tasks = np.concatenate([f.hits for f in found]), np.concatenate([f.tasks for f in found])
+            labels, said = np.concatenate([f.labels for f in found]), np.concatenate([f.ranked[:, 0] for f in found])
+            predicted = [said[tasks <= index] for index in range(1, last + 1)]
             row = [float(hits[tasks == task.index].mean()) for task in stream]
             matrix = [row[:index] for index in range(1, last + 1)]
             seen = [_seen(stream, row, float(hits[tasks <= i + 1].mean())) for i, row in enumerate(matrix)]
@@ -115,9 +127,13 @@ class StreamEvaluator:
             "seen_accuracy": seen,
             "avg": average_accuracy(seen),
             "last": last_accuracy(seen),
+            "labels": labels,
+            "predicted": predicted,
         }
 
-    def _zero_shot_by_class(self, stream: TaskStream) -> tuple[list[list[float]], list[float]]:
+    def _zero_shot_by_class(
+        self, stream: TaskStream
+    ) -> tuple[list[list[float]], list[float], np.ndarray, list[np.ndarray]]:
         counts = [len(stream.seen_class_names(task.index)) for task in stream]
         (everything,) = stream.evaluations(len(stream))
         # Known classes are among those that arrive, or after them.
@@ -128,13 +144,14 @@ class StreamEvaluator:
             everything,
             lambda logits: torch.stack([logits[:, chosen].argmax(dim=-1) for chosen in columns], dim=-1),
         )
-        matrix, seen = [], []
+        matrix, seen, said = [], [], []
         for index, count in enumerate(counts):
             rows = labels < count
+            said.append(np.array(columns[index])[predictions[rows, index]])
             row, accuracy = accuracy_row(predictions[rows, index], labels[rows], everything.task_indices[rows])
             matrix.append(row)
             seen.append(accuracy)
-        return matrix, seen
+        return matrix, seen, labels, said
 
     def predict(self, evaluation: Evaluation) -> Predictions:
         """Predict the images of one evaluation among its classes."""
@@ -158,6 +175,16 @@ class StreamEvaluator:
         """The classes to predict among: the evaluation's own, then the others that are known."""
         others = [name for name in self.known_classes if name not in evaluation.class_names]
         return [*evaluation.class_names, *others]
+
+    def _numbers(self, stream: TaskStream, evaluation: Evaluation, labels: np.ndarray) -> np.ndarray:
+        """Predicted labels as places among the stream's classes and, after these, the others that are known."""
+        own = len(evaluation.class_names)
+        further = self._names(evaluation)[own:]
+        if not further:
+            return labels
+        known = [name for name in self.known_classes if name not in stream.class_names]
+        numbers = {name: number for number, name in enumerate([*stream.class_names, *known])}
+        return np.array([*range(evaluation.first_label + own), *(numbers[name] for name in further)])[labels]
 
 
 def _rank(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

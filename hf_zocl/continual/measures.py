@@ -27,6 +27,27 @@ def means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in logged.items()}
 
 
+def curves(log_history: Sequence[Mapping[str, float]], points: int = 200) -> dict[str, list[float | None]]:
+    """The figures that were logged while a task was trained, over its steps: `step`, `loss` and the zeroth-order ones.
+
+    Args:
+        log_history: The Trainer's.
+        points: The most of them; of a longer log, each is the mean of entries that follow one another.
+
+    Returns:
+        Name → values, six digits each; None where a figure was not logged, or is not finite.
+    """
+    entries = [entry for entry in log_history if "loss" in entry]
+    names = ["step", "loss", *sorted({name for entry in entries for name in entry if name.startswith("zo_")})]
+    parts = [part for part in np.array_split(np.arange(len(entries)), min(points, len(entries)) or 1) if len(part)]
+
+    def mean(name: str, part: np.ndarray) -> float | None:
+        values = [entries[i][name] for i in part if name in entries[i] and isfinite(entries[i][name])]
+        return float(f"{np.mean(values):.6g}") if values else None
+
+    return {name: [mean(name, part) for part in parts] for name in names}
+
+
 def reset_peak_memory() -> None:
     """Reset the peak, so that it does not include an earlier run of the same process."""
     if torch.cuda.is_available():

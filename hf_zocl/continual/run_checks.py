@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import get_scheduler
 
+from ..data.stream import TaskStream
 from ..trainer.arguments import ZOCLTrainingArguments
 
 
@@ -44,6 +45,21 @@ def check_measurable(args: ZOCLTrainingArguments) -> None:
             shown = str(getattr(value, "value", value)) if isinstance(needed, str) else value
             raise ValueError(f"{name}={shown!r}: {why.format(needed=needed)}; leave it out.")
     _check_schedule(args)
+
+
+def check_batches(args: ZOCLTrainingArguments, stream: TaskStream) -> None:
+    """Check that every task has a batch to train on.
+
+    Raises:
+        ValueError: If one has not; the message names it.
+    """
+    batch = args.train_batch_size * args.world_size
+    for task in stream:
+        if args.dataloader_drop_last and len(task.train) < batch:
+            raise ValueError(
+                f"dataloader_drop_last=True: {task.name} has {len(task.train)} training images, less than a batch of "
+                f"{batch} (per_device_train_batch_size), so no step would be made; expected False, or less a batch."
+            )
 
 
 def _check_schedule(args: ZOCLTrainingArguments) -> None:

@@ -5,23 +5,27 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-from ..files import remove_unfinished
+from ..files import remove_unfinished, written_whole
 from ..hub.checkpoint import FIGURE, RESULTS_FILE, checkpoint_parts, read_sealed_task, remove_task_checkpoint
 from ..hub.public import public_recipe
 from ..hub.push import QUEUE_FILE, SCRATCH
 from ..hub.task_info import TASK_FILE, is_task_name, read_json, task_folder, task_number, write_json
+from ..report.gallery import GALLERY_FILE
+from ..report.predictions import PREDICTIONS_FILE
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
 
 
 logger = logging.get_logger(__name__)
 
+# The files of a run outside its tasks' folders.
+_FILES = (RESULTS_FILE, FIGURE, PREDICTIONS_FILE, GALLERY_FILE, QUEUE_FILE)
 # The arguments that define a run, by their names and prefixes. Where it is, how it is monitored and how it is saved
 # may change, and a new release of a library may add arguments: the run is still the same.
 _OF_THE_RUN = {
@@ -118,8 +122,8 @@ class RunFolder:
         """
         self._record()
 
-    def start(self, results: dict[str, Any]) -> None:
-        """Remove what an earlier run wrote, if there was one, and write the first results in its place.
+    def start(self, results: dict[str, Any], files: Mapping[str, bytes] | None = None) -> None:
+        """Remove what an earlier run wrote, if there was one, and write the first results in its place, after `files`.
 
         The earlier results are removed last, so that they say what is left to remove if this is cut off.
         """
@@ -135,6 +139,10 @@ class RunFolder:
                     if path.parent.name == "replay" and not any(path.parent.iterdir()):
                         path.parent.rmdir()
             self.remove_scratch(tasks)
+        for name, content in (files or {}).items():
+            self.path.mkdir(parents=True, exist_ok=True)
+            with written_whole(self.path / name) as unfinished:
+                unfinished.write_bytes(content)
         self.write(results)
 
     def write(self, results: dict[str, Any]) -> None:
@@ -294,7 +302,7 @@ class RunFolder:
     def remove_scratch(self, tasks: int) -> None:
         """Remove what a killed run was writing, or pushing from within a task; called before anything is pushed."""
         names = [task_folder(task) for task in range(1, tasks + 1)]
-        remove_unfinished(self.path, {RESULTS_FILE, FIGURE, QUEUE_FILE})
+        remove_unfinished(self.path, _FILES)
         remove_unfinished(self.path / "replay", {self.replay_file(name).name for name in names})
         for name in names:
             shutil.rmtree(self.path / f".{name}.tmp", ignore_errors=True)
@@ -315,7 +323,7 @@ class RunFolder:
             tasks: How many tasks the run has.
             any_task: Also a task's folder that is not a checkpoint, but holds a file with the name of a part of one.
         """
-        for name in (RESULTS_FILE, FIGURE, QUEUE_FILE):
+        for name in _FILES:
             if (self.path / name).is_file():
                 yield self.path / name
         for task in range(tasks, 0, -1):

@@ -31,17 +31,17 @@ from ..trainer import ZOCLTrainer
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..trainer.replay_file import save_replay_log
 from ..trainer.resumable import saving
-from ..zo import ReplayLog
 from .evaluation import StreamEvaluator
 from .folder_lock import FolderLock
 from .measures import peak_memory_bytes, reset_peak_memory, versions
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
 from .processes import by_main_process
-from .run_checks import check_measurable
+from .report_files import ReportFiles
+from .run_checks import check_batches, check_measurable
 from .run_folder import RESULTS_FILE, ResumeError, RunFolder
 from .run_monitor import RunMonitor
 from .task_record import task_info
-from .task_training import TaskTraining
+from .task_training import TaskTraining, Trained
 
 
 logger = logging.get_logger(__name__)
@@ -108,7 +108,8 @@ class ContinualTaskScheduler:
             for evaluation in each.evaluations(len(each)):
                 model.check_classes(evaluation.class_names, evaluation.prompt_template)
         split = args.layer_assignment.split(model)
-        self._towers = split.describe()
+        self._assignment = {"branch": args.zo_branch, "layers": args.zo_layers, "towers": split.describe()}
+        self._kept = ReportFiles(self.output_dir, self._codec)
         # Last, because it may create a repository.
         pushes = args.push_to_hub and args.process_index == 0
         self._pusher = HubPusher.from_arguments(args) if pushes else None
@@ -147,7 +148,7 @@ class ContinualTaskScheduler:
             check_processor(self.processor, self.model.clip.config.text_config.vocab_size, texts)
             for task in self.stream:
                 self.stream.training_classes(task.index)  # a task that could learn nothing fails here
-                self._check_batches(task)
+            check_batches(self.args, self.stream)
         with ExitStack() as stack:
             results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
             stack.enter_context(self._monitor)
@@ -204,19 +205,11 @@ class ContinualTaskScheduler:
             self._monitor.measured(results)
             results["seconds"] = time.perf_counter() - started
             results["peak_memory_bytes"] = max(results["peak_memory_bytes"], peak_memory_bytes())
-            self._save(task, results, trained.replay_log)
+            self._save(task, results, trained)
             self._push(task.index)
         if self._pusher is not None:
             self._pusher.finish()
         return results
-
-    def _check_batches(self, task: Task) -> None:
-        batch = self.args.train_batch_size * self.args.world_size
-        if self.args.dataloader_drop_last and len(task.train) < batch:
-            raise ValueError(
-                f"dataloader_drop_last=True: {task.name} has {len(task.train)} training images, less than a batch of "
-                f"{batch} (per_device_train_batch_size), so no step would be made; expected False, or less a batch."
-            )
 
     def _push(self, *tasks: int) -> None:
         if self._pusher is not None:
@@ -247,6 +240,7 @@ class ContinualTaskScheduler:
         """Measure zero-shot, and return the results with which a run begins."""
         started = time.perf_counter()
         zero_shot = self.evaluator().zero_shot(self._images)
+        self._kept.start(self._images, zero_shot.pop("labels"), zero_shot.pop("predicted"))
         others = self.evaluator(is_own=False)
         held_out = {name: others.after(images, 1)["seen"] for name, images in self._held_out_images.items()}
         return {
@@ -257,6 +251,7 @@ class ContinualTaskScheduler:
             "classes": list(self.stream.class_names),
             **({"known_classes": list(self.known_classes)} if self.known_classes else {}),
             "fingerprints": self._fingerprints,
+            "assignment": self._assignment,
             "zero_shot": zero_shot,
             "accuracy_matrix": [],
             "seen_accuracy": [],
@@ -276,7 +271,7 @@ class ContinualTaskScheduler:
         """Take over the folder from an earlier run."""
         if self.args.should_save:
             with saving(self.output_dir / RESULTS_FILE):
-                self.folder.start(results)
+                self.folder.start(results, self._kept.predictions)
 
     def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
         """Restore the adapter of the last complete task, and return the checkpoint within the next one, if any."""
@@ -284,6 +279,7 @@ class ContinualTaskScheduler:
         if done:
             self._load_adapter(done)
         if self.args.should_save:
+            self._kept.go_on(self._images, done)
             self.folder.remove_scratch(len(self.stream))
             for task in self.stream[:done]:  # of a run that was killed before it could
                 self.folder.remove_checkpoints(task.name)
@@ -301,8 +297,10 @@ class ContinualTaskScheduler:
         zero_shot = results["zero_shot"]
         results.update({name: zero_shot[name] for name in ("accuracy_matrix", "seen_accuracy")})
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
+        self._kept.finish_untrained()
         if self.args.should_save:
             with saving(self.output_dir / RESULTS_FILE):
+                self._kept.write(self._images)
                 plot_accuracy_matrix(results, self.output_dir / FIGURE)
                 self.folder.write(results)
         return results
@@ -325,6 +323,7 @@ class ContinualTaskScheduler:
         results["accuracy_matrix"].append(measured["row"])
         results["seen_accuracy"].append(measured["seen"])
         results["details"].append(measured["details"])
+        self._kept.add(task.index, measured["predicted"])
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
         if self.evaluate_future:
             results["future_accuracy"].append(evaluator.future(self._images, task.index))
@@ -353,22 +352,25 @@ class ContinualTaskScheduler:
         own = [PushOnSave(self._pusher, self.args.hub_strategy, task.index)] if pushes else []
         return [*self.callbacks, *self._monitor.callbacks(task), *own]
 
-    def _save(self, task: Task, results: dict[str, Any], replay_log: ReplayLog | None) -> None:
+    def _save(self, task: Task, results: dict[str, Any], trained: Trained) -> None:
         """Save what a complete task leaves behind; the results come last, because they say that the rest is there."""
         if not self.args.should_save:
             return
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with saving(self.output_dir / task.name, trained):
-            save_task_checkpoint(self.output_dir, self.model, self.processor, self._task_info(task, results), results)
-            if replay_log is not None:
-                save_replay_log(replay_log, self.folder.replay_file(task.name))
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with saving(self.output_dir / task.name, parameters):
+            self._kept.write(self._images)
+            info, files = self._kept.row(results, self.stream.dataset_id)
+            info, files = self._task_info(task, results) | info, self._kept.of_task(trained.curves) | files
+            save_task_checkpoint(self.output_dir, self.model, self.processor, info, results, files)
+            if trained.replay_log is not None:
+                save_replay_log(trained.replay_log, self.folder.replay_file(task.name))
             plot_accuracy_matrix(results, self.output_dir / FIGURE)
             self.folder.write(results)
         self.folder.remove_checkpoints(task.name)
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
-        assignment = {"branch": self.args.zo_branch, "layers": self.args.zo_layers, "towers": self._towers}
-        return task_info(task, self.stream, self.model, assignment, self.base_model, self.known_classes, results)
+        of_run = self.stream, self.model, self._assignment, self.base_model, self.known_classes
+        return task_info(task, *of_run, results)
 
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""

@@ -16,7 +16,7 @@ from ..models import CLIPClassifier
 from ..trainer import ZOCLTrainer
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..zo import ReplayLog
-from .measures import means
+from .measures import curves, means
 from .progress import without_own_display
 from .run_folder import RunFolder
 from .task_check import TaskCheck
@@ -31,11 +31,13 @@ class Trained:
 
     Attributes:
         means: The means of its logs, by name.
+        curves: Its logs over its steps, by name, see `curves`.
         replay_log: Its zeroth-order steps, if they are logged.
         earlier_seconds: The training time in seconds of earlier, stopped processes.
     """
 
     means: dict[str, float]
+    curves: dict[str, list[float | None]]
     replay_log: ReplayLog | None
     earlier_seconds: float
 
@@ -122,7 +124,8 @@ class TaskTraining:
         check.finish()
         if begin is not None:
             first_step.call()  # where there was none
-        return Trained(means(trainer.state.log_history), trainer.replay_log, trainer.earlier_seconds)
+        log = trainer.state.log_history
+        return Trained(means(log), curves(log), trainer.replay_log, trainer.earlier_seconds)
 
 
 class _AfterFirstStep(TrainerCallback):

@@ -1,7 +1,8 @@
 """One task's checkpoint: the files in its folder, saved whole or not at all, sealed by checksums, and found again.
 
 A checkpoint is a folder `task-03` with the adapter, the processor, `task.json` (`task_info.py`), `results.json` as it
-was then, the accuracy matrix as a picture, and the model card (`card.py`). `load.py` makes a model of it.
+was then, what the report draws of it (`REPORT_FILES`), the accuracy matrix as a picture, and the model card
+(`card.py`). `load.py` makes a model of it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from ..checks import WrongTypeError, check_count
 from ..files import fingerprint, replace_folder
 from ..models import CLIPClassifier, trained_adapter
 from ..report import RESULTS_FILE, plot_accuracy_matrix
+from ..report.gallery import GALLERY_PICTURE
+from ..report.predictions import PREDICTIONS_FILE
+from ..report.runs import TRAINING_LOG
 from .card import render_eval_results, render_task_card
 from .client import download
 from .task_info import (
@@ -64,6 +68,7 @@ LOADED_FILES = (
 SEALED_FILES = (*LOADED_FILES, RESULTS_FILE)  # a resumed run reads its results
 REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 FIGURE = "accuracy_matrix.png"
+REPORT_FILES = (PREDICTIONS_FILE, TRAINING_LOG, GALLERY_PICTURE)  # nothing is loaded from them
 
 
 def save_task_checkpoint(
@@ -72,6 +77,7 @@ def save_task_checkpoint(
     processor: ProcessorMixin,
     task: dict[str, Any],
     results: dict[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Save a task's checkpoint into `output_dir/task-NN`: adapter, processor, `task.json`, model card and figure.
 
@@ -81,6 +87,7 @@ def save_task_checkpoint(
         processor: The CLIP model's processor.
         task: The content of `task.json`, see `hf_zocl.hub.card.render_task_card`.
         results: The run's `results.json` so far; default: the checkpoint has none.
+        files: What the report and the card show of the run so far, by name, see `REPORT_FILES`.
 
     Returns:
         The checkpoint's folder; one of that name is replaced once the new one is complete.
@@ -93,6 +100,8 @@ def save_task_checkpoint(
     write_json(unfinished / TASK_FILE, {"format_version": FORMAT_VERSION, **task})
     if results is not None:
         write_json(unfinished / RESULTS_FILE, results)
+    for name, content in (files or {}).items():
+        (unfinished / name).write_bytes(content)
     plot_accuracy_matrix({**task, **task["metrics"]}, unfinished / FIGURE)
     write_task_card(unfinished, task)
     seal_task_checkpoint(unfinished)
@@ -131,7 +140,7 @@ def is_of_checkpoint(path: str) -> bool:
     folder, _, name = path.rpartition("/")
     if folder:
         return folder == EVAL_RESULTS_FOLDER and name.endswith(".yaml")
-    return name in (TASK_FILE, FIGURE, "README.md") or _is_sealed(name)
+    return name in (TASK_FILE, FIGURE, "README.md", *REPORT_FILES) or _is_sealed(name)
 
 
 def checkpoint_parts(folder: Path) -> list[Path]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..report.gallery import GALLERY_PICTURE
 from ..sample import resolve
 from .card import render_task_card
 from .checkpoint import (
@@ -66,6 +67,8 @@ def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
             if public != content:
                 files[name] = _json(public)
     task = public_record(info, is_local)
+    if GALLERY_PICTURE not in files:  # the user may have removed it
+        task.pop("gallery", None)
     files["README.md"] = str(render_task_card(task, repo_id)).encode()
     files[TASK_FILE] = _json(seal(task, files))
     return files

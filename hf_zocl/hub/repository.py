@@ -15,6 +15,7 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.utils import logging
 
 from ..files import written_whole
+from ..report.predictions import PREDICTIONS_FILE
 from .checkpoint import (
     ADAPTER_WEIGHTS,
     FIGURE,
@@ -164,7 +165,9 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
     output_dir.mkdir(parents=True, exist_ok=True)
     for name in names:
         _fetch_task(api, repo_id, name, tags[name], output_dir, token, hub_kwargs)
-    for file in (FIGURE, RESULTS_FILE):  # the results last, for they say that the rest is there
+    for file in (FIGURE, PREDICTIONS_FILE, RESULTS_FILE):  # the results last, for they say that the rest is there
+        if not (output_dir / names[-1] / file).is_file():  # earlier releases kept no predictions
+            continue
         with written_whole(output_dir / file) as unfinished:
             shutil.copyfile(output_dir / names[-1] / file, unfinished)
     logger.info(f"Fetched from {repo_id}: {', '.join(names)}")

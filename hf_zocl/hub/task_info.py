@@ -271,6 +271,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "zero_shot": (_with(seen_accuracy=_NUMBERS), "accuracies"),
     "zero_shot_retention": (_optional(_or_none(is_number)), "a number"),
     "held_out": (_optional(_dict(_with(zero_shot=is_number, after=_NUMBERS))), "accuracies by name"),
+    "gallery": (_optional(_with(task=_is_count, images=_is_count, forgotten=_is_count)), "a task and two numbers"),
     "recipe": (lambda value: isinstance(value, dict), "the run's arguments"),
     "seed": (_is_count, "a number"),
     "seconds": (_or_none(is_number), "a number"),

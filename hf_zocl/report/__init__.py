@@ -1,4 +1,4 @@
-"""Figures, tables and reports of runs, drawn from their `results.json` alone."""
+"""Figures, tables and reports of runs, drawn from the files in their folders alone."""
 
 from .compare import COMPARISON_FILES, Comparison, compare_groups, compare_runs, mean_and_deviation, paired_differences
 from .figures import draw_accuracy_matrix, plot_accuracy_matrix

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 
 RESULTS_FILE = "results.json"
+TRAINING_LOG = "training_log.json"  # in the folder of each task
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,12 @@ class RunGroup:
     Args:
         name: Its name in tables and figures.
         runs: The content of every seed's `results.json`, by seed.
+        folders: The folder of every seed; none where the runs are not from files.
     """
 
     name: str
     runs: tuple[dict[str, Any], ...]
+    folders: tuple[Path, ...] = ()
 
     @property
     def first(self) -> dict[str, Any]:
@@ -104,6 +107,12 @@ class RunGroup:
         return {name for run in self.runs for entry in run.get("training", []) for name in entry}
 
 
+def class_names(results: dict[str, Any]) -> list[str]:
+    """The name of every class number of a run's predictions, see `PredictionHistory`."""
+    classes = list(results.get("classes", ()))
+    return [*classes, *(name for name in results.get("known_classes", ()) if name not in classes)]
+
+
 def load_groups(folders: Iterable[str | Path]) -> list[RunGroup]:
     """Read runs: each folder holds a `results.json`, or a folder for each seed that does.
 
@@ -144,22 +153,24 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
     Raises:
         ValueError: If a results.json cannot be read, two have the same seed, or they have different benchmarks.
     """
-    runs = sorted((_read(folder / RESULTS_FILE) for folder in folders), key=lambda run: run["seed"])
-    runs = [run for run in runs if run["accuracy_matrix"]]
+    read = sorted(((_read(folder / RESULTS_FILE), folder) for folder in folders), key=lambda each: each[0]["seed"])
+    read = [(run, folder) for run, folder in read if run["accuracy_matrix"]]
+    runs = [run for run, _ in read]
     seeds, benchmarks = [run["seed"] for run in runs], sorted({str(run.get("benchmark")) for run in runs})
     if len(set(seeds)) < len(seeds) or len(benchmarks) > 1:
         raise ValueError(
             f"{', '.join(map(str, folders))}: expected one setting with seeds of its own, got seeds "
             f"{', '.join(map(str, seeds))} of {', '.join(benchmarks)}; name the folder of each setting."
         )
-    return RunGroup(name or folders[0].resolve().parent.name, tuple(runs))
+    own = tuple(folder for _, folder in read)
+    return RunGroup(name or folders[0].resolve().parent.name, tuple(runs), own)
 
 
 def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> list[RunGroup]:
     """The groups, with numbers added to names that occur twice."""
     names = [group.name for group in groups]
     return [
-        group if names.count(group.name) == 1 else RunGroup(f"{group.name} ({number})", group.runs)
+        group if names.count(group.name) == 1 else replace(group, name=f"{group.name} ({number})")
         for number, group in enumerate(groups, start=1)
     ]
 
@@ -266,6 +277,13 @@ def _is_zero_shot(value: Any) -> bool:
     )
 
 
+def _is_assignment(value: Any) -> bool:
+    towers = value.get("towers") if isinstance(value, dict) else None
+    return isinstance(towers, dict) and all(
+        isinstance(layers, dict) and all(map(_is_text, layers.values())) for layers in towers.values()
+    )
+
+
 _FIGURE = (_or_none(_is_number), "a number or null")
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "accuracy_matrix": (_is_list(_is_list(_is_number)), "rows of numbers"),
@@ -283,7 +301,8 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "a log of numbers",
     ),
     "tasks": (_or_none(_is_list(_is_text)), "the names of the tasks"),
-    "classes": (_is_list(_is_text), "the names of the classes"),
+    **dict.fromkeys(("classes", "known_classes"), (_is_list(_is_text), "the names of the classes")),
+    "assignment": (_is_assignment, "branch, layers, and the modes of each tower's layers"),
     **dict.fromkeys(("benchmark", "scenario"), (_or_none(_is_text), "text")),
     **dict.fromkeys(("recipe", "versions"), (lambda value: isinstance(value, dict), "values by name")),
     "skipped_images": (_is_number, "a number"),

@@ -38,8 +38,8 @@ from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.commands.tune import FirstTask, add_judge_arguments, mark_best, markdown_table, retention_stream
 from hf_zocl.hub.task_info import read_json, write_json
 from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
+from hf_zocl.report.escape import mathtext
 from hf_zocl.report.figures import save_figure
-from hf_zocl.report.plots import LIGHT, draw_settings
 from hf_zocl.sample import resolve
 
 
@@ -105,7 +105,7 @@ def main() -> None:
         comparison = seeds_table(groups)
     comparison.write(folder, name=options.table)
     print(comparison.markdown())
-    figure = draw_passes(groups) if options.table == "passes" else draw_settings(groups, LIGHT)
+    figure = draw_passes(groups) if options.table == "passes" else draw_settings(groups)
     if figure is not None:
         save_figure(figure, folder / f"{options.table}.png")
     findings = compare_with_findings(groups, options.table)
@@ -293,6 +293,28 @@ def seeds_table(groups: list[RunGroup]) -> Comparison:
         f"5 % in 80 % of all trials, (2.8·σ/{POINTS})², σ the standard deviation of the paired differences seen here."
     )
     return Comparison(tuple(headings), tuple(rows), note)
+
+
+def draw_settings(groups: list[RunGroup]) -> Figure | None:
+    """Avg and Last of every setting, mean and standard deviation over the seeds; lines: the first setting."""
+    if len(groups) == 1:
+        return None
+    figure = Figure(figsize=(5.4, 1.4 + 0.3 * len(groups)), layout="constrained")
+    axes = figure.subplots()
+    for number, (name, title, color, marker) in enumerate(
+        (("last", "Last", "#0072B2", "o"), ("avg", "Avg", "#D55E00", "s"))
+    ):
+        means, spread = zip(*(group.percent(name) for group in groups), strict=True)
+        rows = np.arange(len(groups)) + 0.2 * (0.5 - number)
+        axes.errorbar(means, rows, xerr=spread, color=color, marker=marker, linestyle="", capsize=3, label=title)
+        axes.axvline(means[0], color=color, linestyle="--", linewidth=1.2, zorder=1)
+        axes.axvline(100 * groups[0].first["zero_shot"][name], color=color, linestyle=":", linewidth=1.2, zorder=1)
+    axes.set_yticks(range(len(groups)), [mathtext(group.name) for group in groups])
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy (%); dotted: zero-shot")
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
 
 
 def draw_passes(groups: list[RunGroup]) -> Figure:

@@ -155,7 +155,8 @@ def test_saving_within_tasks_changes_nothing_and_leaves_nothing(undisturbed, tmp
     build_scheduler(recipe(tmp_path, HYBRID, "--save_strategy", "no")).run()
     assert_same_run(undisturbed(HYBRID), tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["accuracy_matrix.png", "results.json", "task-01", "task-02"]
+    expected = ["accuracy_matrix.png", "gallery.json", "predictions.safetensors", "results.json", "task-01", "task-02"]
+    assert names == expected
 
 
 def test_without_a_checkpoint_the_task_begins_again(undisturbed, stopped):

@@ -21,6 +21,7 @@ RUN = """
 --per_device_train_batch_size 4 --max_steps 1 --zo_branch none --learning_rate 1e-2
 --report_to none --disable_tqdm true --save_strategy no
 """
+OF_A_RUN = ["accuracy_matrix.png", "gallery.json", "predictions.safetensors", "results.json"]
 MINE = (
     "task-2024-notes/n.md",
     "task-01-old/a.txt",
@@ -108,7 +109,7 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(done):
 
 def test_a_shorter_run_leaves_no_task_of_a_longer_one(done):
     scheduler(done, "--increment", "4").run(overwrite_output_dir=True)
-    assert sorted(path.name for path in done.iterdir()) == ["accuracy_matrix.png", "results.json", "task-01"]
+    assert sorted(path.name for path in done.iterdir()) == [*OF_A_RUN, "task-01"]
 
 
 def test_a_first_run_leaves_everything_that_is_there(tmp_path):
@@ -121,6 +122,8 @@ def test_a_first_run_leaves_everything_that_is_there(tmp_path):
     "name",
     [
         "accuracy_matrix.png",
+        "gallery.json",
+        "predictions.safetensors",
         "push_queue.json",
         "task-02/README.md",
         "task-01/config.json",
@@ -165,12 +168,7 @@ def test_a_callback_that_fails_before_a_step_is_done_costs_nothing(event, done):
     with pytest.raises(KeyError, match="a callback's own"):
         scheduler(done, "--seed", "3", callbacks=[Fails(event)]).run(overwrite_output_dir=True)
     assert contents(done) == before
-    assert sorted(path.name for path in done.iterdir()) == [
-        "accuracy_matrix.png",
-        "results.json",
-        "task-01",
-        "task-02",
-    ]
+    assert sorted(path.name for path in done.iterdir()) == [*OF_A_RUN, "task-01", "task-02"]
 
 
 @pytest.mark.parametrize("more", [("--report_to", "wandb"), ("--per_device_train_batch_size", "0")])

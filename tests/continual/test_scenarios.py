@@ -220,7 +220,8 @@ def test_no_learning_is_zero_shot_by_the_same_protocol(local, tmp_path):
     results = run(tmp_path / "run", *arguments(local, "class"), "--learning", "none")
     assert results["accuracy_matrix"] == results["zero_shot"]["accuracy_matrix"]
     assert results["last"] == results["zero_shot"]["last"] and results["avg"] == results["zero_shot"]["avg"]
-    assert {entry.name for entry in (tmp_path / "run").iterdir()} == {"results.json", "accuracy_matrix.png"}
+    names = {"results.json", "accuracy_matrix.png", "predictions.safetensors", "gallery.json"}
+    assert {entry.name for entry in (tmp_path / "run").iterdir()} == names
 
 
 def test_held_out_datasets_are_measured_before_and_after_every_task(local, tmp_path):

@@ -21,6 +21,7 @@ from PIL import Image
 from hf_zocl import load_task_checkpoint
 from hf_zocl.hub import seal_task_checkpoint, write_task_card
 from hf_zocl.hub.card import TaskCardData, render_eval_results, render_task_card
+from hf_zocl.hub.public import public_files
 from hf_zocl.sample import sample_path
 from tests.hub.checkpoints import put_on_hub, save_checkpoint
 
@@ -443,6 +444,27 @@ def test_an_example_is_what_the_template_makes_of_its_run(folder):
     assert [result.metric_value for result in results][:2] == [task["metrics"]["last"], task["metrics"]["avg"]]
     for name, expected in render_eval_results(task).items():
         assert (folder / name).read_text(encoding="utf-8") == expected
+
+
+def test_a_row_of_the_gallery_is_on_the_card_where_the_checkpoint_has_one(task):
+    assert "gallery" not in str(render_task_card(task))
+    card = str(render_task_card({**task, "gallery": {"task": 1, "images": 8, "forgotten": 3}}))
+    assert "](gallery.png)" in card and "8 test images of task 1" in card and "the first 3 of them" in card
+    assert "the first" not in str(render_task_card({**task, "gallery": {"task": 1, "images": 8, "forgotten": 0}}))
+
+
+def test_a_picture_that_was_removed_is_not_pushed_and_not_on_the_card(task, tmp_path):
+    folder = save_checkpoint(tmp_path)
+    info = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    info["gallery"] = {"task": 1, "images": 8, "forgotten": 3}
+    (folder / "task.json").write_text(json.dumps(info), encoding="utf-8")
+    (folder / "gallery.png").write_bytes(b"a picture")
+    seal_task_checkpoint(folder)
+    files = public_files(folder, "user/repo")
+    assert files["gallery.png"] == folder / "gallery.png" and b"](gallery.png)" in files["README.md"]
+    (folder / "gallery.png").unlink()
+    files = public_files(folder, "user/repo")
+    assert "gallery.png" not in files and b"gallery" not in files["README.md"] + files["task.json"]
 
 
 def test_the_examples_name_no_place_of_the_machine_they_ran_on():

@@ -2,50 +2,17 @@
 
 import json
 import re
-import shutil
-import subprocess
+import time
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
-from PIL import Image
 
 from hf_zocl.report import load_groups, write_report
-from hf_zocl.report.html import report_figures
-from hf_zocl.report.plots import (
-    DARK,
-    LIGHT,
-    draw_accuracy,
-    draw_forgetting,
-    draw_matrix,
-    draw_memory,
-    draw_settings,
-    draw_variance,
-    draw_variance_by_layer,
-)
-from tests.report.test_figures import make_results, visible_texts
-
-
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
-
-
-def save_run(folder: Path, seed: int, tasks: int = 5, by_layer: bool = False, **recipe) -> Path:
-    """A run of some seed, with a training log."""
-    rng = np.random.default_rng(seed)
-    results = make_results(tasks, **recipe)
-    results["seen_accuracy"] = [float(value * rng.uniform(0.9, 1.1)) for value in results["seen_accuracy"]]
-    names = ["zo_variance_vision", "zo_variance_language"]
-    names += [f"zo_variance_vision_layer_{layer}" for layer in (2, 4, 6)] if by_layer else []
-    log = [{"loss": 1.0, **{name: float(rng.uniform(1e-4, 1e-1)) for name in names}} for _ in range(tasks)]
-    results |= {"seed": seed, "training": log if recipe.get("zo_branch") != "none" else [{"loss": 1.0}] * tasks}
-    results |= {"seconds": 100.0 + seed, "peak_memory_bytes": int(1e9 * rng.uniform(1, 2)), "scenario": "class"}
-    results |= {"forgetting": 0.2, "backward_transfer": -0.2, "last": results["seen_accuracy"][-1]}
-    folder.mkdir(parents=True)
-    (folder / "results.json").write_text(json.dumps(results))
-    return folder
+from hf_zocl.report.comparison_charts import accuracy, comparison_charts, standings
+from hf_zocl.report.one_run import view
+from tests.report.browser import lay_out, needs_browser
+from tests.report.runs import save_run, save_whole_run
 
 
 @pytest.fixture
@@ -53,7 +20,7 @@ def runs(tmp_path) -> list[Path]:
     """Two settings with three seeds each."""
     for seed in (0, 1, 2):
         save_run(tmp_path / "runs" / "fo" / f"seed-{seed}", seed, zo_branch="none")
-        save_run(tmp_path / "runs" / "language hop-odd" / f"seed-{seed}", seed, by_layer=True)
+        save_whole_run(tmp_path / "runs" / "language hop-odd" / f"seed-{seed}", seed, tasks=5)
     return [tmp_path / "runs" / "fo", tmp_path / "runs" / "language hop-odd"]
 
 
@@ -61,26 +28,66 @@ def test_one_file_holds_everything(runs, tmp_path):
     path = write_report(runs, tmp_path / "report", baseline="fo")
     text = path.read_text(encoding="utf-8")
     sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "<script" not in text and "url(" not in text
-    names = {file.name for file in (tmp_path / "report" / "figures").iterdir()}
-    expected = ("settings", "accuracy", "forgetting", "memory", "zo-variance", "zo-variance-by-layer")
-    expected += ("accuracy-matrix-1",)
-    assert names >= {f"{name}{ending}" for name in expected for ending in (".png", "-dark.png")}
-    assert {file.name for file in (tmp_path / "report").iterdir()} >= {
-        "comparison.md",
-        "comparison.tex",
-        "report.html",
-    }
+    assert sources and all(source.startswith("data:") for source in sources)
+    assert "<script" not in text and "url(" not in text and "http" not in text
+    names = {file.name for file in (tmp_path / "report").iterdir()}
+    assert names == {"comparison.md", "comparison.tex", "report.html"}
+
+
+def test_a_run_shows_all_that_its_files_hold(tmp_path):
+    text = write_report([save_whole_run(tmp_path / "run", 0)], tmp_path).read_text(encoding="utf-8")
+    assert text.count("<strong>") == 4 and text.count("zero-shot") > 4
+    for words in ("Accuracy matrix", "known and forgotten", "Confusion after the last task", "Mistaken most", "Loss"):
+        assert words in text
+    for words in ("Difference against noise", "Variance by layer", "Layers", "Record"):
+        assert words in text
+    assert text.count('<div class="card">') == 3 * 8 and text.count('<div class="layer ') == 7
+
+
+def test_an_older_run_is_reported_without_what_it_did_not_keep(tmp_path):
+    text = write_report([save_run(tmp_path / "run", 0)], tmp_path).read_text(encoding="utf-8")
+    assert "Accuracy matrix" in text and ">Loss<" in text
+    assert "Confusion" not in text and 'class="card"' not in text and "<h2>Layers" not in text
+
+
+def test_a_run_of_one_task_and_no_zeroth_order_layer_has_no_empty_figure(tmp_path):
+    run = save_run(tmp_path / "run", 0, tasks=1, zo_branch="none")
+    groups = load_groups([run])
+    assert comparison_charts(groups) == [] and view(groups[0]).charts == ()
+    text = write_report([run], tmp_path).read_text(encoding="utf-8")
+    assert "<svg" not in text and text.count("<figure>") == 1
 
 
 def test_the_settings_stand_where_their_means_are(runs):
     groups = load_groups(runs)
-    axes = draw_settings(groups, LIGHT).axes[0]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [group.name for group in groups]
-    last, avg = (container.lines[0].get_xdata() for container in axes.containers)
-    assert list(last) == pytest.approx([100 * group.values("last").mean() for group in groups])
-    assert list(avg) == pytest.approx([100 * group.values("avg").mean() for group in groups])
+    found, top = standings(groups)
+    assert [one.name for one in found] == ["zero-shot", *(group.name for group in groups)]
+    for one, group in zip(found[1:], groups, strict=True):
+        last, avg = one.marks
+        assert last[0] * top / 100 == pytest.approx(100 * group.values("last").mean())
+        assert avg[0] * top / 100 == pytest.approx(100 * group.values("avg").mean())
+
+
+def test_bars_are_the_standard_deviation_over_seeds(runs):
+    group = load_groups(runs)[0]
+    curves = 100 * group.curves("seen_accuracy")
+    series = accuracy([group]).series[0]
+    assert np.array(series.high) - np.array(series.low) == pytest.approx(2 * curves.std(axis=0, ddof=1))
+    assert np.array(series.y) == pytest.approx(curves.mean(axis=0))
+
+
+def test_settings_are_told_apart_without_colour(runs):
+    chart = accuracy(load_groups(runs))
+    looks = [re.sub(r"[cM]\w*[\d. ]+|c\d", "", str(one.mark)) for one in chart.series]
+    assert len(set(looks)) == len(looks) == 3
+
+
+def test_the_head_has_zero_shot_beside_each_number(tmp_path):
+    zero_shot = {"last": 0.3, "avg": 0.45, "seen_accuracy": [0.6, 0.3], "accuracy_matrix": [[0.6], [0.4, 0.2]]}
+    more = {"zero_shot": zero_shot, "forgetting": 0.1, "backward_transfer": -0.1}
+    (group,) = load_groups([save_run(tmp_path / "run", 0, tasks=2, more=more)])
+    assert [figure.zero_shot for figure in view(group).head] == ["30.0", "45.0", "20.0", "-20.0"]
+    assert [figure.value for figure in view(group).head][2:] == ["10.0", "-10.0"]
 
 
 def test_the_report_names_no_local_path_and_no_token(tmp_path):
@@ -92,114 +99,116 @@ def test_the_report_names_no_local_path_and_no_token(tmp_path):
     assert "<dt>model_name_or_path</dt><dd>clip</dd>" in text
 
 
-def test_names_are_escaped(tmp_path):
-    run = save_run(tmp_path / "a<b>&c", 0)
-    text = write_report([run], tmp_path / "report").read_text(encoding="utf-8")
-    assert "a&lt;b&gt;&amp;c" in text and "a<b>" not in text
+NASTY = ["<script>planted = 1</script>", '<img src=x onerror="planted = 2">', '"><b onclick=1>', "{{ 7 * 7 }}", "a&b"]
 
 
-def test_a_run_of_one_task_and_no_zeroth_order_layer_has_no_empty_figure(tmp_path):
-    run = save_run(tmp_path / "run", 0, tasks=1, zo_branch="none")
-    names = [figure.name for figure in report_figures(load_groups([run]))]
-    assert names == ["accuracy", "memory", "accuracy-matrix"]
+def nasty_run(folder: Path) -> Path:
+    names = [*NASTY, *(f"<i>{n}</i>" for n in range(4))]
+    run = save_whole_run(folder, 0, names=names)
+    results = json.loads((run / "results.json").read_text())
+    results |= {"benchmark": NASTY[1], "tasks": NASTY[:3], "versions": {NASTY[0]: NASTY[1]}}
+    results["recipe"] |= {"prompt_template": NASTY[0], "zo_layers": [NASTY[1]]}
+    results["assignment"]["towers"] = {NASTY[1]: {"1": NASTY[0]}}
+    log = results["training"][0]
+    results["training"][0] = {**log, "zo_variance_<script>": 1.0}
+    (run / "results.json").write_text(json.dumps(results))
+    return run
 
 
-def test_error_bars_are_the_standard_deviation_over_seeds(runs):
-    figure = draw_accuracy(load_groups(runs), LIGHT)
-    curves = 100 * load_groups(runs)[0].curves("seen_accuracy")
-    container = figure.axes[0].containers[0]
-    (bars,) = container[2]
-    lengths = np.array([segment[1][1] - segment[0][1] for segment in bars.get_segments()])
-    assert lengths == pytest.approx(2 * curves.std(axis=0, ddof=1))
-    assert container[0].get_ydata() == pytest.approx(curves.mean(axis=0))
+@pytest.mark.parametrize("many", [False, True])
+def test_no_name_is_read_as_markup(many, tmp_path):
+    run = nasty_run(tmp_path / "a<b>&c")
+    folders = [run, save_run(tmp_path / "other<script>", 1, tasks=3)] if many else [run]
+    text = write_report(folders, tmp_path / "report").read_text(encoding="utf-8")
+    assert "&lt;script&gt;planted" in text and "a&lt;b&gt;&amp;c" in text and "{{ 7 * 7 }}" in text
+    for markup in ("<script", "<img src=x", "<b onclick", "<i>0", "a<b>"):
+        assert markup not in text
 
 
-def test_settings_are_told_apart_without_colour(runs):
-    lines = [line for line in draw_accuracy(load_groups(runs), LIGHT).axes[0].lines if len(line.get_xdata()) == 5]
-    styles = {(line.get_marker(), line.get_linestyle()) for line in lines if line.get_marker() in "os"}
-    assert len(styles) == 2
+def test_a_damaged_file_is_named(tmp_path):
+    run = save_whole_run(tmp_path / "run", 0)
+    for name, content, words in (
+        ("predictions.safetensors", b"\x00" * 40, "no predictions of a run"),
+        ("gallery.json", b'{"tasks": {"1": [{"image": 1000, "webp": ""}]}}', "no gallery of this run"),
+        ("task-02/training_log.json", b'{"step": [1], "loss": ["<b>"]}', "no training log"),
+    ):
+        whole = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{Path(name).name}: {words}"):
+            write_report([run], tmp_path)
+        (run / name).write_bytes(whole)
+    write_report([run], tmp_path)
 
 
-@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=lambda theme: theme.name)
-@pytest.mark.parametrize("tasks", [2, 5, 10, 20])
-def test_no_text_of_a_figure_is_clipped_or_overlaps(theme, tasks, tmp_path):
-    for number, name in enumerate(("first-order", "language hop-odd", "a very long name of a setting " * 3)):
-        save_run(tmp_path / name, number, tasks, by_layer=True)
-    groups = load_groups(sorted(tmp_path.iterdir()))
-    drawn = [draw_matrix(groups[0], theme)]
-    drawn += [draw(groups, theme) for draw in (draw_settings, draw_accuracy, draw_forgetting, draw_memory)]
-    drawn += [draw(groups, theme) for draw in (draw_variance, draw_variance_by_layer)]
-    for figure in drawn:
-        texts = visible_texts(figure)
-        ticks = [text for axes in figure.axes for axis in (axes.xaxis, axes.yaxis) for text in hidden(axis)]
-        texts = [(name, box) for name, box in texts if (name, box.x0) not in ticks]
-        for name, box in texts:
-            assert figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1, name
-            assert figure.bbox.y0 - 1 <= box.y0 and box.y1 <= figure.bbox.y1 + 1, name
-        for index, (one, box) in enumerate(texts):
-            for other, other_box in texts[index + 1 :]:
-                assert not box.overlaps(other_box), (one, other)
+def test_predictions_of_another_run_are_refused(tmp_path):
+    run = save_whole_run(tmp_path / "run", 0)
+    other = save_whole_run(tmp_path / "other", 0, tasks=2)
+    (run / "predictions.safetensors").write_bytes((other / "predictions.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="not of the run whose results.json is beside it"):
+        write_report([run], tmp_path)
 
 
-def hidden(axis: matplotlib.axis.Axis) -> list[tuple[str, float]]:
-    """Labels of ticks beyond the axis' ends, which are not drawn."""
-    low, high = sorted(axis.get_view_interval())
-    outside = [t for t in axis.get_major_ticks() + axis.get_minor_ticks() if not low <= t.get_loc() <= high]
-    return [(t.label1.get_text(), t.label1.get_window_extent().x0) for t in outside]
-
-
-def lay_out(report: Path, width: int, tmp_path: Path) -> dict:
-    """Open the report in the browser, and ask it what does not fit."""
-    probe = """<script>
-    document.querySelectorAll("details").forEach(each => each.open = true);
-    addEventListener("load", () => {
-      const view = document.documentElement.clientWidth, inside = each => each.closest(".scroll") !== null;
-      const boxes = [...document.querySelectorAll("h1,h2,h3,p,figcaption,img,table,dt,dd,summary")];
-      const wide = boxes.filter(each => !inside(each) && each.getBoundingClientRect().right > view + 0.5);
-      const images = [...document.images];
-      const found = {view, page: document.documentElement.scrollWidth,
-        wide: wide.map(each => each.outerHTML.slice(0, 80)), images: images.length,
-        drawn: images.filter(each => each.complete && each.naturalWidth > 400).length,
-        background: getComputedStyle(document.body).backgroundColor};
-      document.body.setAttribute("data-found", JSON.stringify(found));
-    });</script></body>"""
-    page = tmp_path / "probe.html"
-    page.write_text(report.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--hide-scrollbars",
-        f"--user-data-dir={tmp_path / 'profile'}",
-    ]
-    command = [
-        BROWSER,
-        *flags,
-        f"--window-size={width},2000",
-        "--virtual-time-budget=10000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = re.search(r'data-found="([^"]*)"', dom)
-    assert found, dom[-500:]
-    return json.loads(found.group(1).replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">"))
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 400])
-def test_a_real_browser_fits_the_report_to_its_width(width, runs, tmp_path):
+def test_a_real_browser_fits_one_run_to_its_width(width, dark, tmp_path):
+    found = lay_out(write_report([save_whole_run(tmp_path / "run", 0)], tmp_path), width, tmp_path, dark)
+    assert found["view"] == width and found["page"] <= width
+    assert found["wide"] == found["overlaps"] == found["console"] == []
+    assert found["images"] == found["drawn"] == 24 and found["charts"] == 5 and found["texts"] > 200
+    assert found["background"] == ("rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_real_browser_fits_several_runs_to_its_width(width, runs, tmp_path):
     found = lay_out(write_report(runs, tmp_path / "report", baseline="fo"), width, tmp_path)
-    assert found["page"] <= found["view"] <= max(width, 500)  # some browsers open no narrower window than 500
-    assert found["wide"] == []
-    assert found["images"] == found["drawn"] == 8
-    assert found["background"] == "rgb(255, 255, 255)"
+    assert found["page"] <= found["view"] == width
+    assert found["wide"] == found["overlaps"] == found["console"] == []
+    assert found["images"] == found["drawn"] and found["charts"] >= 7
 
 
-def test_figures_are_sharp_on_a_screen_of_twice_the_density(runs, tmp_path):
-    write_report(runs, tmp_path / "report")
-    with Image.open(tmp_path / "report" / "figures" / "accuracy.png") as image:
-        assert image.width >= 800
+@needs_browser
+@pytest.mark.parametrize("tasks", [1, 2, 12, 20])
+def test_a_real_browser_fits_short_and_long_streams(tasks, tmp_path):
+    names = [f"a rather long name of the class number {n}" for n in range(10 * tasks)]
+    run = save_whole_run(tmp_path / "run", 0, tasks, classes=10, images=3, names=names)
+    found = lay_out(write_report([run], tmp_path), 400, tmp_path)
+    assert found["page"] <= found["view"] == 400
+    assert found["wide"] == found["overlaps"] == found["console"] == []
+
+
+@needs_browser
+def test_a_real_browser_reads_no_name_as_markup(tmp_path):
+    found = lay_out(write_report([nasty_run(tmp_path / "run")], tmp_path), 400, tmp_path)
+    assert found["console"] == [] and found["scripts"] == 1 and found.get("planted") is None  # the probe alone
+    assert found["images"] == found["drawn"] and NASTY[1] in found["title"]
+
+
+@needs_browser
+def test_the_probe_sees_what_overlaps_and_what_is_too_wide(tmp_path):
+    page = tmp_path / "bad.html"
+    page.write_text(
+        '<body style="margin:0"><p style="width:900px">wide</p><p style="position:absolute;top:0">one</p>'
+        '<p style="position:absolute;top:0">two</p><script>console.error("bad")</script></body>'
+    )
+    found = lay_out(page, 400, tmp_path)
+    assert found["wide"] and ["one", "two"] in found["overlaps"] and found["console"]
+
+
+@pytest.mark.slow
+def test_ten_runs_of_twenty_tasks_and_two_hundred_classes_are_one_small_file_in_seconds(tmp_path):
+    folders = [save_whole_run(tmp_path / f"run {n}", n, 20, 10, 50, side=96) for n in range(10)]
+    for folder in folders:  # of one seed, so that their differences are paired
+        results = json.loads((folder / "results.json").read_text())
+        (folder / "results.json").write_text(json.dumps({**results, "seed": 0}))
+    started = time.perf_counter()
+    path = write_report(folders, tmp_path / "report", baseline="run 0")
+    print(f"{(seconds := time.perf_counter() - started):.2f} s, {path.stat().st_size} bytes")
+    assert seconds < 20
+    assert path.stat().st_size < 5_000_000
+    text = path.read_text(encoding="utf-8")
+    assert text.count("Confusion after the last task") == 10 and text.count('class="card"') >= 200
 
 
 def test_a_missing_run_is_named(tmp_path):

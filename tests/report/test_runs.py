@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from hf_zocl.report import compare_runs, load_groups, write_report
 from hf_zocl.report.escape import latex, markdown, markdown_code, mathtext, one_line
-from hf_zocl.report.html import MAX_DRAWN, report_figures
+from hf_zocl.report.html import MAX_DRAWN, compared
 
 
 def results(benchmark: str = "pets", **changes) -> dict:
@@ -54,8 +54,10 @@ def test_runs_of_two_benchmarks_are_kept_apart_each_with_its_own_zero_shot(tmp_p
     assert [row[3] for row in table if row[1] == "zero-shot"] == ["10.0", "70.0"]
     assert [row[-2] for row in table] == ["", "baseline", "+10.0", "", "–"]
     assert "cannot be compared" in comparison.note
-    names = [figure.name for figure in report_figures(load_groups(folders))]
-    assert {"accuracy-of-1", "accuracy-of-2", "settings-of-1"} <= set(names) and "settings-of-2" not in names
+    pets, cars = compared(load_groups(folders))
+    assert pets.name.startswith("pets") and [one.name for one in pets.standings] == ["zero-shot", "a", "c"]
+    assert cars.name.startswith("cars") and cars.standings == []
+    assert [each.charts[0].title for each in (pets, cars)] == ["Accuracy over tasks"] * 2
 
 
 @pytest.mark.parametrize(
