@@ -93,12 +93,12 @@ class ReportFiles:
         """
         return {**self.predictions, TRAINING_LOG: (json.dumps(curves, allow_nan=False) + "\n").encode()}
 
-    def row(self, results: Mapping[str, Any], dataset_id: str | None) -> tuple[dict[str, Any], dict[str, bytes]]:
+    def row(self, results: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
         """What `task.json` says of the row of the gallery on the card, and its picture; nothing of private images.
 
-        A card may be pushed, so its images are those of a registered benchmark or of a dataset on the Hub.
+        A card may be pushed, so its images are those of a registered benchmark: another dataset may be private.
         """
-        is_public = dataset_id or results["recipe"].get("benchmark") not in (None, "none")
+        is_public = results["recipe"].get("benchmark") not in (None, "none")
         file = self.folder / GALLERY_FILE
         if self._history is None or not is_public or not file.is_file():
             return {}, {}

@@ -359,7 +359,7 @@ class ContinualTaskScheduler:
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         with saving(self.output_dir / task.name, parameters):
             self._kept.write(self._images)
-            info, files = self._kept.row(results, self.stream.dataset_id)
+            info, files = self._kept.row(results)
             info, files = self._task_info(task, results) | info, self._kept.of_task(trained.curves) | files
             save_task_checkpoint(self.output_dir, self.model, self.processor, info, results, files)
             if trained.replay_log is not None:

@@ -66,7 +66,7 @@ def accuracy(groups: Sequence[RunGroup]) -> Chart | None:
         return None
     series = [_over_tasks(group, 100 * group.curves("seen_accuracy"), number) for number, group in enumerate(groups)]
     longest = max(groups, key=lambda group: group.tasks)
-    zero_shot = 100 * np.array(longest.first["zero_shot"]["seen_accuracy"][: longest.tasks])
+    zero_shot = (100 * np.array(longest.first["zero_shot"]["seen_accuracy"][: longest.tasks])).tolist()
     series.append(Series("zero-shot", range(1, len(zero_shot) + 1), zero_shot, ZERO_SHOT))
     caption = "On the test images of all classes seen by then." + _bars(groups)
     return draw("Accuracy over tasks", caption, series, "after task", "accuracy (%)", from_zero=True)

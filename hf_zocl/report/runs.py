@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ class RunGroup:
         return {name for run in self.runs for entry in run.get("training", []) for name in entry}
 
 
-def class_names(results: dict[str, Any]) -> list[str]:
+def class_names(results: Mapping[str, Any]) -> list[str]:
     """The name of every class number of a run's predictions, see `PredictionHistory`."""
     classes = list(results.get("classes", ()))
     return [*classes, *(name for name in results.get("known_classes", ()) if name not in classes)]
