@@ -6,6 +6,7 @@ import pkgutil
 import re
 import textwrap
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -319,7 +320,8 @@ def test_no_other_class_overrides_a_private_name_of_its_bases():
     found = {}
     for module in pkgutil.walk_packages(hf_zocl.__path__, "hf_zocl."):
         path = module.name.removeprefix("hf_zocl.").replace(".", "/") + ".py"
-        if module.name == "hf_zocl.__main__" or path in HOMES:
+        needs_extra = module.name == "hf_zocl.demo.page" and find_spec("gradio") is None
+        if module.name == "hf_zocl.__main__" or path in HOMES or needs_extra:
             continue
         for cls in vars(import_module(module.name)).values():
             if inspect.isclass(cls) and cls.__module__ == module.name and (names := foreign_overrides(cls)):
