@@ -35,8 +35,6 @@ def main() -> None:
         return
     from ..demo.page import launch_page, make_page
 
-    if not Path(args.run).is_dir() and args.hub_token is not None:
-        page = make_page(args.run, args.dataset_path, token=args.hub_token)
-    else:
-        page = make_page(args.run, args.dataset_path)
-    launch_page(page, args.server_name, args.server_port)
+    is_local = Path(args.run).is_dir()
+    hub_kwargs = {} if is_local or args.hub_token is None else {"token": args.hub_token}
+    launch_page(make_page(args.run, args.dataset_path, **hub_kwargs), args.server_name, args.server_port)

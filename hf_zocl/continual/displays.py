@@ -11,6 +11,8 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..report.table import in_columns, percent
+
 
 class Display:
     """Shows nothing; a subclass shows what it can."""
@@ -223,7 +225,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
     rows = [["accuracy (%)", "zero-shot", "all seen", *(f"task {n}" for n in range(1, len(results["tasks"]) + 1))]]
     for number, row in enumerate(results["accuracy_matrix"], start=1):
         accuracies = [untrained[number - 1], results["seen_accuracy"][number - 1], *row]
-        rows.append([f"after task {number}", *(f"{100 * value:.1f}" for value in accuracies)])
+        rows.append([f"after task {number}", *map(percent, accuracies)])
     return rows
 
 
@@ -231,13 +233,7 @@ def aligned(rows: list[list[str]], tasks: int) -> list[str]:
     """The rows with columns as wide as the whole table of so many tasks needs."""
     first = len(f"after task {tasks}")
     widths = [max(first, len(rows[0][0])), *map(len, rows[0][1:])]
-    return [
-        "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=False))
-        )
-        for row in rows
-    ]
+    return [in_columns(row, widths) for row in rows]
 
 
 def _html_table(head: list[str], rows: list[list[str]]) -> str:

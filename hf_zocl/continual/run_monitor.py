@@ -50,11 +50,11 @@ class RunMonitor:
             results: The run's results so far.
             goes_on: Whether an earlier process has begun the run.
         """
-        sizes = [len(task.train) for task in stream]
+        steps = StreamSteps.planned(self._args, [len(task.train) for task in stream])
         if self._progress is not None:
-            self._progress.begin(StreamSteps.planned(self._args, sizes), results)
+            self._progress.begin(steps, results)
         if self._report is not None:
-            self._report.begin(StreamSteps.planned(self._args, sizes), goes_on)
+            self._report.begin(steps, goes_on)
 
     def callbacks(self, task: Task | None = None) -> list[TrainerCallback]:
         """The callbacks of a task's trainer or, without a task, of one that evaluates."""

@@ -48,7 +48,7 @@ What [{repository}](https://huggingface.co/{repository}) says of an image before
 tasks: move the slider. The folder `hf_zocl/` is the package, as it was when this Space was pushed.
 """
 # The package's own files that an app needs; the embedded model is not one: a repository has its base model.
-PACKAGED = (".py", ".yaml", ".json", ".html", ".md", ".parquet")
+PACKAGED = (".py", ".yaml", ".json", ".html", ".css", ".md", ".parquet")
 
 
 def push_demo(run: str, space: str, token: str | None = None, private: bool | None = None) -> str:

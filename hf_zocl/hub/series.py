@@ -78,12 +78,15 @@ class TaskSeries:
                 of one run.
         """
         tasks = tasks_of(path, **hub_kwargs)
-        folders = {task: find_task_checkpoint(path, task, **hub_kwargs) for task in tasks}
-        model, _ = load_task_checkpoint(folders[tasks[-1]], **hub_kwargs)
-        last = read_task(folders[tasks[-1]])
-        stages = [_stage(folders[task], task, folders[tasks[-1]], last, model) for task in tasks]
-        before = Stage(0, stages[-1].known, (), None, last["prompt_template"], None)
-        return cls(model, [before, *stages], last)
+        folders = [find_task_checkpoint(path, task, **hub_kwargs) for task in tasks]
+        model, _ = load_task_checkpoint(folders[-1], **hub_kwargs)
+        last = _Saved.read(folders[-1])
+        stages = [
+            _stage(_Saved.read(folder), task, last, model) for folder, task in zip(folders[:-1], tasks, strict=False)
+        ]
+        stages.append(_stage(last, tasks[-1], last, model))
+        before = Stage(0, stages[-1].known, (), None, last.info["prompt_template"], None)
+        return cls(model, [before, *stages], last.info)
 
     @torch.no_grad()
     def probabilities(self, images: Sequence[Any]) -> torch.Tensor:
@@ -153,27 +156,44 @@ def tasks_of(path: str | Path, **hub_kwargs: Any) -> list[int]:
     return tasks
 
 
-def _stage(folder: Path, task: int, last_folder: Path, last: dict[str, Any], model: CLIPClassifier) -> Stage:
+@dataclass(frozen=True)
+class _Saved:
+    """A task's checkpoint as it is on disk, its checksums compared."""
+
+    folder: Path
+    info: dict[str, Any]
+    config: dict[str, Any]
+    weights: dict[str, torch.Tensor]
+
+    @classmethod
+    def read(cls, folder: Path) -> _Saved:
+        info, file = read_sealed(folder), folder / ADAPTER_WEIGHTS
+        with refusing(f"{file} is damaged: it cannot be read as safetensors"):
+            weights = load_file(file)
+        check_finite(weights, str(file))
+        return cls(folder, info, read_json(folder / ADAPTER_CONFIG), weights)
+
+    @property
+    def shapes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in self.weights.items()}
+
+
+def _stage(saved: _Saved, task: int, last: _Saved, model: CLIPClassifier) -> Stage:
     """A task's stage, if its adapter is of the same shape and base model as the last one's, which was checked."""
-    info = read_sealed(folder)
+    info = saved.info
     if info["task"] != task:
         raise ValueError(
-            f"{folder / TASK_FILE} is foreign: it is of task {info['task']}, expected {task_folder(task)}."
+            f"{saved.folder / TASK_FILE} is foreign: it is of task {info['task']}, expected {task_folder(task)}."
         )
-    config, expected = (read_json(each / ADAPTER_CONFIG) for each in (folder, last_folder))
-    same = [(info.get(name), last.get(name)) for name in ("adapter", "base_model", "base_model_sha256")]
+    same = [(info.get(name), last.info.get(name)) for name in ("adapter", "base_model", "base_model_sha256")]
     names = set(info["classes"]) | set(info.get("known_classes", ()))
-    foreign = f"{folder} is foreign: it is not of the run of {last_folder.name}"
-    if config != expected or any(mine != theirs for mine, theirs in same):
+    foreign = f"{saved.folder} is foreign: it is not of the run of {last.folder.name}"
+    if saved.config != last.config or any(mine != theirs for mine, theirs in same):
         raise ValueError(f"{foreign}: another adapter or base model.")
-    if not names <= {*last["classes"], *last.get("known_classes", ())}:
+    if not names <= {*last.info["classes"], *last.info.get("known_classes", ())}:
         raise ValueError(f"{foreign}: other classes.")
-    file = folder / ADAPTER_WEIGHTS
-    with refusing(f"{file} is damaged: it cannot be read as safetensors"):
-        weights, shapes = load_file(file), load_file(last_folder / ADAPTER_WEIGHTS)
-    if {n: (t.shape, t.dtype) for n, t in weights.items()} != {n: (t.shape, t.dtype) for n, t in shapes.items()}:
+    if saved.shapes != last.shapes:
         raise ValueError(f"{foreign}: weights of other names or shapes.")
-    check_finite(weights, str(file))
     known = tuple(place for place, name in enumerate(model.class_names) if name in names)
     titles = info.get("task_titles") or [None] * task
-    return Stage(task, known, tuple(info["task_classes"]), titles[-1], info["prompt_template"], weights)
+    return Stage(task, known, tuple(info["task_classes"]), titles[-1], info["prompt_template"], saved.weights)

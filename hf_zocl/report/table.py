@@ -9,14 +9,14 @@ def format_results(results: dict[str, Any]) -> str:
     columns = [f"task {i + 1}" for i in range(len(matrix))]
     rows = [["accuracy (%)", *columns, "all seen", "zero-shot"]]
     for index, row in enumerate(matrix):
-        cells = [_percent(value) for value in row] + [""] * (len(matrix) - len(row))
+        cells = [percent(value) for value in row] + [""] * (len(matrix) - len(row))
         seen, untrained = results["seen_accuracy"][index], zero_shot["seen_accuracy"][index]
-        rows.append([f"after task {index + 1}", *cells, _percent(seen), _percent(untrained)])
+        rows.append([f"after task {index + 1}", *cells, percent(seen), percent(untrained)])
     figures = [
-        ("Last", f"{_percent(results['last'])} %  (zero-shot {_percent(zero_shot['last'])} %)"),
-        ("Avg", f"{_percent(results['avg'])} %  (zero-shot {_percent(zero_shot['avg'])} %)"),
-        ("forgetting", f"{_percent(results['forgetting'])} points"),
-        ("backward transfer", f"{_percent(results['backward_transfer'])} points"),
+        ("Last", f"{percent(results['last'])} %  (zero-shot {percent(zero_shot['last'])} %)"),
+        ("Avg", f"{percent(results['avg'])} %  (zero-shot {percent(zero_shot['avg'])} %)"),
+        ("forgetting", f"{percent(results['forgetting'])} points"),
+        ("backward transfer", f"{percent(results['backward_transfer'])} points"),
         *_further(results),
         ("time", f"{results['seconds']:.1f} s"),
         ("peak memory", f"{results['peak_memory_bytes'] / 2**20:.0f} MiB"),
@@ -35,7 +35,7 @@ def _further(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("images left out", results.get("skipped_images") or None, ""),
     ]
     shown = [(name, value, unit) for name, value, unit in values if value is not None]
-    return [(name, f"{_percent(value)} {unit}" if unit else str(value)) for name, value, unit in shown]
+    return [(name, f"{percent(value)} {unit}" if unit else str(value)) for name, value, unit in shown]
 
 
 def format_evaluation(measured: dict[str, Any]) -> str:
@@ -44,28 +44,28 @@ def format_evaluation(measured: dict[str, Any]) -> str:
     by_class = [value for value in details["per_class_accuracy"] if value is not None]
     figures = [
         ("benchmark", f"{measured['benchmark']}, after task {measured['task']}, scenario {measured['scenario']}"),
-        ("accuracy", f"{_percent(measured['seen_accuracy'])} %"),
-        ("by task", "  ".join(_percent(value) for value in row)),
-        ("top-5", f"{_percent(details['top_5_accuracy'])} %"),
-        ("worst class", f"{_percent(min(by_class))} %"),
-        ("calibration error", f"{_percent(details['calibration_error'])} points"),
+        ("accuracy", f"{percent(measured['seen_accuracy'])} %"),
+        ("by task", "  ".join(percent(value) for value in row)),
+        ("top-5", f"{percent(details['top_5_accuracy'])} %"),
+        ("worst class", f"{percent(min(by_class))} %"),
+        ("calibration error", f"{percent(details['calibration_error'])} points"),
     ]
     if measured["skipped_images"]:
         figures.append(("left out", f"{measured['skipped_images']} images that cannot be decoded"))
     return "\n".join(f"{name:<18}{value}" for name, value in figures)
 
 
-def _percent(fraction: float | None) -> str:
+def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def _align(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]
+    head, *lines = (in_columns(row, widths) for row in rows)
+    return [head, "  ".join("─" * width for width in widths), *lines]
+
+
+def in_columns(row: list[str], widths: list[int]) -> str:
+    """One line of a table, its first cell at the left and the others at the right; the last ones may be missing."""
+    cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+    return "  ".join([row[0].ljust(widths[0]), *cells[1:]])

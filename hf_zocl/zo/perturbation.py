@@ -49,7 +49,7 @@ class _Part:
     stop: int
     first: int
 
-    def of(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    def of(self, tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> torch.Tensor:
         """The coordinates in one tensor for each parameter; a copy of them where they do not lie side by side."""
         return tensors[self.index].reshape(-1)[self.first : self.first + self.stop - self.start]
 
@@ -265,7 +265,9 @@ def _stepped(block: torch.Tensor, sign: bool, factor: float | torch.Tensor) -> t
 
 
 def _copy(tensors: Sequence[torch.Tensor], parts: Sequence[_Part], block: torch.Tensor) -> None:
-    copy_to_each([part.of(tensors) for part in parts], [block[part.start : part.stop] for part in parts])
+    # A view, or an error: what is written to a copy would be lost.
+    flat = {part.index: tensors[part.index].view(-1) for part in parts}
+    copy_to_each([part.of(flat) for part in parts], [block[part.start : part.stop] for part in parts])
 
 
 def _add_moments(moments: dict[int | str | None, Moments], parts: Sequence[_Part], block: torch.Tensor) -> None:

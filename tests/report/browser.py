@@ -3,16 +3,14 @@
 import html
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.browser import BROWSER
 
-BROWSER = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
+
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no browser is installed")
 PROBE = """<script>
 document.querySelectorAll("details").forEach(each => each.open = true);
