@@ -174,11 +174,14 @@ print(sum(name == "pt_gloo_runloop" for name in names), flush=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads the names of threads")
-@pytest.mark.parametrize(("how", "threads"), [("leave", 0), pytest.param("destroy alone", 2, marks=pytest.mark.slow)])
-def test_a_process_that_leaves_has_no_thread_that_could_abort_it(how, threads, tmp_path):
+@pytest.mark.parametrize("how", ["leave", pytest.param("destroy alone", marks=pytest.mark.slow)])
+def test_a_process_that_leaves_has_no_thread_that_could_abort_it(how, tmp_path):
     command = [sys.executable, "-c", LEAVES, str(tmp_path / "store"), how, "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert json.loads(done.stdout) == threads
+    threads = json.loads(done.stdout)
     if how == "leave":
+        assert threads == 0
         assert done.returncode == 0, done.stderr
+    else:  # one or two, as it happens
+        assert threads > 0
