@@ -20,6 +20,14 @@ from hf_zocl.sample import sample_path
 CLASSES = ("cat", "dog", "ship")
 
 
+def slow_but_for(quick, cases):
+    """The cases of a test, of which only those in `quick` run without the slow tests."""
+    assert all(case in cases for case in quick)
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    marks = [() if case in quick else pytest.mark.slow for case in cases]
+    return [pytest.param(*value, marks=mark) for value, mark in zip(values, marks, strict=True)]
+
+
 @cache
 def _small_clip() -> tempfile.TemporaryDirectory:
     sample, folder = sample_path("mini-clip"), tempfile.TemporaryDirectory(prefix="small-clip-")

@@ -19,7 +19,7 @@ import hf_zocl.trainer
 from hf_zocl import ZOCLTrainer
 from hf_zocl.zo import Combination, Perturbation, StreamedPerturbation
 
-from .helpers import arguments
+from .helpers import arguments, slow_but_for
 
 
 SMALL = {
@@ -282,12 +282,13 @@ def assert_step_is_right(name: str, layers: str, streamed: bool, tmp_path, monke
     return trainer
 
 
-cases = [pytest.param(name, marks=[] if name in FIRST else pytest.mark.slow) for name in EVERY]
+CASES = [(name, layers, streamed) for name in EVERY for layers in ("all", "hop-even") for streamed in (True, False)]
+QUICK = [
+    case for case in CASES if case[0] == "GPT2LMHeadModel" or (case[0] in FIRST and case[1:] == ("hop-even", True))
+]
 
 
-@pytest.mark.parametrize("streamed", [True, False], ids=["streamed", "whole"])
-@pytest.mark.parametrize("layers", ["all", "hop-even"])
-@pytest.mark.parametrize("name", cases)
+@pytest.mark.parametrize(("name", "layers", "streamed"), slow_but_for(QUICK, CASES))
 def test_what_is_stepped_was_perturbed_and_by_the_right_estimate(name, layers, streamed, tmp_path, monkeypatch):
     trainer = assert_step_is_right(name, layers, streamed, tmp_path, monkeypatch)
     if streamed and name not in DROP_LAYERS:  # memory: no layer is copied but while it runs

@@ -18,7 +18,7 @@ from hf_zocl.continual import scheduler as scheduler_module
 from hf_zocl.continual.replay import rebuild_task
 from hf_zocl.continual.run_folder import ResumeError
 from hf_zocl.trainer.resumable import SaveError, last_checkpoint
-from tests.helpers import small_clip
+from tests.helpers import slow_but_for, small_clip
 
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -166,7 +166,10 @@ def test_without_a_checkpoint_the_task_begins_again(undisturbed, stopped):
     assert_same_run(undisturbed(HYBRID), folder)
 
 
-@pytest.mark.parametrize("moment", ["after training", "before the results", "before the cleaning"])
+@pytest.mark.parametrize(
+    "moment",
+    slow_but_for(["before the results"], ["after training", "before the results", "before the cleaning"]),
+)
 def test_a_run_that_stopped_while_a_task_was_finished_goes_on(moment, undisturbed, stopped, monkeypatch):
     folder = stopped(MOE)
     scheduler = build_scheduler(recipe(folder, MOE))
@@ -331,8 +334,8 @@ def test_a_run_without_a_log_says_which_runs_have_one(undisturbed):
     ("module", "name", "what"),
     [
         (scheduler_module, "save_task_checkpoint", "task-02"),
-        (scheduler_module, "plot_accuracy_matrix", "task-02"),
-        (torch, "save", "checkpoint-5"),
+        pytest.param(scheduler_module, "plot_accuracy_matrix", "task-02", marks=pytest.mark.slow),
+        pytest.param(torch, "save", "checkpoint-5", marks=pytest.mark.slow),
     ],
 )
 def test_a_disk_that_fills_stops_the_run_with_advice_and_loses_nothing(

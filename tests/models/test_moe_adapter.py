@@ -497,6 +497,7 @@ def test_a_base_model_in_bfloat16_keeps_its_precision():
     assert output.logits_per_image.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"num_experts": 4}])
 def test_torch_compile_sees_a_block_as_one_graph_and_gives_the_same(config):
     block = moe_clip(**config).train().base_model.model.vision_model.encoder.layers[0]

@@ -14,7 +14,7 @@ from hf_zocl.passes import prompts as packing
 from hf_zocl.passes import towers as evaluation
 from hf_zocl.private_names import without_autocast
 from hf_zocl.zo import LayerAssignment, ZOEstimator
-from tests.helpers import arguments, image_batch, image_examples, mini_clip_classifier
+from tests.helpers import arguments, image_batch, image_examples, mini_clip_classifier, slow_but_for
 from tests.passes.test_towers import (
     MANY_CLASSES,
     assert_same,
@@ -59,13 +59,19 @@ def wrong_prompts(monkeypatch):
 
 @pytest.mark.parametrize(
     ("fault", "branch", "name"),
-    [
-        (wrong_towers, "vision", "the reuse of towers"),
-        (wrong_layers, "vision", "the reuse of layers (vision tower)"),
-        (wrong_layers, "language", "the reuse of layers (language tower)"),
-        (wrong_candidates, "language", "candidates side by side (language tower)"),
-        (wrong_prompts, "language", "the packing of prompts (language tower)"),
-    ],
+    slow_but_for(
+        [
+            (wrong_towers, "vision", "the reuse of towers"),
+            (wrong_prompts, "language", "the packing of prompts (language tower)"),
+        ],
+        [
+            (wrong_towers, "vision", "the reuse of towers"),
+            (wrong_layers, "vision", "the reuse of layers (vision tower)"),
+            (wrong_layers, "language", "the reuse of layers (language tower)"),
+            (wrong_candidates, "language", "candidates side by side (language tower)"),
+            (wrong_prompts, "language", "the packing of prompts (language tower)"),
+        ],
+    ),
 )
 def test_a_fault_in_a_shortcut_is_seen_and_it_alone_is_switched_off(fault, branch, name, monkeypatch, caplog):
     fault(monkeypatch)
@@ -97,7 +103,9 @@ class Watched(nn.Module):
         return CLIPClassifierOutput(loss=loss + self.weight * penalty)
 
 
-@pytest.mark.parametrize("context", [nullcontext, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "context", [nullcontext, pytest.param(lambda: torch.autocast("cpu", torch.bfloat16), marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("tower", ["vision", "language"])
 def test_a_penalty_of_two_percent_on_inner_states_is_noticed(tower, context, caplog):
     model, batch = Watched(mini_clip_classifier(), tower).train(), image_batch(4)
@@ -170,7 +178,7 @@ def test_prompts_are_packed_under_autocast(caplog):
     assert plan.used == set(plan.shortcuts) and not switched_off(caplog)
 
 
-@pytest.mark.parametrize("adapter", [{}, {"adapter": "moe"}])
+@pytest.mark.parametrize("adapter", slow_but_for([{}], [{}, {"adapter": "moe"}]))
 def test_the_check_leaves_no_trace(adapter):
     model, inputs = classifier(**adapter)
     model.set_classes(MANY_CLASSES[:6])

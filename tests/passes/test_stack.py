@@ -22,6 +22,7 @@ import hf_zocl.trainer
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.passes import ForwardState, PlainEvaluation, StackEvaluation, TowerPlan
 from hf_zocl.zo import LayerAssignment, ZOEstimator
+from tests.helpers import slow_but_for
 
 
 TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -180,7 +181,7 @@ def test_streamed_layers_run_from_the_first_perturbed_one_on():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layers", [["lora"], "suffix-2"])
+@pytest.mark.parametrize("layers", slow_but_for(["suffix-2"], [["lora"], "suffix-2"]))
 def test_the_trainer_takes_the_steps_that_plain_passes_give(tmp_path, monkeypatch, layers, checkpointing):
     def weights(shortcut: bool) -> torch.Tensor:
         model, inputs = make("llama")

@@ -158,6 +158,7 @@ def test_a_note_cannot_leave_its_comment(tmp_path):
     assert "evil" in comparison.note and "\n\\evil" not in comparison.latex()
 
 
+@pytest.mark.slow
 def test_a_thousand_runs_are_reported_in_seconds(tmp_path):
     folders = [save(tmp_path / f"run-{number}", results()) for number in range(1000)]
     started = time.perf_counter()

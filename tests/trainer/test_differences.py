@@ -65,11 +65,12 @@ def warnings(caplog):
     ("adapter", "layers"),
     [
         ({}, "all"),
-        pytest.param({}, "hop-even", marks=pytest.mark.slow),
-        pytest.param({"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}, "all", marks=pytest.mark.slow),
-        pytest.param({"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}, "hop-even", marks=pytest.mark.slow),
+        ({}, "hop-even"),
+        ({"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}, "all"),
+        ({"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}, "hop-even"),
     ],
 )
+@pytest.mark.slow
 def test_bf16_differences_follow_the_derivatives(tmp_path, warnings, adapter, layers):
     model = randomised(**adapter)
     trainer = one_step(tmp_path, model, bf16=True, zo_layers=layers, zo_queries=12)

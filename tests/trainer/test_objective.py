@@ -92,6 +92,7 @@ def macro_f1(predicted, labels, classes=3):
     return torch.stack(scores).mean()
 
 
+@pytest.mark.slow
 def test_macro_f1_rises_by_forward_passes_alone(tmp_path):
     data = separable()
     x, labels = torch.stack([row["x"] for row in data]), torch.tensor([row["labels"] for row in data])

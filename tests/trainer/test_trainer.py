@@ -21,7 +21,7 @@ from transformers import (
 
 from hf_zocl import ZeroOrderArguments, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.zo import ESTIMATORS, ReplayLog
-from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
+from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, slow_but_for, train, training_logs
 
 
 def trainable(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -303,7 +303,7 @@ def test_tensorboard_receives_the_zeroth_order_figures(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("optim", ["sgd", "sign", "adamw"])
+@pytest.mark.parametrize("optim", slow_but_for(["sgd"], ["sgd", "sign", "adamw"]))
 def test_every_estimator_and_rule_learns_by_forward_passes_alone(tmp_path, estimator, optim):
     if (estimator, optim) == ("conservative", "adamw"):
         pytest.skip("refused: it judges steps of SGD")
@@ -780,14 +780,9 @@ def fresh_dynamo():
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize(
     ("how", "layers"),
-    [
-        ("torch_compile", "hop-even"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("torch_compile", "all"), ("layers", "hop-even"), ("layers", "all"))
-        ),
-    ],
+    [("torch_compile", "hop-even"), ("torch_compile", "all"), ("layers", "hop-even"), ("layers", "all")],
 )
+@pytest.mark.slow
 def test_a_compiled_model_is_not_compiled_again_when_weights_are_perturbed(tmp_path, how, layers):
     options = {"zo_layers": layers, "zo_queries": 2, "max_steps": 4}
     eager = training_logs(train(tmp_path, **options))
