@@ -20,7 +20,7 @@ REQUIRED = [
     "pillow>=10",
     "pyyaml>=6.0",
     "psutil>=5.9.3",
-    "tqdm>=4.66",
+    "tqdm>=4.66.3",
     "xxhash>=3.1",
 ]
 # reproduce: the paired tests of scripts/studies/reproduce.py.
