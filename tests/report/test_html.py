@@ -154,8 +154,8 @@ def test_predictions_of_another_run_are_refused(tmp_path):
 def test_a_real_browser_fits_one_run_to_its_width(width, dark, tmp_path):
     found = lay_out(write_report([save_whole_run(tmp_path / "run", 0)], tmp_path), width, tmp_path, dark)
     assert found["view"] == width and found["page"] <= width
-    assert found["wide"] == found["overlaps"] == found["console"] == []
-    assert found["images"] == found["drawn"] == 24 and found["charts"] == 5 and found["texts"] > 200
+    assert found["wide"] == found["over"] == found["console"] == []
+    assert found["images"] == found["drawn"] == 24 and found["charts"] == 5 and found["words"] > 200
     assert found["background"] == ("rgb(22, 24, 29)" if dark else "rgb(255, 255, 255)")
 
 
@@ -164,7 +164,7 @@ def test_a_real_browser_fits_one_run_to_its_width(width, dark, tmp_path):
 def test_a_real_browser_fits_several_runs_to_its_width(width, runs, tmp_path):
     found = lay_out(write_report(runs, tmp_path / "report", baseline="fo"), width, tmp_path)
     assert found["page"] <= found["view"] == width
-    assert found["wide"] == found["overlaps"] == found["console"] == []
+    assert found["wide"] == found["over"] == found["console"] == []
     assert found["images"] == found["drawn"] and found["charts"] >= 7
 
 
@@ -175,13 +175,13 @@ def test_a_real_browser_fits_short_and_long_streams(tasks, tmp_path):
     run = save_whole_run(tmp_path / "run", 0, tasks, classes=10, images=3, names=names)
     found = lay_out(write_report([run], tmp_path), 400, tmp_path)
     assert found["page"] <= found["view"] == 400
-    assert found["wide"] == found["overlaps"] == found["console"] == []
+    assert found["wide"] == found["over"] == found["console"] == []
 
 
 @needs_browser
 def test_a_real_browser_reads_no_name_as_markup(tmp_path):
     found = lay_out(write_report([nasty_run(tmp_path / "run")], tmp_path), 400, tmp_path)
-    assert found["console"] == [] and found["scripts"] == 1 and found.get("planted") is None  # the probe alone
+    assert found["console"] == [] and found["scripts"] == 0 and found.get("planted") is None
     assert found["images"] == found["drawn"] and NASTY[1] in found["title"]
 
 
@@ -189,11 +189,13 @@ def test_a_real_browser_reads_no_name_as_markup(tmp_path):
 def test_the_probe_sees_what_overlaps_and_what_is_too_wide(tmp_path):
     page = tmp_path / "bad.html"
     page.write_text(
-        '<body style="margin:0"><p style="width:900px">wide</p><p style="position:absolute;top:0">one</p>'
+        '<body style="margin:0"><p style="width:900px;text-align:right">wide</p>'
+        '<p style="position:absolute;top:0">one</p>'
         '<p style="position:absolute;top:0">two</p><script>console.error("bad")</script></body>'
     )
     found = lay_out(page, 400, tmp_path)
-    assert found["wide"] and ["one", "two"] in found["overlaps"] and found["console"]
+    assert found["page"] == 900 and found["wide"] == ["wide"]
+    assert ["one", "two"] in found["over"] and found["console"]
 
 
 @pytest.mark.slow
