@@ -31,7 +31,10 @@ PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 8
 # An epoch ends with a batch of 5: in two processes, of 4 and 1. Five batches: four are accumulated, then one.
 EXAMPLES = 37
-ADAPTERS = {"lora": {}, "moe": {"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0, "moe_bottleneck": 8}}
+ADAPTERS = {
+    "lora": {},
+    "moe": {"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0, "adapter_config": {"bottleneck": 8}},
+}
 BRANCHES = {
     "none": {"zo_branch": "none"},
     "hybrid": {"zo_branch": "language", "zo_layers": "hop-even"},

@@ -83,6 +83,8 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
 
 def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
     """The model with its adapter as the run began."""
-    arguments = AdapterArguments(**{each.name: recipe[each.name] for each in fields(AdapterArguments)})
+    arguments = AdapterArguments(
+        **{each.name: recipe[each.name] for each in fields(AdapterArguments) if each.name in recipe}
+    )
     name, dtype, seed = (recipe[each] for each in ("model_name_or_path", "dtype", "seed"))
     return load_pretrained(name, arguments, dtype, seed, num_tasks, recipe.get("merge_into")).clip

@@ -44,7 +44,7 @@ _OF_THE_RUN = {
     *("class_order", "partial_order", "class_order_seed"),
     *("max_train_images_per_class", "max_test_images_per_class", "prompt_template"),
     *("held_out", "evaluate_future", "skip_corrupt"),
-    *("adapter", "target_modules", "frozen_parameters"),
+    *("adapter", "adapter_config", "target_modules", "frozen_parameters"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "num_train_epochs", "max_steps"),
@@ -55,6 +55,8 @@ _OF_THE_RUN = {
     *("seed", "data_seed", "full_determinism", "accelerator_config", "ignore_data_skip"),
     *("dataloader_drop_last", "train_sampling_strategy", "group_by_length", "length_column_name"),
 }
+# Mappings that releases of transformers fill with keys of their own.
+_OF_RELEASES = ("accelerator_config",)
 _OF_THE_RUN_BY_PREFIX = ("zo_", "lora_", "moe_")
 # The keys of the results that going on reads and adds to.
 _LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
@@ -389,7 +391,7 @@ def _is_same(argument: str, there: dict[str, Any], here: dict[str, Any]) -> bool
     """Tell whether an argument is the same in two recipes; if one lacks it, the other must not set it."""
     if argument in there and argument in here:
         mine, theirs = here[argument], there[argument]
-        if isinstance(mine, dict) and isinstance(theirs, dict):
+        if argument in _OF_RELEASES and isinstance(mine, dict) and isinstance(theirs, dict):
             return all(mine[key] == theirs[key] for key in mine.keys() & theirs.keys())
         return mine == theirs
     value = there.get(argument, here.get(argument))

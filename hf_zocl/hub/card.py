@@ -24,7 +24,7 @@ TEMPLATE = "task_checkpoint.md"
 PIPELINE_TAG = "zero-shot-image-classification"
 # An allow-list: a recipe also holds tokens, folders and host names, which are nobody else's business.
 SHOWN_ARGUMENTS = re.compile(
-    "(zo|lora|moe)_.*|adapter|benchmark|dataset_(name|path)|(initial_)?increment|class_order_seed"
+    "(zo|lora|moe)_.*|adapter(_config)?|benchmark|dataset_(name|path)|(initial_)?increment|class_order_seed"
     "|max_(train|test)_images_per_class|optim|learning_rate|weight_decay|lr_scheduler_type|warmup_steps|max_steps"
     "|num_train_epochs|per_device_train_batch_size|gradient_accumulation_steps|max_grad_norm|bf16|fp16"
 )

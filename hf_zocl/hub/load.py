@@ -18,7 +18,6 @@ from transformers.utils import find_adapter_config_file, logging
 
 from ..files import replace_folder
 from ..models import (
-    ADAPTERS,
     AdapterArguments,
     CLIPClassifier,
     adapter_arguments,
@@ -299,7 +298,7 @@ def _read_adapter_config(folder: Path, info: dict[str, Any] | None) -> PeftConfi
     with refusing(f"{file} is damaged: it is no configuration of an adapter"):
         config = PeftConfig.from_peft_type(**content)
         name = adapter_name(config)
-    if info is not None and info["adapter"] in ADAPTERS and name != info["adapter"]:
+    if info is not None and name != info["adapter"]:
         raise ValueError(f"{file} is foreign: its adapter is {name!r}, expected {info['adapter']!r} ({TASK_FILE}).")
     return config
 

@@ -1,10 +1,7 @@
 """Models to train: a CLIP classifier, and the adapters it carries."""
 
+from .adapter_arguments import AdapterArguments, adapter_arguments, adapter_name
 from .adapters import (
-    ADAPTERS,
-    AdapterArguments,
-    adapter_arguments,
-    adapter_name,
     adapter_weights,
     add_adapter,
     base_digest,
@@ -17,7 +14,6 @@ from .moe_adapter import MoEAdapterConfig, MoEAdapterModel
 
 
 __all__ = [
-    "ADAPTERS",
     "AdapterArguments",
     "CLIPClassifier",
     "CLIPClassifierOutput",

@@ -196,15 +196,15 @@ class ResumableTrainer(HookedTrainer):
 
     @contextmanager
     def _without_frozen(self) -> Iterator[None]:
-        """Inside, the Trainer is given no frozen parameters to save, where a checkpoint leaves them out."""
+        """Inside, the Trainer is not given what a checkpoint leaves out: frozen parameters, and second names."""
         is_known = isinstance(self.model, (PreTrainedModel, PeftModel))
         if is_known or is_sharded(self) or not self._leaves_out_frozen:
             yield
             return
-        frozen = self._frozen_names()
+        left_out = self._frozen_names() | self._second_names()
 
         def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-            for name in frozen:
+            for name in left_out:
                 state.pop(prefix + name, None)
 
         handle = self.model.register_state_dict_post_hook(leave_out)
@@ -217,7 +217,7 @@ class ResumableTrainer(HookedTrainer):
         """Parameters that are not trained need not be in a checkpoint, all others must."""
         if isinstance(self.model, (PreTrainedModel, PeftModel)):
             return False
-        missing = sorted(set(load_result.missing_keys) - self._frozen_names())
+        missing = sorted(set(load_result.missing_keys) - self._frozen_names() - self._second_names())
         if missing or load_result.unexpected_keys:
             raise ResumeError(
                 f"{self._checkpoint}: the checkpoint of another model: "
@@ -249,6 +249,15 @@ class ResumableTrainer(HookedTrainer):
         trained = {id(parameter) for parameter in self._gradient_free_parameters}
         named = self.model.named_parameters(remove_duplicate=False)
         return {name for name, parameter in named if not parameter.requires_grad and id(parameter) not in trained}
+
+    def _second_names(self) -> set[str]:
+        """The further names of tensors that have several, as of VeRA's matrices, which every layer shares."""
+        named = [
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        first: dict[int, str] = {}
+        return {name for name, tensor in named if first.setdefault(id(tensor), name) != name}
 
     def _before_state(self, folder: Path) -> None:
         """Beside the random state, what else a training needs that goes on; of every process its own."""

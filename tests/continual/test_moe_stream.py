@@ -28,7 +28,7 @@ def recipe(output_dir: Path) -> Recipe:
         "adapter": "moe",
         "moe_num_experts": 5,
         "moe_router_per_task": "true",
-        "moe_freeze_experts": 2,
+        "adapter_config": '{"freeze_experts":2}',
         "class_order": "3 8 0 1 2 4",
         "partial_order": "true",
         "increment": 2,
@@ -136,5 +136,5 @@ def test_the_card_knows_the_adapter(run):
     card = (run[0] / "task-01" / "README.md").read_text()
     assert "with MoE adapters after" in card
     assert "import hf_zocl" in card
-    assert "moe_freeze_experts" in card
+    assert "freeze_experts=2" in card
     assert "lora_rank" not in card

@@ -236,7 +236,8 @@ def test_a_value_means_what_its_argument_makes_of_it(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         "class_names: [airplane, yes, no, null, 2024-01-01, 1e3, 007]\nlora_rank: 8.0\nseed: 1e3\nrun_name: null\n"
-        "save_strategy: no\nbf16: off\nlearning_rate: 1e-3\nmoe_layers: [2, 4]\ntarget_modules: q_proj\n"
+        "save_strategy: no\nbf16: off\nlearning_rate: 1e-3\ntarget_modules: q_proj\n"
+        "adapter_config: {layers_to_transform: [2, 4]}\n"
         "prompt_template: a photo of a {}.\nseeds: 1,2\nlr_scheduler_kwargs: {num_cycles: 2}\n"
     )
     parsed = parse_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path)])
@@ -245,7 +246,9 @@ def test_a_value_means_what_its_argument_makes_of_it(tmp_path):
     assert parsed.training.run_name in (None, str(tmp_path))
     assert str(parsed.training.save_strategy.value) == "no" and parsed.training.bf16 is False
     assert parsed.training.learning_rate == 1e-3
-    assert parsed.adapter.moe_layers == [2, 4] and parsed.adapter.target_modules == ["q_proj"]
+    assert parsed.adapter.adapter_config == {"layers_to_transform": [2, 4]} and parsed.adapter.target_modules == [
+        "q_proj"
+    ]
     assert parsed.run.prompt_template == "a photo of a {}." and parsed.run.seed_list(0) == [1, 2]
     assert parsed.training.lr_scheduler_kwargs == {"num_cycles": 2}
 

@@ -55,7 +55,8 @@ def save_like_the_hub(name: str, folder: Path) -> Path:
 def test_the_moe_recipes_are_the_baselines_and_build_their_streams(file, tmp_path, monkeypatch):
     recipe = parse_recipe(["--recipe", str(file), "--dataset_path", str(tmp_path)])
     training, adapter = recipe.training, recipe.adapter
-    assert (adapter.adapter, adapter.moe_num_experts, adapter.moe_top_k, adapter.moe_bottleneck) == ("moe", 2, 2, 64)
+    assert (adapter.adapter, adapter.moe_num_experts, adapter.moe_top_k) == ("moe", 2, 2)
+    assert adapter.adapter_config == {"bottleneck": 64, "scale": 0.1, "router_token": "first"}
     assert (training.learning_rate, training.weight_decay, training.warmup_steps) == (1e-3, 0.0, 30)
     assert (training.num_train_epochs, training.lr_scheduler_type) == (1, "cosine")
     assert training.per_device_train_batch_size == (128 if recipe.run.benchmark == "cifar100" else 64)
@@ -127,7 +128,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
         ("zo_layers: hop-evn", "zo_layers='hop-evn' is unknown"),
         ("zo_eps: 0", "zo_eps=0"),
         ("zo_estimator: fzoo", "zo_queries=1"),
-        ("adapter: ia3", "adapter='ia3' is unknown"),
+        ("adapter: lorra", "adapter='lorra' is unknown"),
         ("benchmark: none", "exactly one of dataset_name .* and dataset_path"),
         ("benchmark: none\ndatasets: [a, b]\nlearning: joint", "learning=joint has one task; datasets="),
         ("benchmark: none\ndatasets: [a, b]\nclass_names: [cat]", "class_names are those of one dataset"),

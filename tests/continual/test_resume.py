@@ -32,7 +32,7 @@ RUN = f"""
 """
 HYBRID = "--zo_layers hop-even --lora_dropout 0.2 --zo_optim sign --zo_momentum 0.9"
 ALL_ZO = "--zo_layers all --zo_optim adamw --zo_queries vision=1,language=3"
-MOE = """--adapter moe --zo_layers hop-odd --moe_num_experts 3 --moe_top_k 1 --moe_freeze_experts 1
+MOE = """--adapter moe --zo_layers hop-odd --moe_num_experts 3 --moe_top_k 1 --adapter_config {"freeze_experts":1}
 --moe_router_per_task true"""
 ACCUMULATED = """--zo_layers all --gradient_accumulation_steps 2 --zo_estimator two-sided --zo_sign false
 --zo_max_grad_norm 1 --zo_weight_decay 0.1"""

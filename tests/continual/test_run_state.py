@@ -27,6 +27,20 @@ def folder(tmp_path, recipe: dict, **more) -> RunFolder:
     return run
 
 
+@pytest.mark.parametrize(
+    ("argument", "there", "here"),
+    [
+        ("lr_scheduler_kwargs", {"num_cycles": 2}, {"num_cycles": 2, "last_epoch": 3}),
+        ("adapter_config", {"use_rslora": True}, {"use_rslora": True, "init_lora_weights": "pissa"}),
+        ("zo_queries", {"vision": 2}, {"vision": 2, "language": 4}),
+    ],
+)
+def test_a_key_that_only_one_of_two_mappings_has_makes_another_recipe(argument, there, here, tmp_path):
+    for before, now in ((there, here), (here, there)):
+        with pytest.raises(ResumeError, match=argument):
+            folder(tmp_path, {argument: before}).read({argument: now}, ["a"])
+
+
 def assert_goes_on(run: RunFolder, recipe: dict) -> None:
     assert run.read(recipe, ["a"])["classes"] == ["a"]
 

@@ -254,11 +254,12 @@ def test_loading_code_imports_hf_zocl_for_moe_adapters_alone(task, adapter, need
 
 
 def test_a_card_shows_the_arguments_of_its_own_adapter_alone(task):
-    task["recipe"] |= {"adapter": "moe", "moe_num_experts": 2, "moe_router_token": "first", "lora_rank": 8}
+    task["recipe"] |= {"adapter": "moe", "moe_num_experts": 2, "lora_rank": 8}
+    task["recipe"]["adapter_config"] = {"router_token": "first", "bottleneck": 8}
     task["adapter"] = "moe"
     card = str(render_task_card(task))
     assert "with MoE adapters after" in card
-    assert "moe_num_experts" in card and "moe_router_token" in card
+    assert "moe_num_experts" in card and "router_token=first, bottleneck=8" in card
     assert "lora_rank" not in card
 
 

@@ -72,7 +72,8 @@ def test_a_checkpoint_holds_the_figure_the_card_and_a_checksum_of_every_file_tha
 
 
 @pytest.mark.parametrize(
-    "options", [{"adapter": "lora"}, {"adapter": "moe", "moe_freeze_experts": 1, "moe_router_per_task": True}]
+    "options",
+    [{"adapter": "lora"}, {"adapter": "moe", "adapter_config": {"freeze_experts": 1}, "moe_router_per_task": True}],
 )
 def test_a_loaded_checkpoint_is_the_model_that_was_saved(tmp_path, options):
     expected = logits(adapted_classifier(**options).eval())

@@ -185,7 +185,8 @@ def test_each_revision_loads_in_a_process_of_its_own(pushed, tmp_path, name):
 def test_a_run_of_a_mixture_of_experts_loads_with_its_accuracies(tmp_path):
     with HubServer(tmp_path / "hub") as hub:
         env = environment(hub, tmp_path / "cache")
-        moe = ["--adapter", "moe", "--moe_freeze_experts", "1", "--moe_router_per_task", "true", "--increment", "5"]
+        moe = ["--adapter", "moe", "--adapter_config", '{"freeze_experts": 1}', "--moe_router_per_task", "true"]
+        moe += ["--increment", "5"]
         done = train(tmp_path / "run", env, *moe)
         assert done.returncode == 0, done.stderr
         assert list(hub.repository(REPO).tags) == TASKS[:2]

@@ -166,7 +166,7 @@ def test_a_template_without_one_place_for_the_name_is_refused(classifier, templa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adapter": "ia3"}, "adapter='ia3'.* lora, moe"),
+        ({"adapter": "lorra"}, "adapter='lorra'.* lora, moe"),
         ({"lora_rank": 0}, "lora_rank=0"),
         ({"frozen_parameters": "lora_(A"}, r"frozen_parameters='lora_\(A' is no regular expression"),
     ],

@@ -260,8 +260,11 @@ def test_merging_is_refused_and_unloading_leaves_the_base_model():
 def test_values_out_of_range_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         MoEAdapterConfig(**options)
-    with pytest.raises(ValueError, match=f"moe_{message}"):
-        AdapterArguments(adapter="moe", **{f"moe_{name}": value for name, value in options.items()})
+    (name,) = options
+    has_argument = name in ("num_experts", "top_k", "dropout")
+    with pytest.raises(ValueError, match=f"moe_{message}" if has_argument else f"adapter_config: {message}"):
+        given = {f"moe_{name}": options[name]} if has_argument else {"adapter_config": options}
+        AdapterArguments(adapter="moe", **given)
 
 
 def test_a_peft_that_has_changed_is_named(monkeypatch):
@@ -280,15 +283,16 @@ def test_a_peft_that_has_changed_is_named(monkeypatch):
 
 @pytest.mark.parametrize("tower", ["vision", "language"])
 def test_towers_and_layers_choose_the_blocks(tower):
-    model = mini_clip_classifier(adapter="moe", moe_towers=tower, moe_layers=[2, 3])
+    model = mini_clip_classifier(adapter="moe", adapter_config={"towers": tower, "layers_to_transform": [1, 2]})
     names = {locate(name) for name, p in model.named_parameters() if p.requires_grad}
     assert names == {(tower, 2), (tower, 3)}
 
 
-@pytest.mark.parametrize("layers", [[0], [7], []])
-def test_layers_that_do_not_exist_are_named(layers):
-    with pytest.raises(ValueError, match=r"moe_layers=\["):
-        add_adapter(clip(), AdapterArguments(adapter="moe", moe_layers=layers))
+@pytest.mark.parametrize("layers", [[-1], [6], [0, 6], 6])
+@pytest.mark.parametrize("adapter", ["lora", "moe"])
+def test_layers_that_do_not_exist_are_named(adapter, layers):
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[.*6 layers"):
+        add_adapter(clip(), AdapterArguments(adapter=adapter, adapter_config={"layers_to_transform": layers}))
 
 
 @pytest.mark.parametrize("branch", ["dual", "vision", "language"])
@@ -561,7 +565,7 @@ def test_the_trainer_takes_every_assignment(tmp_path, branch, layers):
     "options", [{"gradient_checkpointing": True}, {"bf16": True, "use_cpu": True}, {"gradient_accumulation_steps": 2}]
 )
 def test_the_trainers_options_work(tmp_path, options):
-    model = mini_clip_classifier(adapter="moe", moe_num_experts=4, moe_router_token="pooled")
+    model = mini_clip_classifier(adapter="moe", moe_num_experts=4, adapter_config={"router_token": "pooled"})
     before = moe_parameters(model)
     trainer = ZOCLTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=image_examples())
     trainer.train()
@@ -601,7 +605,7 @@ def test_the_load_is_the_chance_of_being_chosen():
 
 
 def test_the_balance_loss_reaches_the_loss_in_training_alone():
-    model = mini_clip_classifier(adapter="moe", moe_num_experts=4, moe_balance_loss=0.1)
+    model = mini_clip_classifier(adapter="moe", moe_num_experts=4, adapter_config={"balance_loss": 0.1})
     batch, gates = image_batch(), []
     for module in model.modules():
         if isinstance(module, Router):
@@ -621,7 +625,7 @@ def test_the_balance_loss_reaches_the_loss_in_training_alone():
 
 @pytest.mark.slow
 def test_with_a_balance_loss_every_loss_is_a_full_forward_pass(tmp_path):
-    model = mini_clip_classifier(adapter="moe", moe_balance_loss=0.1, moe_noise=False, moe_dropout=0.0)
+    model = mini_clip_classifier(adapter="moe", adapter_config={"balance_loss": 0.1}, moe_noise=False, moe_dropout=0.0)
     assert model.couples_towers
     assert not mini_clip_classifier(adapter="moe").couples_towers
     for parameter in model.parameters():
@@ -638,7 +642,7 @@ def test_with_a_balance_loss_every_loss_is_a_full_forward_pass(tmp_path):
 
 
 def test_reentrant_checkpointing_with_a_balance_loss_is_refused():
-    model = mini_clip_classifier(adapter="moe", moe_balance_loss=0.1).train()
+    model = mini_clip_classifier(adapter="moe", adapter_config={"balance_loss": 0.1}).train()
     checkpoint_activations(model, True)
     with pytest.raises(RuntimeError, match="use_reentrant"):
         model(**image_batch())
@@ -674,7 +678,7 @@ def test_every_task_has_its_router_and_the_most_used_experts_are_frozen():
 
 
 def test_the_text_cache_notices_another_tasks_router():
-    model: CLIPClassifier = mini_clip_classifier(adapter="moe", moe_router_token="pooled").eval()
+    model: CLIPClassifier = mini_clip_classifier(adapter="moe", adapter_config={"router_token": "pooled"}).eval()
     with torch.no_grad():
         model(**image_batch())
     assert model._text_cache is not None

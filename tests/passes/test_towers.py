@@ -155,7 +155,7 @@ QUIET = {"adapter": "moe", "moe_noise": False, "moe_dropout": 0.0}
 MOE = {
     "baseline, with noise and dropout": {"adapter": "moe"},
     "without": QUIET,
-    "pooled": {**QUIET, "moe_router_token": "pooled"},
+    "pooled": {**QUIET, "adapter_config": {"router_token": "pooled"}},
     "1 of 3": {**QUIET, "moe_num_experts": 3, "moe_top_k": 1},
 }
 
