@@ -35,7 +35,7 @@ def copy_to_each(tensors: list[torch.Tensor], values: list[torch.Tensor]) -> Non
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often a tensor was changed in place, but for what was written through `.data` (`Tensor._version`).
+    """The number of in-place changes of a tensor, except those through `.data` (`Tensor._version`).
 
     Comparing values instead would wait for the accelerator.
     """
@@ -59,17 +59,17 @@ def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether `module.compile()` was called (`Module._compiled_call_impl`)."""
+    """True if `module.compile()` was called (`Module._compiled_call_impl`)."""
     return module._compiled_call_impl is not None
 
 
 def is_compile_wrapper(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile(module)` returns (its only child is called `_orig_mod`)."""
+    """True if a module is what `torch.compile(module)` returns (its only child is called `_orig_mod`)."""
     return any(name == "_orig_mod" for name, _ in module.named_children())
 
 
 def is_mutable(operation: Any) -> bool:
-    """Whether an operation of a `TorchDispatchMode` writes to an argument (`OpOverload._schema`)."""
+    """True if an operation of a `TorchDispatchMode` writes to an argument (`OpOverload._schema`)."""
     return operation._schema.is_mutable
 
 
@@ -82,7 +82,7 @@ def named_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 
 def written_tensors(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """What an operation is to write to, of its arguments in a `TorchDispatchMode` (`OpOverload._schema`)."""
+    """The arguments that an operation in a `TorchDispatchMode` writes to (`OpOverload._schema`)."""
     schema = getattr(operation, "_schema", None)
     for number, argument in enumerate(schema.arguments if schema is not None else ()):
         if argument.alias_info is not None and argument.alias_info.is_write:

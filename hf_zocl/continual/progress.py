@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a bar for the stream above the task's own, a line an epoch, a growing table."""
+"""The display of a running training: a bar for the stream above the task's own, a line an epoch, a growing table."""
 
 from __future__ import annotations
 

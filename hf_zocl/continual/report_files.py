@@ -1,4 +1,4 @@
-"""What a run keeps for its report: predictions, a few small test images, and the curves of every task's training."""
+"""The files of a run for its report: predictions, a few small test images, and the curves of every task's training."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class ReportFiles:
         return {**self.predictions, TRAINING_LOG: (json.dumps(curves, allow_nan=False) + "\n").encode()}
 
     def row(self, results: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """What `task.json` says of the row of the gallery on the card, and its picture; nothing of private images.
+        """The gallery row on the card, as `task.json` describes it, and its picture; nothing of private images.
 
         A card may be pushed, so its images are those of a registered benchmark: another dataset may be private.
         """

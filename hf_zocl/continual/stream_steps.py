@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 @dataclass
 class StreamSteps:
-    """How many steps each task takes: planned ahead, and corrected by what its Trainer says when it begins.
+    """The number of steps of each task: planned ahead, and corrected by what its Trainer says when it begins.
 
     A task's steps begin where the plan of those before it ends, so they have the same numbers in a run that was
     resumed, and after a task that a callback has stopped early.

@@ -1,4 +1,4 @@
-"""What the model says of an image, as HTML: all text in it is escaped."""
+"""A model's predictions for an image, as HTML: all text in it is escaped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def stage_name(stage: Stage, last: int) -> str:
 
 
 def render(series: TaskSeries, probabilities: torch.Tensor, place: int, truth: int | None = None) -> str:
-    """What is said at one stage, and at all of them.
+    """The predictions at one stage, and at all of them, as HTML.
 
     Args:
         series: The run.

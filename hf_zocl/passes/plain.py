@@ -90,6 +90,6 @@ def _streamed(point: Point) -> list[StreamedPerturbation]:
 
 
 def was_missed(point: Point) -> bool:
-    """Whether the last pass may have read streamed parameters at θ: then the next one moves them for longer."""
+    """True if the last pass may have read streamed parameters at θ: then the next one moves them for longer."""
     missed = [perturbation for perturbation in _streamed(point) if perturbation.widen()]
     return bool(missed)

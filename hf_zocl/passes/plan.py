@@ -1,4 +1,4 @@
-"""What of a model's passes may be left out: found once a training."""
+"""The parts of a model's passes that may be left out: found once a training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ REST, LAYERS, STACKING = "weights left as they are", "the reuse of layers", "can
 
 
 class TowerPlan:
-    """What holds for all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
+    """The plan of all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
 
     A model without towers may have a stack, of whose layers those below the first perturbed one are left out.
 

@@ -1,4 +1,4 @@
-"""What a forward pass reads and changes besides its parameters: random generators, and a model's buffers."""
+"""The state that a forward pass reads and changes besides parameters: random generators, and a model's buffers."""
 
 from __future__ import annotations
 

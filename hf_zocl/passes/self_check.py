@@ -1,4 +1,4 @@
-"""Whether a cheaper way to a loss gives the differences that plain passes give: seen before it is used."""
+"""Checks that a cheaper way to a loss gives the differences of plain passes, before it is used."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class SelfCheck:
         self._tolerance[:0] = [FAULT_NOISES * max(noises)] * 2
 
     def fault(self, evaluate: Losses) -> str | None:
-        """What is wrong with the losses that `evaluate` gives; None if nothing is."""
+        """The fault of the losses that `evaluate` gives; None if there is none."""
         try:
             found = self._losses(evaluate, self.points)
         except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""How a model is built, its towers and their layers; and attributes that stand in for its own for a while."""
+"""The structure of a model, its towers and their layers; and attributes that stand in for its own for a while."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def variance_by_layer(groups: Sequence[RunGroup]) -> Chart | None:
 
 
 def forgotten(matrix: Sequence[Sequence[float]]) -> list[float]:
-    """What each task but the last has lost since its best."""
+    """The accuracy that each task but the last has lost since its best."""
     last = len(matrix) - 1
     return [max(matrix[t][i] for t in range(i, last)) - matrix[last][i] for i in range(last)]
 

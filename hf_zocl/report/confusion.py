@@ -1,4 +1,4 @@
-"""What a model takes for what after its last task, with the classes grouped by the task that brought them."""
+"""The confusions of a model after its last task, with the classes grouped by the task that brought them."""
 
 from __future__ import annotations
 

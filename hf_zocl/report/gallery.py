@@ -57,7 +57,7 @@ class Shown:
         return f"data:image/webp;base64,{base64.b64encode(self.webp).decode('ascii')}"
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """What was said, as (from, to, class): moments that follow one another with the same answer are one."""
+        """The answers, as (from, to, class): consecutive moments with the same answer are one."""
         spans: list[tuple[int, int, int]] = []
         for moment, said in self.said.items():
             if spans and spans[-1][2] == said and spans[-1][0] > 0:

@@ -58,7 +58,7 @@ class TaskGallery:
 
 @dataclass(frozen=True)
 class RunView:
-    """What the report shows of one setting; pictures and predictions are those of its first seed.
+    """One setting, as the report shows it; pictures and predictions are those of its first seed.
 
     Args:
         group: The setting.

@@ -1,4 +1,4 @@
-"""What a model said of every test image of a run, task after task: one small file, `predictions.safetensors`."""
+"""The predictions for every test image of a run, task after task: one small file, `predictions.safetensors`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class PredictionHistory:
         return list(self.images) == list(images)
 
     def path(self, task: int) -> dict[int, np.ndarray]:
-        """What was said of a task's own images: 0 for zero-shot and each task from it on → class numbers."""
+        """The predictions for a task's own images: 0 for zero-shot and each task from it on → class numbers."""
         own = self.of_task(task)
         return {0: self.zero_shot[own], **{t: self.after[t][own] for t in sorted(self.after) if t >= task}}
 

@@ -159,7 +159,7 @@ class ZeroOrderArguments:
 
     @property
     def sharding(self) -> str | None:
-        """What shards the model's weights: `FSDP`, `DeepSpeed` or `parallelism_config`, by argument or launcher."""
+        """The sharding of the weights: `FSDP`, `DeepSpeed` or `parallelism_config`, by argument or launcher."""
         asked = {
             "FSDP": self.fsdp or _is_on("ACCELERATE_USE_FSDP"),
             "DeepSpeed": self.deepspeed or _is_on("ACCELERATE_USE_DEEPSPEED"),

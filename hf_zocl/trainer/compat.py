@@ -1,9 +1,14 @@
-"""Private and undocumented names of transformers, accelerate and datasets: all that the package uses are here.
+"""Private and undocumented names of the Trainer, accelerate and datasets: all that the package uses are here.
 
 `HookedTrainer` is a Trainer with places to step in that transformers does not offer; the functions say what has no
 public name. All are true of transformers 5.20 to 5.24, accelerate 1.15 and datasets 5.1 to 5.2;
 `tests/trainer/test_compat.py` fails by the name of one that a release drops. Those that the lower floors use are in
 `private_names.py`, PEFT's in `models/moe_adapter/model.py`.
+
+Of transformers: overridden are `_save_checkpoint`, `_save_rng_state`, `_run_epoch`, `_issue_warnings_after_load` and
+`_wrap_model`; called is `_get_output_dir`; read or set are `_tr_loss`, `_globalstep_last_logged`,
+`_total_loss_scalar`, and the undocumented `loss_is_scaled_for_ga`, `model_accepts_loss_kwargs`, `compute_loss_func`,
+`current_gradient_accumulation_steps`, `is_fsdp_enabled`, `is_deepspeed_enabled` and `callback_handler`.
 """
 
 from __future__ import annotations
@@ -126,7 +131,7 @@ def continue_logging(trainer: Trainer, step: int, loss: torch.Tensor) -> None:
 
 
 def scales_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | None) -> bool:
-    """Whether a micro-batch's loss is scaled by its items already, or else is to be divided by the micro-batches.
+    """True if a micro-batch's loss is scaled by its items already; else it is to be divided by the micro-batches.
 
     `Trainer.training_step` decides by `loss_is_scaled_for_ga`, where a host sets it, and else by
     `model_accepts_loss_kwargs` and `compute_loss_func`.
@@ -143,12 +148,12 @@ def accumulated_batches(trainer: Trainer) -> int:
 
 
 def asks_for_items(trainer: Trainer) -> bool:
-    """Whether the loss is told of the items of a step (`model_accepts_loss_kwargs`, `compute_loss_func`)."""
+    """True if the loss is told of the items of a step (`model_accepts_loss_kwargs`, `compute_loss_func`)."""
     return trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
 
 
 def is_sharded(trainer: Trainer) -> bool:
-    """Whether FSDP or DeepSpeed wraps the model (`is_fsdp_enabled`, `is_deepspeed_enabled`)."""
+    """True if FSDP or DeepSpeed wraps the model (`is_fsdp_enabled`, `is_deepspeed_enabled`)."""
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
@@ -160,7 +165,7 @@ def put_first(trainer: Trainer, callback: TrainerCallback) -> None:
 
 
 def training_shard(trainer: Trainer) -> BatchSamplerShard | None:
-    """How the training examples are shared out among the processes, if they are.
+    """The sampler that shares out the training examples among the processes, if they are shared out.
 
     `callback_handler.train_dataloader` is the one in use, whoever has made it; a callback is given it, too.
     """
@@ -169,7 +174,7 @@ def training_shard(trainer: Trainer) -> BatchSamplerShard | None:
 
 
 def gradient_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
-    """What scales the loss for float16; None without it (`Accelerator.scaler`)."""
+    """The scaler of the loss for float16; None without it (`Accelerator.scaler`)."""
     return accelerator.scaler
 
 

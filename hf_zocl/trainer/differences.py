@@ -1,4 +1,4 @@
-"""Whether differences of losses are seen above their rounding: measured as a training begins, and watched."""
+"""Checks that differences of losses exceed their rounding: measured as a training begins, and watched."""
 
 from __future__ import annotations
 

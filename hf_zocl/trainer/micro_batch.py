@@ -121,7 +121,7 @@ class MicroBatch:
 
     @property
     def module(self) -> nn.Module:
-        """What the further losses are taken of."""
+        """The module that gives the further losses."""
         if self.trainer._plan.towers:
             # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
             return self._unwrapped(keep_torch_compile=False)

@@ -1,4 +1,4 @@
-"""What a host Trainer writes down of a forward pass, kept to one pass a micro-batch."""
+"""Keeps a host Trainer's records of forward passes to one pass a micro-batch."""
 
 from __future__ import annotations
 

@@ -322,7 +322,7 @@ def _count(processes: int) -> str:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether a training can go on from a checkpoint."""
+    """True if a training can go on from a checkpoint."""
     return what_is_missing(checkpoint) is None
 
 

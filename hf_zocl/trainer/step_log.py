@@ -11,7 +11,7 @@ from ..zo.perturbation import add_moments
 
 
 class StepLog:
-    """What the latest step's estimates were, by the names that the log has for it.
+    """The figures of the latest step's estimates, by their names in the log.
 
     Attributes:
         figures: For the console and the history.

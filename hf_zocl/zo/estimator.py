@@ -149,7 +149,7 @@ class ZOEstimator:
     def stream(
         self, estimates: Sequence[tuple[Estimate, float]], factor: float | torch.Tensor = 1.0
     ) -> Iterator[None]:
-        """What `write` does, times a factor, for one layer after another (see `StreamedPerturbation`)."""
+        """Do what `write` does, times a factor, one layer after another (see `StreamedPerturbation`)."""
         for branch, perturbation in self.perturbations.items():
             yield from perturbation.stream(_gradient(estimates, branch), self.sign, factor)
 

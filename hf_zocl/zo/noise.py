@@ -1,4 +1,4 @@
-"""How fine a difference of losses can be: the rounding noise of a loss, and the ε that is seen above it.
+"""The resolution of a difference of losses: the rounding noise of a loss, and an ε that exceeds it.
 
 A difference quotient errs twice. Along a direction Δ, with L's derivatives L', L'', L''' there and σ the noise of one
 loss, the mean squares are
@@ -30,7 +30,7 @@ GOOD_ERROR = 0.15
 
 @dataclass(frozen=True)
 class Resolution:
-    """How fine the differences of a branch are.
+    """The resolution of the differences of a branch.
 
     Attributes:
         eps: ε.
@@ -50,7 +50,7 @@ class Resolution:
 
     @property
     def is_seen(self) -> bool:
-        """Whether a difference is greater than its rounding noise."""
+        """True if a difference is greater than its rounding noise."""
         return self.eps * self.slope > math.sqrt(2) * self.noise
 
 
@@ -188,7 +188,7 @@ def measure(line: Line, finer: Line | None, is_two_sided: bool, eps: float | Non
 
 
 def two_sided_would_do(noise: float, finer: Line) -> bool:
-    """Whether two-sided differences of losses that err by `noise` are good ones.
+    """True if two-sided differences of losses that err by `noise` are good ones.
 
     Args:
         noise: That of the training's passes.

@@ -19,7 +19,7 @@ from .room import Room
 
 @dataclass(frozen=True)
 class Moments:
-    """What is logged of a gradient estimate: the number of its coordinates, their sum and their sum of squares."""
+    """The logged figures of a gradient estimate: the number of its coordinates, their sum and their sum of squares."""
 
     count: int
     total: torch.Tensor

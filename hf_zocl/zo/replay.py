@@ -17,7 +17,7 @@ from .optimizer import build_zo_optimizer
 
 @dataclass(frozen=True)
 class ReplaySettings:
-    """What all steps of a log have in common.
+    """The settings that all steps of a log share.
 
     Args:
         queries: The number of directions of every branch, in the order of the branches.

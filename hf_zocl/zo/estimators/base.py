@@ -1,4 +1,4 @@
-"""What all estimators share: a step's question, its answer, and the losses in between."""
+"""The parts that all estimators share: a step's question, its answer, and the losses in between."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Way:
 
 @dataclass
 class Step:
-    """What an estimator is asked: a gradient from losses of one micro-batch along these directions.
+    """A request to an estimator: a gradient from losses of one micro-batch along these directions.
 
     Attributes:
         perturbations: By branch.

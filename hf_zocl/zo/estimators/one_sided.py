@@ -40,5 +40,5 @@ class OneSided(Estimator):
         return estimate, bases
 
     def quotients(self, losses: torch.Tensor, base_loss: torch.Tensor, eps: float, noise: float) -> torch.Tensor:
-        """What each loss says of its direction, shape `(q,)`."""
+        """The weight of each direction, from its loss, shape `(q,)`."""
         return (losses - base_loss) / eps
