@@ -244,6 +244,7 @@ def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monk
     rows = [
         engine.Row("inference", "inference"),
         engine.Row("FO", "fo"),
+        engine.Row("FO, gradient checkpointing", "fo-checkpointing"),
         engine.Row("MeZO", "mezo"),
         engine.Row("dual, two-sided", estimator="two-sided"),
         engine.Row("bare", "bare", estimator="two-sided"),

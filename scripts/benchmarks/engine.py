@@ -100,7 +100,7 @@ def make_step(
 
     `at_step` is called as each begins.
     """
-    if row.kind in ("fo", "zocl"):
+    if row.kind in ("fo", "fo-checkpointing", "zocl"):
         return trainer_step(row, setting, model, steps, at_step)
     data = images(setting, row.classes)
     inputs: dict[str, torch.Tensor] = {}
@@ -145,7 +145,7 @@ def trainer_step(
         "save_strategy": "no", "disable_tqdm": True, "bf16": setting.bf16, "use_cpu": setting.device == "cpu",
         "logging_strategy": "no", "dataloader_pin_memory": False,
     }  # fmt: skip
-    if row.kind == "fo":
+    if row.kind != "zocl":
         trainer_class, args = Trainer, TrainingArguments(**options)
     else:
         trainer_class = TimedTrainer
@@ -157,7 +157,10 @@ def trainer_step(
 
     def step() -> dict[str, float]:
         trainer.optimizer = trainer.lr_scheduler = None
+        if row.kind == "fo-checkpointing":
+            model.gradient_checkpointing_enable()
         trainer.train()
+        model.gradient_checkpointing_disable()  # which other rows share
         model.zero_grad()
         zo = {"zo_seconds": trainer.zo_seconds} if row.kind == "zocl" else {}
         return {"seconds": timer.seconds, **zo}

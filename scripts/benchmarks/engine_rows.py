@@ -34,7 +34,7 @@ class Row:
     """One way to train, and the figures measured of it."""
 
     name: str
-    kind: str = "zocl"  # inference, fo, mezo, zocl or bare
+    kind: str = "zocl"  # inference, fo, fo-checkpointing, mezo, zocl or bare
     adapter: str = "lora"
     classes: int = 20
     branch: str = "dual"
@@ -49,6 +49,7 @@ DUAL = Row("dual, two-sided", estimator="two-sided")
 ROWS = [
     Row("inference", "inference"),
     Row("FO", "fo"),
+    Row("FO, gradient checkpointing", "fo-checkpointing"),
     Row("MeZO", "mezo"),
     DUAL,
     Row("dual, two-sided, bare loop", "bare", estimator="two-sided"),
