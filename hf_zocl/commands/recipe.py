@@ -14,6 +14,7 @@ import torch
 from transformers import HfArgumentParser
 
 from ..checks import shown
+from ..continual.plugins import ClassifierAlignment, TaskPlugin
 from ..continual.run_arguments import RunArguments, build_held_out, build_stream
 from ..continual.scheduler import ContinualTaskScheduler
 from ..hub.load import load_pretrained
@@ -190,6 +191,7 @@ def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe:
         stream,
         training,
         recipe={**recipe.to_dict(), **pretrained.adapter},
+        callbacks=_plugins(run),
         base_model=pretrained.base_model,
         known_classes=pretrained.known_classes,
         held_out=build_held_out(run, seed=training.data_seed or 0),
@@ -197,3 +199,8 @@ def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe:
         image_cache_gb=run.image_cache_gb,
         skip_corrupt=run.skip_corrupt,
     )
+
+
+def _plugins(run: RunArguments) -> list[TaskPlugin]:
+    steps, rate = run.classifier_alignment, run.classifier_alignment_learning_rate
+    return [ClassifierAlignment(steps, rate)] if steps else []
