@@ -59,8 +59,8 @@ class ClassifierAlignment(TaskPlugin):
     def begin_run(self, stream: TaskStream, model: CLIPClassifier) -> None:
         if stream.scenario != "class":
             raise ValueError(
-                f"classifier alignment: scenario={stream.scenario!r} does not predict among all classes seen; expected "
-                "'class'."
+                f"classifier alignment: scenario={stream.scenario!r} does not predict among all classes seen; "
+                "expected 'class'."
             )
         if not _trained_in_text_tower(model):
             raise ValueError(
