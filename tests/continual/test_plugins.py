@@ -246,7 +246,10 @@ def test_a_run_that_cannot_be_aligned_is_refused_before_any_work(arguments, mess
     ("arguments", "message"),
     [
         (("--classifier_alignment", "-1"), "classifier_alignment=-1: expected 0 or more"),
-        (("--classifier_alignment_learning_rate", "0"), "classifier_alignment_learning_rate=0.0: expected more than 0"),
+        (
+            ("--classifier_alignment_learning_rate", "0"),
+            "classifier_alignment_learning_rate=0.0: expected more than 0",
+        ),
     ],
 )
 def test_numbers_out_of_their_range_are_refused(arguments, message, tmp_path):

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -79,7 +80,7 @@ class ClassifierAlignment(TaskPlugin):
     def end_task(self, task: Task, trainer: ZOCLTrainer) -> None:
         model: CLIPClassifier = trainer.accelerator.unwrap_model(trainer.model)
         with uncounted(model):  # an adapter's counts are of the task's own steps
-            self.add(*_features(task, trainer, model))
+            self.add(*image_features(task.train, trainer))
             model.set_classes(self._stream.seen_class_names(task.index), self._first_template(model))
             prompts = _PromptClassifier(model)
             zero_order = _zero_order_names(prompts, trainer.args)
@@ -170,11 +171,12 @@ class _ImageFeatures(nn.Module):
         return CLIPClassifierOutput(loss=features.new_zeros(()), logits=features)
 
 
-def _features(task: Task, trainer: ZOCLTrainer, model: CLIPClassifier) -> tuple[torch.Tensor, torch.Tensor]:
-    """The features of a task's training images, and their arrival labels; the same in every process."""
+def image_features(images: Dataset, trainer: ZOCLTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features of images by a trainer's model, `(images, dim)`, and arrival labels; the same in every process."""
     collator = copy.copy(trainer.data_collator)
     collator.first_label = 0
-    output = _trainer(trainer, _ImageFeatures(model), data_collator=collator, zo_branch="none").predict(task.train)
+    features = _ImageFeatures(trainer.accelerator.unwrap_model(trainer.model))
+    output = _trainer(trainer, features, data_collator=collator, zo_branch="none").predict(images)
     return torch.as_tensor(output.predictions), torch.as_tensor(output.label_ids)
 
 
