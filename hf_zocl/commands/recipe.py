@@ -203,4 +203,5 @@ def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe:
 
 def _plugins(run: RunArguments) -> list[TaskPlugin]:
     steps, rate = run.classifier_alignment, run.classifier_alignment_learning_rate
-    return [ClassifierAlignment(steps, rate)] if steps else []
+    options = {} if rate is None else {"learning_rate": rate}
+    return [ClassifierAlignment(steps, **options)] if steps else []

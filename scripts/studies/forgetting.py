@@ -11,6 +11,7 @@ means and its covariance are those of all images so far, so nothing of a task is
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def main() -> None:
     options, further = parser.parse_known_args()
     rows = [row for group in load_groups(options.runs) for row in rows_of(group)]
     if options.recipe:
-        matrix, seen = discriminant_analysis(["--recipe", options.recipe, *further])
+        with tempfile.TemporaryDirectory() as folder:
+            matrix, seen = discriminant_analysis(["--recipe", options.recipe, *further, "--output_dir", folder])
         found = summarise(matrix, seen)
         figures = (f"{100 * found[name]:.1f}" for name in ("avg", "last", "forgetting"))
         rows.append(("discriminant analysis", "", *figures, ""))
@@ -56,7 +58,7 @@ def rows_of(group: RunGroup) -> list[tuple[str, ...]]:
 
 def discriminant_analysis(argv: list[str]) -> tuple[list[list[float]], list[float]]:
     """The accuracy matrix of linear discriminant analysis on the untrained model, and its accuracy on all seen."""
-    scheduler = build_scheduler(parse_recipe([*argv, "--output_dir", "runs/forgetting"]))
+    scheduler = build_scheduler(parse_recipe(argv))
     stream, _ = prepare_images(scheduler.stream, PixelCodec(scheduler.processor.image_processor))
     statistics, tests = ClassifierAlignment(), []
     matrix, seen = [], []
