@@ -242,6 +242,13 @@ def test_a_run_that_cannot_be_aligned_is_refused_before_any_work(arguments, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_classes_without_statistics_are_not_lost_in_silence(plain, tmp_path):
+    options = ("--classifier_alignment", "2", "--model_name_or_path", str(plain / "task-02"))
+    build_scheduler(small_recipe(tmp_path, *CLASSES, *options))  # all that it knows arrives again
+    with pytest.raises(ValueError, match=r"knows 'cat' and other classes that do not arrive here"):
+        build_scheduler(small_recipe(tmp_path, "--class_order", "0", "1", *options))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
