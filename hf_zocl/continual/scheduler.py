@@ -366,7 +366,7 @@ class ContinualTaskScheduler:
             self._kept.write(self._images)
             info, files = self._kept.row(results)
             info, files = self._task_info(task, results) | info, self._kept.of_task(trained.curves) | files
-            files |= plugin_file(task_plugins(self.callbacks))
+            files = files | plugin_file(task_plugins(self.callbacks))
             save_task_checkpoint(self.output_dir, self.model, self.processor, info, results, files)
             if trained.replay_log is not None:
                 save_replay_log(trained.replay_log, self.folder.replay_file(task.name))

@@ -18,7 +18,7 @@ from ..trainer import ZOCLTrainer
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..zo import ReplayLog
 from .measures import curves, means
-from .plugins import task_plugins
+from .plugins import TaskPlugin, task_plugins
 from .progress import without_own_display
 from .run_folder import RunFolder
 from .task_check import TaskCheck
@@ -132,18 +132,20 @@ class TaskTraining:
         check.finish()
         if begin is not None:
             first_step.call()  # where there was none
-        stepped_to = self._trained_weights()
-        for plugin in plugins:
-            plugin.end_task(task, trainer)
-        replay_log = trainer.replay_log
-        if any(not torch.equal(*pair) for pair in zip(stepped_to, self._trained_weights(), strict=True)):
-            check.check_finite()
-            replay_log = None  # it would lead to the weights before
+        is_changed = self._end_task(task, trainer, plugins)
+        check.check_finite()
         log = trainer.state.log_history
+        # A log that leads to the weights before is none.
+        replay_log = None if is_changed else trainer.replay_log
         return Trained(means(log), curves(log), replay_log, trainer.earlier_seconds)
 
-    def _trained_weights(self) -> list[torch.Tensor]:
-        return [parameter.detach().clone() for parameter in self.model.parameters() if parameter.requires_grad]
+    def _end_task(self, task: Task, trainer: ZOCLTrainer, plugins: list[TaskPlugin]) -> bool:
+        """Let the plug-ins end the task, and tell whether they have changed a trained weight."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad and plugins]
+        stepped_to = [parameter.detach().clone() for parameter in trained]
+        for plugin in plugins:
+            plugin.end_task(task, trainer)
+        return not all(map(torch.equal, trained, stepped_to))
 
 
 class _AfterFirstStep(TrainerCallback):
