@@ -12,7 +12,7 @@ from .peft_hook import register_with_peft
 
 
 if TYPE_CHECKING:
-    from .continual import ContinualTaskScheduler
+    from .continual import ClassifierAlignment, ContinualTaskScheduler, TaskPlugin
     from .data import Task, TaskStream
     from .hub import load_task_checkpoint
     from .models import CLIPClassifier, MoEAdapterConfig, MoEAdapterModel
@@ -26,12 +26,14 @@ __version__ = "0.1.0"
 # Imported when first asked for: `hf_zocl.zo` needs torch alone.
 _HOMES = {
     "CLIPClassifier": "models",
+    "ClassifierAlignment": "continual",
     "ContinualTaskScheduler": "continual",
     "LayerAssignment": "zo",
     "MoEAdapterConfig": "models",
     "MoEAdapterModel": "models",
     "Task": "data",
     "TaskAware": "passes",
+    "TaskPlugin": "continual",
     "TaskStream": "data",
     "ZOCLTrainer": "trainer",
     "ZOCLTrainingArguments": "trainer",
@@ -43,12 +45,14 @@ _HOMES = {
 
 __all__ = [
     "CLIPClassifier",
+    "ClassifierAlignment",
     "ContinualTaskScheduler",
     "LayerAssignment",
     "MoEAdapterConfig",
     "MoEAdapterModel",
     "Task",
     "TaskAware",
+    "TaskPlugin",
     "TaskStream",
     "ZOCLTrainer",
     "ZOCLTrainingArguments",

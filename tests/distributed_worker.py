@@ -244,6 +244,11 @@ def frozen_experts() -> list[list[int]]:
 
 
 def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
+    """A stream of tasks, see `stream_recipe`."""
+    return build_scheduler(parse_recipe(stream_recipe(output_dir, *arguments))).run()
+
+
+def stream_recipe(output_dir: Path, *arguments: str) -> list[str]:
     """Two tasks of the quickstart's sample, few steps, and as many test images as no number of processes divides."""
     recipe = ["--recipe", str(ROOT / "scripts/recipes/quickstart.yaml"), "--output_dir", str(output_dir)]
     recipe += ["--initial_increment", "5", "--increment", "5", "--max_steps", "2", "--zo_sign", "false"]
@@ -251,7 +256,17 @@ def run_stream(output_dir: Path, *arguments: str) -> dict[str, Any]:
     recipe += ["--zo_queries", "vision=1,language=2", "--save_strategy", "no"]
     recipe += ["--zo_optim", "sgd", "--zo_momentum", "0", "--max_test_images_per_class", "7"]
     recipe += ["--per_device_train_batch_size", str(32 // PROCESSES), "--per_device_eval_batch_size", "9"]
-    return build_scheduler(parse_recipe([*recipe, "--disable_tqdm", "true", *arguments])).run()
+    return [*recipe, "--disable_tqdm", "true", *arguments]
+
+
+def run_aligned_stream(output_dir: Path) -> dict[str, Any]:
+    """The same with classifier alignment, where text layers are of both kinds; and the adapter after it."""
+    scheduler = build_scheduler(
+        parse_recipe(stream_recipe(output_dir, "--classifier_alignment", "3", "--zo_layers", "hop-even"))
+    )
+    results = scheduler.run()
+    adapter = torch.cat([p.detach().flatten() for p in scheduler.model.parameters() if p.requires_grad])
+    return {**results, "adapter": adapter, "spread": spread(adapter)}
 
 
 def main() -> None:
@@ -270,6 +285,8 @@ def main() -> None:
         results["frozen"] = frozen_experts()
         # Were another process to write, it would be seen.
         results["stream"] = run_stream(folder / f"run-of-rank-{rank}")
+    if group == "aligned":
+        results["stream"] = run_aligned_stream(folder / f"run-of-rank-{rank}")
     if rank == 0:
         torch.save(results, folder / "results.pt")
     leave_process_group()

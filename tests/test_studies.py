@@ -112,3 +112,27 @@ def test_a_layers_variance_is_that_of_its_estimates(script):
         squares = sum(g.square().sum().item() for g in gradient)
         assert row["total"] == pytest.approx((row["parameters"] + 1) * squares, rel=0.5)
         assert row["per_dimension"] == pytest.approx(row["total"] / row["parameters"])
+
+
+def test_discriminant_analysis_weighs_a_direction_by_its_noise(script):
+    discriminant = script("forgetting")["discriminant"]
+    statistics = {"means": torch.tensor([[0.0, 0.0], [2.0, 4.0]]), "images": torch.tensor([3, 5])}
+    scatter = 8 * torch.diag(torch.tensor([0.9, 8.9]))  # and a ridge of 0.1 · 4.9
+    scores = discriminant(torch.tensor([[1.0, 2.0], [3.0, 1.0]]), scatter=scatter, **statistics)
+    first, second = 2 / (0.9 + 0.49), 4 / (8.9 + 0.49)
+    half = (2 * first + 4 * second) / 2
+    expected = [[0, first + 2 * second - half], [0, 3 * first + second - half]]
+    assert torch.allclose(scores, torch.tensor(expected, dtype=torch.float64))
+    assert scores[0, 1] == pytest.approx(0, abs=1e-6)  # halfway between the means
+
+
+def test_a_settings_forgetting_stands_beside_that_of_zero_shot(script):
+    from hf_zocl.report import RunGroup
+
+    run = {"avg": 0.6, "last": 0.5, "forgetting": 0.25, "seed": 0}
+    zero_shot = {"accuracy_matrix": [[0.75], [0.5, 0.5]], "avg": 0.625, "last": 0.5}
+    rows = script("forgetting")["rows_of"](RunGroup("FO", ({**run, "zero_shot": zero_shot},)))
+    assert rows == [
+        ("zero-shot", "", "62.5", "50.0", "25.0", "25.0"),
+        ("FO", "1", "60.0", "50.0", "25.0", "25.0"),
+    ]

@@ -14,8 +14,10 @@ import torch
 from transformers import HfArgumentParser
 
 from ..checks import shown
+from ..continual.plugins import ClassifierAlignment, TaskPlugin
 from ..continual.run_arguments import RunArguments, build_held_out, build_stream
 from ..continual.scheduler import ContinualTaskScheduler
+from ..data.stream import TaskStream
 from ..hub.load import load_pretrained
 from ..models import AdapterArguments, CLIPClassifier
 from ..trainer.arguments import PER_TOWER, ZOCLTrainingArguments
@@ -190,6 +192,7 @@ def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe:
         stream,
         training,
         recipe={**recipe.to_dict(), **pretrained.adapter},
+        callbacks=_plugins(run, pretrained.known_classes, stream),
         base_model=pretrained.base_model,
         known_classes=pretrained.known_classes,
         held_out=build_held_out(run, seed=training.data_seed or 0),
@@ -197,3 +200,15 @@ def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe:
         image_cache_gb=run.image_cache_gb,
         skip_corrupt=run.skip_corrupt,
     )
+
+
+def _plugins(run: RunArguments, known_classes: Sequence[str], stream: TaskStream) -> list[TaskPlugin]:
+    steps, rate = run.classifier_alignment, run.classifier_alignment_learning_rate
+    lost = [name for name in known_classes if name not in stream.class_names]
+    if steps and lost:
+        raise ValueError(
+            f"classifier_alignment={steps}: {run.model_name_or_path} knows {shown(lost[0])} and other classes that do "
+            "not arrive here; they have no statistics, and aligning the text tower without them would lose them."
+        )
+    options = {} if rate is None else {"learning_rate": rate}
+    return [ClassifierAlignment(steps, **options)] if steps else []

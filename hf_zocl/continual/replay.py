@@ -57,7 +57,8 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
             raise ValueError(f"{file}: there is no such file, so {folder.path} holds no complete task {task}.")
     if not log_file.is_file():
         raise ValueError(
-            f"{log_file}: there is no such file. Runs write it whose zo_layers are all (zo_branch=dual), and keep it."
+            f"{log_file}: there is no such file. Runs write it whose zo_layers are all (zo_branch=dual) and whose "
+            "weights nothing else changes (classifier_alignment=0), and keep it."
         )
     results = read_json(folder.path / RESULTS_FILE)
     recipe = results["recipe"]

@@ -63,6 +63,9 @@ class RunArguments:
         evaluate_future: Also measure future tasks, for forward transfer; default: only under `cross-dataset`.
         image_cache_gb: Images are decoded once into a cache if their pixels fit into this size in GB; 0: no cache.
         skip_corrupt: Leave out images that cannot be decoded, and count them, rather than stop.
+        classifier_alignment: Steps after every task in which the text tower learns to tell all classes seen apart,
+            from the statistics of their image features (`ClassifierAlignment`); 0: none.
+        classifier_alignment_learning_rate: Their learning rate in first-order text layers; default: 5e-3.
         seeds: Run once with each of these as `seed`, `1993,1996,1997`, into `output_dir/seed-1993` and so on.
         num_seeds: The number of seeds, counted up from `seed`, instead.
         vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
@@ -104,6 +107,8 @@ class RunArguments:
     evaluate_future: bool | None = field(default=None, metadata={"help": "Measure the tasks to come as well."})
     image_cache_gb: float = field(default=DEFAULT_CACHE_GB, metadata={"help": "Greatest image cache, GB; 0: none."})
     skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
+    classifier_alignment: int = field(default=0, metadata={"help": "Steps of classifier alignment after every task."})
+    classifier_alignment_learning_rate: float | None = field(default=None, metadata={"help": "Their rate (5e-3)."})
     seeds: str | None = field(default=None, metadata={"help": "Run once with each: 1993,1996,1997."})
     num_seeds: int | None = field(default=None, metadata={"help": "Run with so many seeds, from seed on."})
     vary_class_order: bool = field(default=False, metadata={"help": "The seeds draw the class order too."})
@@ -129,6 +134,11 @@ class RunArguments:
             )
         if self.seeds is not None and self.num_seeds is not None:
             raise ValueError(f"seeds={self.seeds!r} and num_seeds={self.num_seeds} were both given: pass one.")
+        if self.classifier_alignment < 0:
+            raise ValueError(f"classifier_alignment={self.classifier_alignment}: expected 0 or more.")
+        rate = self.classifier_alignment_learning_rate
+        if rate is not None and not 0 < rate < float("inf"):
+            raise ValueError(f"classifier_alignment_learning_rate={rate}: expected more than 0.")
         self.seed_list(0)  # anything but a list of seeds fails here
         if self.learning == "joint" and (self.scenario not in (None, "class") or self.datasets is not None):
             what = f"scenario={self.scenario!r}" if self.datasets is None else f"datasets={self.datasets}"

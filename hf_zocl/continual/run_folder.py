@@ -44,6 +44,7 @@ _OF_THE_RUN = {
     *("class_order", "partial_order", "class_order_seed"),
     *("max_train_images_per_class", "max_test_images_per_class", "prompt_template"),
     *("held_out", "evaluate_future", "skip_corrupt"),
+    *("classifier_alignment", "classifier_alignment_learning_rate"),
     *("adapter", "adapter_config", "target_modules", "frozen_parameters"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),

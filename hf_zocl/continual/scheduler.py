@@ -35,6 +35,7 @@ from .evaluation import StreamEvaluator
 from .folder_lock import FolderLock
 from .measures import peak_memory_bytes, reset_peak_memory, versions
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
+from .plugins import load_plugins, plugin_file, task_plugins
 from .processes import by_main_process
 from .report_files import ReportFiles
 from .run_checks import check_batches, check_measurable
@@ -59,7 +60,7 @@ class ContinualTaskScheduler:
         args: The training arguments of every task; `output_dir` receives `results.json`, `accuracy_matrix.png` and a
             folder per task.
         recipe: What `results.json` and the model cards say of how the run was made; default: `args`.
-        callbacks: Handed to every task's trainer.
+        callbacks: Handed to every task's trainer; a `TaskPlugin` also takes part at the beginning and end of tasks.
         trainer_class: `ZOCLTrainer` or a subclass.
         held_out: Streams that are never trained on; the first task of each is measured before and after every task.
         evaluate_future: Also measure future tasks after every task, which forward transfer and MTIL's figures need;
@@ -149,6 +150,8 @@ class ContinualTaskScheduler:
             for task in self.stream:
                 self.stream.training_classes(task.index)  # a task that could learn nothing fails here
             check_batches(self.args, self.stream)
+            for plugin in task_plugins(self.callbacks):
+                plugin.begin_run(self.stream, self.model)
         with ExitStack() as stack:
             results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
             stack.enter_context(self._monitor)
@@ -184,6 +187,7 @@ class ContinualTaskScheduler:
         checkpoint, begin = None, None
         if results is None or not train:
             results = self._start()
+            load_plugins(task_plugins(self.callbacks), None)
             begin = partial(self._begin, results)
         else:
             checkpoint = self._go_on(results, None if isinstance(resume, bool) else resume)
@@ -278,6 +282,7 @@ class ContinualTaskScheduler:
         done = len(results["accuracy_matrix"])
         if done:
             self._load_adapter(done)
+        load_plugins(task_plugins(self.callbacks), self.output_dir / task_folder(done) if done else None)
         if self.args.should_save:
             self._kept.go_on(self._images, done)
             self.folder.remove_scratch(len(self.stream))
@@ -361,6 +366,7 @@ class ContinualTaskScheduler:
             self._kept.write(self._images)
             info, files = self._kept.row(results)
             info, files = self._task_info(task, results) | info, self._kept.of_task(trained.curves) | files
+            files = files | plugin_file(task_plugins(self.callbacks))
             save_task_checkpoint(self.output_dir, self.model, self.processor, info, results, files)
             if trained.replay_log is not None:
                 save_replay_log(trained.replay_log, self.folder.replay_file(task.name))

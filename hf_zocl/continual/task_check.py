@@ -39,7 +39,7 @@ class TaskCheck(TrainerCallback):
         is_first = ~pending_loss(self.trainer).isfinite() & (self._bad_step < 0)
         self._bad_step = torch.where(is_first, state.global_step, self._bad_step)
         if control.should_log or control.should_save or control.should_training_stop:
-            self._check_finite(state.global_step)
+            self.check_finite()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self._epoch_began = state.global_step
@@ -56,7 +56,7 @@ class TaskCheck(TrainerCallback):
             TaskError: If it took too few steps and no callback asked it to stop, or a weight is not finite.
         """
         state = self.trainer.state
-        self._check_finite(state.global_step)
+        self.check_finite()
         if state.global_step == state.max_steps:
             return
         ended = f"{self.name} ended after {state.global_step} of {state.max_steps} steps"
@@ -64,7 +64,13 @@ class TaskCheck(TrainerCallback):
             raise TaskError(f"{ended}, and is not complete: go on with --resume.")
         logger.warning(f"{ended}: a callback stopped it.")
 
-    def _check_finite(self, step: int) -> None:
+    def check_finite(self) -> None:
+        """Check the losses so far, and the weights as they are now.
+
+        Raises:
+            TaskError: If one is not finite.
+        """
+        step = self.trainer.state.global_step
         names, are_finite = self._weights()
         found = torch.stack([self._bad_step[0], torch.where(are_finite.all(), -1, step)])
         found = self.trainer.accelerator.gather(found.unsqueeze(0))

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import torch
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
 
@@ -17,6 +18,7 @@ from ..trainer import ZOCLTrainer
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..zo import ReplayLog
 from .measures import curves, means
+from .plugins import TaskPlugin, task_plugins
 from .progress import without_own_display
 from .run_folder import RunFolder
 from .task_check import TaskCheck
@@ -32,7 +34,7 @@ class Trained:
     Attributes:
         means: The means of its logs, by name.
         curves: Its logs over its steps, by name, see `curves`.
-        replay_log: Its zeroth-order steps, if they are logged.
+        replay_log: Its zeroth-order steps, if they are logged and lead to its weights.
         earlier_seconds: The training time in seconds of earlier, stopped processes.
     """
 
@@ -105,6 +107,8 @@ class TaskTraining:
     ) -> Trained:
         """Train on one task, from its beginning or from a checkpoint within it; `begin` is called after a step.
 
+        The plug-ins among the callbacks take part.
+
         Raises:
             TaskError: If the training diverges, or ends before its last step.
         """
@@ -116,7 +120,11 @@ class TaskTraining:
         self.model.set_classes(names, template if isinstance(template, str) else template[0])
         # Every task draws its own directions.
         zo_seed = (self.args.seed if self.args.zo_seed is None else self.args.zo_seed) + 1_000_003 * task.index
+        callbacks = list(callbacks)
+        plugins = task_plugins(callbacks)
         trainer = self.trainer(task.name, task, callbacks, zo_seed)
+        for plugin in plugins:
+            plugin.begin_task(task, trainer)
         check = TaskCheck(task.name, trainer)
         if begin is not None:
             trainer.add_callback(first_step := _AfterFirstStep(begin))
@@ -124,8 +132,20 @@ class TaskTraining:
         check.finish()
         if begin is not None:
             first_step.call()  # where there was none
+        is_changed = self._end_task(task, trainer, plugins)
+        check.check_finite()
         log = trainer.state.log_history
-        return Trained(means(log), curves(log), trainer.replay_log, trainer.earlier_seconds)
+        # A log that leads to the weights before is none.
+        replay_log = None if is_changed else trainer.replay_log
+        return Trained(means(log), curves(log), replay_log, trainer.earlier_seconds)
+
+    def _end_task(self, task: Task, trainer: ZOCLTrainer, plugins: list[TaskPlugin]) -> bool:
+        """Let the plug-ins end the task, and tell whether they have changed a trained weight."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad and plugins]
+        stepped_to = [parameter.detach().clone() for parameter in trained]
+        for plugin in plugins:
+            plugin.end_task(task, trainer)
+        return not all(map(torch.equal, trained, stepped_to))
 
 
 class _AfterFirstStep(TrainerCallback):

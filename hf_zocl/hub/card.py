@@ -27,6 +27,7 @@ SHOWN_ARGUMENTS = re.compile(
     "(zo|lora|moe)_.*|adapter(_config)?|benchmark|dataset_(name|path)|(initial_)?increment|class_order_seed"
     "|max_(train|test)_images_per_class|optim|learning_rate|weight_decay|lr_scheduler_type|warmup_steps|max_steps"
     "|num_train_epochs|per_device_train_batch_size|gradient_accumulation_steps|max_grad_norm|bf16|fp16"
+    "|classifier_alignment(_learning_rate)?"
 )
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTERS = ("lora", "moe")

@@ -65,7 +65,8 @@ LOADED_FILES = (
     "merges.txt",
     "chat_template*.jinja",
 )
-SEALED_FILES = (*LOADED_FILES, RESULTS_FILE)  # a resumed run reads its results
+PLUGIN_STATE = "plugins.safetensors"
+SEALED_FILES = (*LOADED_FILES, RESULTS_FILE, PLUGIN_STATE)  # a resumed run reads the last two
 REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 FIGURE = "accuracy_matrix.png"
 REPORT_FILES = (PREDICTIONS_FILE, TRAINING_LOG, GALLERY_PICTURE)  # nothing is loaded from them

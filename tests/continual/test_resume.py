@@ -36,11 +36,13 @@ MOE = """--adapter moe --zo_layers hop-odd --moe_num_experts 3 --moe_top_k 1 --a
 --moe_router_per_task true"""
 ACCUMULATED = """--zo_layers all --gradient_accumulation_steps 2 --zo_estimator two-sided --zo_sign false
 --zo_max_grad_norm 1 --zo_weight_decay 0.1"""
+ALIGNED = f"{HYBRID} --classifier_alignment 3"
 # Its optimizer's state is larger than any other file of a run.
 LARGE = f"{HYBRID} --lora_rank 64"
 # Where each is stopped, in the middle of a step: step 5, when steps 2 and 4 were saved, or earlier.
 STOPS = {
     HYBRID: ("task-02", 5),
+    ALIGNED: ("task-02", 5),
     LARGE: ("task-02", 5),
     ALL_ZO: ("task-02", 5),
     MOE: ("task-02", 5),
@@ -149,6 +151,23 @@ def test_a_run_that_stopped_within_a_task_goes_on_at_the_saved_step_to_the_same_
     folder = stopped(kind)
     assert resume(folder, kind) == steps
     assert_same_run(undisturbed(kind), folder)
+
+
+@pytest.mark.parametrize("loses_its_place", [False, True], ids=["within a task", "after a task"])
+def test_an_aligned_run_goes_on_with_the_statistics_of_the_classes_before(loses_its_place, undisturbed, stopped):
+    folder = stopped(ALIGNED)
+    if loses_its_place:
+        shutil.rmtree(folder / "trainer")
+    assert resume(folder, ALIGNED) == (STEPS if loses_its_place else 1)
+    assert_same_run(undisturbed(ALIGNED), folder)
+    mine, theirs = (load_file(run / "task-02" / "plugins.safetensors") for run in (undisturbed(ALIGNED), folder))
+    assert len(mine["ClassifierAlignment.means"]) == 4
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_an_aligned_run_goes_on_with_the_same_alignment_or_not_at_all(stopped):
+    with pytest.raises(ResumeError, match=r"recipe \(classifier_alignment: 3 there, 4 here\)"):
+        resume(stopped(ALIGNED), f"{HYBRID} --classifier_alignment 4")
 
 
 def test_saving_within_tasks_changes_nothing_and_leaves_nothing(undisturbed, tmp_path):

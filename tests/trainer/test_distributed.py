@@ -65,6 +65,14 @@ def assert_same_training(one: dict, several: dict) -> None:
     assert (several["adapter"] - one["adapter"]).norm() <= 1e-5 * one["adapter"].norm()
 
 
+@pytest.mark.slow
+def test_two_processes_align_as_one(tmp_path):
+    one, two = worker.run_aligned_stream(tmp_path / "one"), launch(2, "aligned", tmp_path)["stream"]
+    assert two["accuracy_matrix"] == one["accuracy_matrix"]
+    assert two["spread"] == 0
+    assert (two["adapter"] - one["adapter"]).norm() <= 1e-4 * one["adapter"].norm()
+
+
 @pytest.mark.parametrize("case", worker.QUICK)
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_batch_of_both(pair, case):

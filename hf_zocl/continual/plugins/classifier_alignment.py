@@ -1,0 +1,230 @@
+"""`ClassifierAlignment`: after every task, the text tower learns to tell all classes seen apart."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from ...checks import check_count
+from ...data.stream import TaskStream
+from ...data.tasks import Task
+from ...models import CLIPClassifier
+from ...models.clip_classifier import CLIPClassifierOutput
+from ...passes.random_state import uncounted
+from ...trainer import ZOCLTrainer
+from ...trainer.arguments import ZOCLTrainingArguments
+from ...zo.assignment import locate
+from ..progress import without_own_display
+from ..task_check import TaskCheck
+from .plugin import TaskPlugin
+
+
+class ClassifierAlignment(TaskPlugin):
+    """Classifier alignment (SLCA, Zhang et al., ICCV 2023, section 3.3), with the text tower as the classifier.
+
+    A task is trained among its own classes, so nothing tells a cat from the ships of an earlier task. Of every class
+    this keeps the mean μ_c of its image features, and of all classes together the covariance Σ around the means, as
+    the vision tower was when their task ended. After a task it trains the text tower's adapter on
+
+        −log softmax_c(logit_scale · cos(x, text_c)),    x ~ N(μ_c, Σ),  c any class seen, each as often.
+
+    No image is kept, and none is needed but for one forward pass over a task's own. A step costs a pass of the text
+    tower. Text layers that are zeroth-order in the task are so here too, at their own rate.
+
+    Args:
+        steps: Optimizer steps after a task.
+        learning_rate: The peak learning rate of first-order text layers; it falls along a cosine.
+        batch_size: Features drawn for a step, over all processes.
+
+    Raises:
+        ValueError: If a number is out of its range.
+    """
+
+    def __init__(self, steps: int = 100, learning_rate: float = 5e-3, batch_size: int = 256):
+        check_count("steps", steps)
+        check_count("batch_size", batch_size)
+        if not 0 < learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={learning_rate}: expected more than 0.")
+        self.steps, self.learning_rate, self.batch_size = steps, learning_rate, batch_size
+        self.load_state({})
+
+    def begin_run(self, stream: TaskStream, model: CLIPClassifier) -> None:
+        if stream.scenario != "class":
+            raise ValueError(
+                f"classifier alignment: scenario={stream.scenario!r} does not predict among all classes seen; "
+                "expected 'class'."
+            )
+        if not _trained_in_text_tower(model):
+            raise ValueError(
+                "classifier alignment: no parameter of the text tower is trained, and it trains no other."
+            )
+        self._stream = stream
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"means": self._means, "scatter": self._scatter, "images": self._images}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._means = state.get("means", torch.empty(0, 0))
+        self._scatter = state.get("scatter", torch.empty(0, 0))
+        self._images = state.get("images", torch.empty(0, dtype=torch.int64))
+
+    def end_task(self, task: Task, trainer: ZOCLTrainer) -> None:
+        model: CLIPClassifier = trainer.accelerator.unwrap_model(trainer.model)
+        with uncounted(model):  # an adapter's counts are of the task's own steps
+            self.add(*image_features(task.train, trainer))
+            model.set_classes(self._stream.seen_class_names(task.index), self._first_template(model))
+            prompts = _PromptClassifier(model)
+            zero_order = _zero_order_names(prompts, trainer.args)
+            with _text_tower_alone(model):
+                self._align(task, trainer, prompts, zero_order)
+
+    def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """Keep the statistics of further classes.
+
+        Args:
+            features: Image features, `(images, dim)`.
+            labels: Their arrival labels, `(images,)`: those that follow the classes known.
+        """
+        features, known = features.double(), len(self._means)
+        classes = range(known, int(labels.max()) + 1)
+        means = torch.stack([features[labels == label].mean(dim=0) for label in classes])
+        around = features - means[labels - known]
+        scatter = around.T @ around
+        self._scatter = (scatter + self._scatter.double() if known else scatter).float()
+        self._means = torch.cat([self._means, means.float()]) if known else means.float()
+        self._images = torch.cat([self._images, torch.bincount(labels - known)])
+
+    def draw(self, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw features of all classes known, of unit length, `(count, dim)`, and their labels, `(count,)`."""
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(len(self._means), (count,), generator=generator)
+        values, vectors = torch.linalg.eigh(self._scatter.double() / self._images.sum())
+        root = (vectors * values.clamp(min=0).sqrt()).float()
+        noise = torch.randn(count, len(root), generator=generator) @ root.T
+        return F.normalize(self._means[labels] + noise, dim=-1), labels
+
+    def _align(self, task: Task, trainer: ZOCLTrainer, prompts: _PromptClassifier, zero_order: list[str]) -> None:
+        args = trainer.args
+        per_process = max(1, self.batch_size // args.world_size)
+        features = self.draw(self.steps * per_process * args.world_size, args.seed + 1_000_003 * task.index)
+        alignment = _trainer(
+            trainer,
+            prompts,
+            train_dataset=TensorDataset(*features),
+            data_collator=_collate,
+            max_steps=self.steps,
+            per_device_train_batch_size=per_process,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type="cosine",
+            lr_scheduler_kwargs=None,
+            warmup_steps=0,
+            # By name, for a scheme such as hop-odd may have no layer in this tower.
+            zo_branch="language" if zero_order else "none",
+            zo_layers=[f"^{re.escape(name)}$" for name in zero_order] or "all",
+            zo_seed=None if args.zo_seed is None else args.zo_seed + 500_009,  # directions of its own
+        )
+        check = TaskCheck(f"the classifier alignment of {task.name}", alignment)
+        alignment.train()
+        check.finish()
+
+    @staticmethod
+    def _first_template(model: CLIPClassifier) -> str:
+        """The prompt that trains, of several."""
+        template = model.prompt_template
+        return template if isinstance(template, str) else template[0]
+
+
+def _collate(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {"image_embeds": torch.stack([row[0] for row in rows]), "labels": torch.stack([row[1] for row in rows])}
+
+
+class _PromptClassifier(nn.Module):
+    """A classifier of image features: the text tower alone is run."""
+
+    def __init__(self, classifier: CLIPClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, image_embeds: torch.Tensor, labels: torch.Tensor) -> CLIPClassifierOutput:
+        logits = self.classifier.logits(image_embeds, self.classifier.encode("language"))
+        return CLIPClassifierOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+
+class _ImageFeatures(nn.Module):
+    """The image features of a classifier, in the place of logits."""
+
+    def __init__(self, classifier: CLIPClassifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> CLIPClassifierOutput:
+        features = self.classifier.encode("vision", pixel_values).float()
+        return CLIPClassifierOutput(loss=features.new_zeros(()), logits=features)
+
+
+def image_features(images: Dataset, trainer: ZOCLTrainer) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features of images by a trainer's model, `(images, dim)`, and arrival labels; the same in every process."""
+    collator = copy.copy(trainer.data_collator)
+    collator.first_label = 0
+    features = _ImageFeatures(trainer.accelerator.unwrap_model(trainer.model))
+    output = _trainer(trainer, features, data_collator=collator, zo_branch="none").predict(images)
+    return torch.as_tensor(output.predictions), torch.as_tensor(output.label_ids)
+
+
+def _trainer(trainer: ZOCLTrainer, model: nn.Module, train_dataset=None, data_collator=None, **changed) -> ZOCLTrainer:
+    """A trainer beside a task's, which saves, logs and shows nothing."""
+    args = dataclasses.replace(
+        trainer.args,
+        gradient_accumulation_steps=1,
+        auto_find_batch_size=False,
+        label_smoothing_factor=0.0,
+        neftune_noise_alpha=None,
+        dataloader_drop_last=False,
+        dataloader_num_workers=0,
+        dataloader_persistent_workers=False,
+        dataloader_prefetch_factor=None,
+        train_sampling_strategy="random",
+        gradient_checkpointing=False,  # which the model inside has as it was
+        save_strategy="no",
+        eval_strategy="no",
+        logging_strategy="no",
+        load_best_model_at_end=False,
+        **changed,
+    )
+    made = ZOCLTrainer(model=model, args=args, train_dataset=train_dataset, data_collator=data_collator)
+    without_own_display(made)
+    return made
+
+
+def _trained_in_text_tower(model: nn.Module) -> list[str]:
+    """The names of the text tower's parameters that are trained."""
+    return [n for n, parameter in model.named_parameters() if parameter.requires_grad and locate(n)[0] == "language"]
+
+
+def _zero_order_names(model: nn.Module, args: ZOCLTrainingArguments) -> list[str]:
+    """Those of them that are zeroth-order in a task."""
+    split = args.layer_assignment.split(model)
+    return [name for group in split.zo if group.branch == "language" for name in group.names]
+
+
+@contextmanager
+def _text_tower_alone(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing but the text tower's parameters requires a gradient."""
+    kept = set(_trained_in_text_tower(model))
+    frozen = [p for name, p in model.named_parameters() if p.requires_grad and name not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

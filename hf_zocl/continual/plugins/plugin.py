@@ -1,0 +1,105 @@
+"""`TaskPlugin`: a callback that also takes part in a stream, task by task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from transformers import TrainerCallback
+
+from ...data.stream import TaskStream
+from ...data.tasks import Task
+from ...hub.checkpoint import PLUGIN_STATE
+from ...models import CLIPClassifier
+from ...trainer import ZOCLTrainer
+from ...trainer.resumable import ResumeError
+
+
+class TaskPlugin(TrainerCallback):
+    """A base for methods against forgetting: `ContinualTaskScheduler(..., callbacks=[Mine()])`.
+
+    All of it does nothing unless a subclass says otherwise. As a `TrainerCallback` it sees every step of every task,
+    whether its layers are zeroth-order or first-order.
+
+    A run that goes on must end as one that never stopped. So `end_task` may depend on the weights, the task and
+    `state()` alone, and not on what this process has done before.
+    """
+
+    def begin_run(self, stream: TaskStream, model: CLIPClassifier) -> None:
+        """Called before any work, also where a run goes on; raise a `ValueError` for a run that it does not fit."""
+
+    def begin_task(self, task: Task, trainer: ZOCLTrainer) -> None:
+        """Called before a task is trained by this trainer, also where it goes on within the task."""
+
+    def end_task(self, task: Task, trainer: ZOCLTrainer) -> None:
+        """Called after a task's last step; the model as it is then is what is measured, saved and trained further."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What it knows after a task, saved with the task's checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state` gave; from nothing, as a run begins."""
+
+
+def task_plugins(callbacks: Iterable[TrainerCallback]) -> list[TaskPlugin]:
+    """The plug-ins among some callbacks.
+
+    Raises:
+        ValueError: If two are of one class, for their states have the class's name.
+    """
+    plugins = [callback for callback in callbacks if isinstance(callback, TaskPlugin)]
+    names = [_name(plugin) for plugin in plugins]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"callbacks: {names.count(name)} plug-ins of the class {name}; expected one.")
+    return plugins
+
+
+def plugin_file(plugins: Sequence[TaskPlugin]) -> dict[str, bytes]:
+    """The file of a task's checkpoint with the plug-ins' states, by its name; nothing where there are none."""
+    if not plugins:
+        return {}
+    states = {
+        f"{_name(plugin)}.{name}": value.detach().cpu().contiguous()
+        for plugin in plugins
+        for name, value in plugin.state().items()
+    }
+    return {PLUGIN_STATE: save(states, metadata={_name(plugin): "" for plugin in plugins})}
+
+
+def load_plugins(plugins: Sequence[TaskPlugin], folder: Path | None) -> None:
+    """Let the plug-ins go on after the task whose checkpoint this is; None: a run begins.
+
+    Raises:
+        ResumeError: If the checkpoint is of a run with other plug-ins, or their states are damaged.
+    """
+    known: list[str] = []
+    states: dict[str, torch.Tensor] = {}
+    file = None if folder is None else folder / PLUGIN_STATE
+    if file is not None and file.is_file():
+        try:
+            with safe_open(file, "pt") as content:
+                known = sorted(name for name in content.metadata() or {} if name != "format")
+                states = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise ResumeError(f"resume: {file} is damaged: {error}") from error
+    mine = sorted(map(_name, plugins))
+    if folder is not None and known != mine:
+        raise ResumeError(
+            f"resume: {folder} is of a run with {_listed(known)}, and this one has {_listed(mine)} (callbacks)."
+        )
+    for plugin in plugins:
+        prefix = f"{_name(plugin)}."
+        plugin.load_state({n.removeprefix(prefix): value for n, value in states.items() if n.startswith(prefix)})
+
+
+def _name(plugin: TaskPlugin) -> str:
+    return type(plugin).__name__
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"the plug-ins {', '.join(names)}" if names else "no plug-ins"
