@@ -190,7 +190,7 @@ def rows(cells: dict[str, float], seeds: list[int]):
     for rule, (_, rates) in RULES.items():
         for rate in rates:
             means = [float(np.mean([cells[f"{rule} | {rate:g} | {job} | {seed}"] for seed in seeds])) for job in JOBS]
-            yield [rule, f"{rate:g}", *(f"{mean:.3f}" for mean in means), f"{max(means):.3f}"]
+            yield [rule, f"{rate:g}", *(f"{mean:.4f}" for mean in means), f"{max(means):.4f}"]
 
 
 if __name__ == "__main__":
