@@ -113,11 +113,6 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot have zeroth-order layers: start one "
                 "process per GPU with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
-        if self.is_model_parallel:
-            raise ValueError(
-                "A model spread over several devices (device_map) cannot have zeroth-order layers: its random masks "
-                "would differ between the passes that are compared. Load it onto one device."
-            )
         # A host may have made it, or wrapped it in an adapter.
         if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             self._assign_layers()  # fail before any work
@@ -162,6 +157,13 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         # Where ε is to be measured, it is so at the first step.
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
         self.split = args.layer_assignment.split(self.model, eps)
+        away = [name for name, p in self.model.named_parameters() if p.requires_grad and p.is_meta]
+        if away:
+            raise ValueError(
+                f"{len(away)} parameters to be trained are offloaded (on the meta device), such as {away[0]}: "
+                "expected all in memory. Freeze them, or leave their modules there by device_map; an adapter is to be "
+                "added once the base is offloaded and hf_zocl imported."
+            )
 
     def train(self, *args, **kwargs):
         """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import reduce
+from operator import add
 
 import torch
 from torch import nn
@@ -68,9 +70,8 @@ class PendingEstimates:
         """The gradients of one layer after another, for an optimizer that steps once for each."""
         factor: torch.Tensor | float = 1.0
         if self.max_norm > 0:
-            squares = torch.as_tensor(sum(own.squares for own in self.estimator.moments(estimates).values()))
-            count = sum(len(perturbation) for perturbation in self.estimator.perturbations.values())
-            norm = count**0.5 if self.estimator.sign else squares.sqrt()
+            whole = reduce(add, self.estimator.moments(estimates).values())
+            norm = whole.count**0.5 if self.estimator.sign else whole.squares.sqrt()
             factor = torch.as_tensor(self.max_norm / (norm + 1e-6)).clamp(max=1.0)
         self._streamed, self._streamed_rates = estimates, dict(self.learning_rates)
         return self.estimator.stream(estimates, factor)
