@@ -218,7 +218,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         )
         # What half precision rounds away of a move depends on ε, which a log does not have.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
-        is_replayable = not self._has_first_order and not self._estimator.is_streamed and not is_rounded
+        is_replayable = not self._has_first_order and not is_rounded
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 
@@ -318,6 +318,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             momentum=args.zo_momentum,
             weight_decay=args.zo_weight_decay,
             max_norm=args.zo_max_grad_norm,
+            streamed=estimator.is_streamed,
         )
 
     # What the two bases ask.

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import importlib.util
 import json
 import resource
@@ -47,9 +48,9 @@ M_MMAP_THRESHOLD = -3  # of glibc
 
 
 def build(path: Path, megabytes: int) -> None:
-    """Write the base into a folder; beside its file, the weights as accelerate offloads them."""
+    """Write the base into a folder; beside its files, the weights as accelerate offloads them."""
     model = base(layers=max(1, round((megabytes - 32) / LAYER_MB)))
-    model.save_pretrained(path)
+    model.save_pretrained(path, max_shard_size="16MB")  # a file is mapped as long as one of its tensors is used
     offload_state_dict(path / OFFLOADED, model.state_dict())
 
 
@@ -73,7 +74,7 @@ def load(way: str, path: Path) -> nn.Module:
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
         config = BitsAndBytesConfig(**({"load_in_8bit": True} if way == "int8" else four))
         options = {"quantization_config": config, "device_map": {"": "cpu"}}
-    if way == "disk":  # `from_pretrained` with a device_map does as well, but maps all of the file at first
+    if way == "disk":  # `from_pretrained` with a device_map does as well, but maps all of its files at first
         with init_empty_weights():
             model = LlamaForCausalLM(LlamaConfig.from_pretrained(path))
         disk_offload(model, path / OFFLOADED, execution_device=torch.device("cpu"))
@@ -95,6 +96,7 @@ def train(model: nn.Module, data: list[dict[str, torch.Tensor]], folder: str, ta
         zo_branch="none" if task == "FO" else "dual",
         zo_layers="all",
         zo_estimator="two-sided",
+        zo_eps=1e-3,
         per_device_train_batch_size=len(data),
         max_steps=steps,
         logging_steps=1,
@@ -115,11 +117,12 @@ def infer(model: nn.Module, data: list[dict[str, torch.Tensor]]) -> None:
 
 
 def measure(way: str, task: str, path: Path, data: list[dict[str, torch.Tensor]], folder: str) -> dict[str, int]:
-    """In bytes: the peak of a task over what is resident once the model has run, and what its weights take."""
+    """In bytes: what is resident for a model that has run once, and the peak of a task over that."""
     train(get_peft_model(base(hidden=16), LoraConfig()), data[:1], folder, task, 1)  # all that is to be imported
     empty = resident("VmRSS")
     model = load(way, path)
     infer(model, data)
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # begin the peak anew
@@ -127,7 +130,7 @@ def measure(way: str, task: str, path: Path, data: list[dict[str, torch.Tensor]]
         infer(model, data)
     else:
         train(model, data, folder, task, 2)
-    return {"weights_bytes": before - empty, "peak_bytes": resident("VmHWM") - before}
+    return {"resident_bytes": before - empty, "peak_bytes": resident("VmHWM") - before}
 
 
 def limited(way: str, path: Path, data: list[dict[str, torch.Tensor]], folder: str, allowed: int) -> None:
@@ -161,8 +164,8 @@ def child(*arguments: str) -> str:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=list(WAYS), help="how the base is held")
-    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=list(TASKS), help="what is measured")
-    parser.add_argument("--megabytes", type=int, default=256, help="size of the base in float32")
+    parser.add_argument("--tasks", choices=TASKS, nargs="+", default=["inference", "all-ZO"], help="what is measured")
+    parser.add_argument("--megabytes", type=int, default=128, help="size of the base in float32")
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch")
     parser.add_argument("--length", type=int, default=128, help="tokens of a row")
     parser.add_argument("--rounds", type=int, default=3, help="processes a figure, of which the median is shown")
@@ -204,14 +207,14 @@ def report(args: argparse.Namespace) -> None:
         rows.append({"way": way, "task": task, **figures})
     print(f"{date.today()}, {args.batch} × {args.length} tokens, torch {torch.__version__}")
     print(
-        f"{'':<14}{'weights MB':>11}"
+        f"{'':<14}{'resident MB':>11}"
         + "".join(f"{task + ' MB':>14}" for task in args.tasks)
         + f"{'over inference':>16}"
     )
     for way in found:
         own = {row["task"]: row for row in rows if row["way"] == way}
-        weights = next(iter(own.values()))["weights_bytes"]
-        line = f"{way:<14}{weights / 1e6:>11.0f}" + "".join(f"{own[t]['peak_bytes'] / 1e6:>14.0f}" for t in args.tasks)
+        held = next(iter(own.values()))["resident_bytes"]
+        line = f"{way:<14}{held / 1e6:>11.0f}" + "".join(f"{own[t]['peak_bytes'] / 1e6:>14.0f}" for t in args.tasks)
         if {"inference", "all-ZO"} <= own.keys():
             line += f"{own['all-ZO']['peak_bytes'] / own['inference']['peak_bytes']:>16.3f}"
         print(line)
