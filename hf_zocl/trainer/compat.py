@@ -15,7 +15,7 @@ Of transformers: overridden are `_save_checkpoint`, `_save_rng_state`, `_run_epo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -225,6 +226,11 @@ def forget_prepared(accelerator: Accelerator, model: nn.Module) -> None:
     """
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+def leave_out_of_wrapper(model: nn.Module, names: Sequence[str]) -> None:
+    """Let a data-parallel wrapper take no notice of some parameters; the function for it begins with an underscore."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
 
 
 def rows_in_table(data: datasets.Dataset) -> pa.ChunkedArray | None:

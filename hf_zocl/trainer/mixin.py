@@ -31,6 +31,7 @@ from .differences import DEFAULT_EPS, DifferenceWatch
 from .micro_batch import MicroBatch
 from .objective import Objective, ObjectiveWatch, check_objective
 from .pending import PendingEstimates
+from .placement import check_placement
 from .replay_file import earlier_log, save_replay_log
 from .resumable import ResumableTrainer
 
@@ -157,13 +158,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         # Where ε is to be measured, it is so at the first step.
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
         self.split = args.layer_assignment.split(self.model, eps)
-        away = [name for name, p in self.model.named_parameters() if p.requires_grad and p.is_meta]
-        if away:
-            raise ValueError(
-                f"{len(away)} parameters to be trained are offloaded (on the meta device), such as {away[0]}: "
-                "expected all in memory. Freeze them, or leave their modules there by device_map; an adapter is to be "
-                "added once the base is offloaded and hf_zocl imported."
-            )
+        check_placement(self.model)
 
     def train(self, *args, **kwargs):
         """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""
