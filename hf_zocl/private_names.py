@@ -137,13 +137,14 @@ def loaded(module: nn.Module) -> Iterator[list[nn.Parameter]]:
     What is written to it is lost.
     """
     parts = [part for part in module.modules() if is_offloaded(part)]
-    for part in parts:
-        part._hf_hook.pre_forward(part)
+    hooks: list[tuple[nn.Module, Any]] = [(part, vars(part)["_hf_hook"]) for part in parts]
+    for part, hook in hooks:
+        hook.pre_forward(part)
     try:
         yield [parameter for part in parts for parameter in part.parameters(recurse=False)]
     finally:
-        for part in parts:
-            part._hf_hook.post_forward(part, None)
+        for part, hook in hooks:
+            hook.post_forward(part, None)
 
 
 def _dispatch_hooks(module: nn.Module) -> Sequence[Any]:
