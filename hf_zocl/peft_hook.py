@@ -1,4 +1,7 @@
-"""Registers the MoE adapters with PEFT once both `hf_zocl` and `peft` are imported, in either order."""
+"""Registers with PEFT, once both `hf_zocl` and `peft` are imported, in either order.
+
+That is the MoE adapters, and where the adapters of offloaded layers stand.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,25 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-ADAPTERS = "hf_zocl.models.moe_adapter"  # which registers itself
+# Each registers itself.
+MODULES = ("hf_zocl.models.moe_adapter", "hf_zocl.models.placement")
 
 
 def register_with_peft() -> None:
-    """Import the adapters now if PEFT is imported already, otherwise right after PEFT is."""
+    """Import the modules now if PEFT is imported already, otherwise right after PEFT is."""
     if "peft" in sys.modules:
-        import_module(ADAPTERS)
+        _import()
     else:
         sys.meta_path.insert(0, _AfterPeft())
 
 
+def _import() -> None:
+    for name in MODULES:
+        import_module(name)
+
+
 class _AfterPeft(MetaPathFinder):
-    """Finds `peft` as the other finders do, and imports the adapters once its own code has run."""
+    """Finds `peft` as the other finders do, and imports the modules once its own code has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -39,7 +48,7 @@ class _AfterPeft(MetaPathFinder):
             run(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            import_module(ADAPTERS)
+            _import()
 
         spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
         return spec

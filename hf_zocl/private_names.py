@@ -1,8 +1,9 @@
-"""Private names of torch, and one of transformers' configurations, each behind a function.
+"""Private names of torch, and one each of accelerate and of transformers' configurations, each behind a function.
 
 They are here because the floors that know no Trainer need them (`zo`, `passes`, `models`). Those of the Trainer, of
-accelerate and of datasets are in `trainer/compat.py`, those of PEFT in `models/moe_adapter/model.py`. All are true of
-torch 2.13 and transformers 5.20 to 5.24; `tests/test_private_names.py` fails by the name of one that a release drops.
+datasets and the others of accelerate are in `trainer/compat.py`, those of PEFT in `models/moe_adapter/model.py` and
+`models/placement.py`. All are true of torch 2.13, accelerate 1.15 and transformers 5.20 to 5.24;
+`tests/test_private_names.py` fails by the name of one that a release drops.
 """
 
 from __future__ import annotations
@@ -116,3 +117,37 @@ def attention_kernel(module: nn.Module) -> str | None:
     The configuration takes `attn_implementation`, and says what it took by `_attn_implementation` alone.
     """
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def execution_device(module: nn.Module) -> torch.device | None:
+    """Where accelerate runs a module that it has spread or offloaded; None of any other (`Module._hf_hook`)."""
+    devices = [getattr(hook, "execution_device", None) for hook in _dispatch_hooks(module)]
+    return next((torch.device(device) for device in devices if device is not None), None)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings a module's own parameters when it runs, and takes them away again."""
+    return any(getattr(hook, "offload", False) for hook in _dispatch_hooks(module))
+
+
+@contextmanager
+def loaded(module: nn.Module) -> Iterator[list[nn.Parameter]]:
+    """Inside, what accelerate has offloaded of a module, or of one within it, is where it runs (`Module._hf_hook`).
+
+    What is written to it is lost.
+    """
+    parts = [part for part in module.modules() if is_offloaded(part)]
+    hooks: list[tuple[nn.Module, Any]] = [(part, vars(part)["_hf_hook"]) for part in parts]
+    for part, hook in hooks:
+        hook.pre_forward(part)
+    try:
+        yield [parameter for part in parts for parameter in part.parameters(recurse=False)]
+    finally:
+        for part, hook in hooks:
+            hook.post_forward(part, None)
+
+
+def _dispatch_hooks(module: nn.Module) -> Sequence[Any]:
+    """Those of accelerate around a module's forward pass: one, or a chain of them (`SequentialHook.hooks`)."""
+    hook = getattr(module, "_hf_hook", None)
+    return getattr(hook, "hooks", () if hook is None else (hook,))

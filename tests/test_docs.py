@@ -116,6 +116,7 @@ PYTHON = {
     ("loading.md", "load_task_checkpoint"): ASKS_THE_HUB,
     ("loading.md", "pipeline("): ASKS_THE_HUB,
     ("loading.md", "adapter_kwargs"): ASKS_THE_HUB,
+    ("scaling.md", "fully_shard"): Way("needs several processes", is_run=False),
     ("loading.md", "seal_task_checkpoint"): AS_IT_STANDS,
 }  # fmt: skip
 

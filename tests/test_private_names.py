@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import disk_offload
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -96,3 +97,16 @@ def test_the_attention_of_a_model_is_told():
     assert names.attention_kernel(CLIPTextModel._from_config(config, attn_implementation="sdpa")) == "sdpa"
     assert names.attention_kernel(CLIPTextModel._from_config(config, attn_implementation="eager")) == "eager"
     assert names.attention_kernel(nn.Linear(1, 1)) is None
+
+
+def test_an_offloaded_module_says_where_it_runs_and_can_be_loaded(tmp_path):
+    there, here = nn.Linear(2, 2), nn.Linear(2, 2)
+    weight = there.weight.detach().clone()
+    disk_offload(there, tmp_path, execution_device=torch.device("cpu"))
+    assert names.is_offloaded(there) and not names.is_offloaded(here)
+    assert names.execution_device(there) == torch.device("cpu") and names.execution_device(here) is None
+    with names.loaded(there) as parameters:
+        assert torch.equal(parameters[0], weight)
+    assert there.weight.is_meta
+    with names.loaded(here) as parameters:
+        assert parameters == []

@@ -19,7 +19,7 @@ from .prompts import Packing
 from .random_state import Buffers, ForwardState, uncounted
 from .self_check import Losses, SelfCheck, holding
 from .stack import find_stack
-from .structure import find_towers
+from .structure import devices_of, find_towers
 from .task_aware import task_aware
 
 
@@ -46,6 +46,7 @@ class TowerPlan:
         reduce: Averages a tensor of losses over data-parallel ranks.
 
     Attributes:
+        devices: Those on which the model runs.
         towers: By name; none in a model that is no dual encoder.
         stack: Where there are no towers, the layers below the first perturbed one; None where there are none.
         used: The shortcuts that were seen to hold; None as long as none was looked at.
@@ -59,6 +60,7 @@ class TowerPlan:
     ):
         self.model, self.all_perturbations, self.reduce = model, list(perturbations), reduce
         self.buffers = Buffers(model)
+        self.devices = devices_of(model)
         self.towers = {} if task_aware(model).couples_towers else find_towers(model)
         self.stack = None if self.towers else find_stack(model, self.all_perturbations)
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
@@ -134,7 +136,7 @@ class TowerPlan:
             losses_by: Gives the losses by some shortcuts alone.
         """
         state = before.now()
-        with uncounted(self.model), without_autocast(before.device.type):
+        with uncounted(self.model), without_autocast(before.devices[0].type):
             check = SelfCheck(PlainEvaluation(forward, before).losses, self.precision, self.reduce)
             check.look(self.all_perturbations)
             faults: Mapping[tuple[str, str | None], str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,12 +44,12 @@ class Buffers:
     def is_copied(self, name: str, tensor: torch.Tensor) -> bool:
         return tensor.nbytes <= SMALL_BYTES or name in self.changing
 
-    def watch(self, device: torch.device, run: Callable[[], Any]) -> None:
+    def watch(self, devices: Collection[torch.device], run: Callable[[], Any]) -> None:
         """Find out by a forward pass, `run`, which buffers it changes; whatever it changes is put back.
 
         Small integers, such as a model's positions, are not worth a pass.
         """
-        state = ForwardState(device, self)
+        state = ForwardState(devices, self)
         self.is_watched = True
         if all(name in state.values and not t.is_floating_point() for name, t in state.tensors.items()):
             return
@@ -79,7 +79,8 @@ class ForwardState:
     buffers there is a copy of every small one, and of those large ones that a pass changes (see `Buffers`).
 
     Args:
-        device: Its generator is kept beside the CPU's.
+        devices: Where the model runs: one device, or all that it is spread over. Their generators are kept beside the
+            CPU's.
         buffers: A model's `Buffers`, or the buffers themselves: for example running statistics of batch normalisation.
         earlier: A state of the same buffers, whose copies serve where nothing has changed since.
     """
@@ -87,11 +88,11 @@ class ForwardState:
     @torch.compiler.disable
     def __init__(
         self,
-        device: torch.device,
+        devices: torch.device | Collection[torch.device],
         buffers: Buffers | Iterable[torch.Tensor] = (),
         earlier: ForwardState | None = None,
     ):
-        self.device = device
+        self.devices = (devices,) if isinstance(devices, torch.device) else tuple(devices)
         self.buffers = buffers if isinstance(buffers, Buffers) else Buffers(buffers)
         self.places: dict[str, tuple[nn.Module, str]] = self.buffers.places() if earlier is None else earlier.places
         present = {name: own_buffers(module).get(key) for name, (module, key) in self.places.items()}
@@ -111,11 +112,12 @@ class ForwardState:
                 self.values[name] = tensor.clone()
         self.cpu, self.python = torch.get_rng_state(), random.getstate()
         self.numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
-        self.accelerator = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        on = [device for device in self.devices if device.type != "cpu"]
+        self.accelerators = {device: torch.get_device_module(device).get_rng_state(device) for device in on}
 
     def now(self) -> ForwardState:
         """The present state of the same generators and buffers."""
-        return ForwardState(self.device, self.buffers, earlier=self)
+        return ForwardState(self.devices, self.buffers, earlier=self)
 
     @torch.compiler.disable
     def restore(self) -> None:
@@ -135,8 +137,8 @@ class ForwardState:
         random.setstate(self.python)
         if self.numpy is not None:
             sys.modules["numpy"].random.set_state(self.numpy)
-        if self.accelerator is not None:
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
+        for device, state in self.accelerators.items():
+            torch.get_device_module(device).set_rng_state(state, device)
 
     def _see_that_it_holds_the_same(self, name: str, tensor: torch.Tensor) -> None:
         """Of a large buffer that was written to: a broadcast among processes writes what was there."""
@@ -163,7 +165,7 @@ class ForwardState:
             return False
         if self.numpy is not None and not all(map(_equal, self.numpy, other.numpy)):
             return False
-        return self.accelerator is None or torch.equal(self.accelerator, other.accelerator)
+        return all(torch.equal(state, other.accelerators[device]) for device, state in self.accelerators.items())
 
 
 @contextmanager

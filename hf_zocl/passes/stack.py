@@ -98,7 +98,7 @@ class StackEvaluation:
             output = original(*args, **kwargs)
             if layer is self.plan.stack.below[-1]:
                 self._output = tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, output)
-                self._exit = ForwardState(self.before.device)
+                self._exit = ForwardState(self.before.devices)
             return output
 
         return watched

@@ -7,9 +7,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from ..private_names import UNCOMPILED
+from ..private_names import UNCOMPILED, execution_device
 from ..zo.perturbation import Perturbation
 
 
@@ -61,6 +62,13 @@ def find_towers(model: nn.Module) -> dict[str, Tower]:
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:
     return dict(module.named_children())
+
+
+def devices_of(model: nn.Module) -> list[torch.device]:
+    """Where a model runs: the devices of its parameters, and those to which accelerate brings offloaded ones."""
+    found = dict.fromkeys(parameter.device for parameter in model.parameters() if not parameter.is_meta)
+    hooked = map(execution_device, model.modules())
+    return list(found | dict.fromkeys(device for device in hooked if device is not None))
 
 
 @contextmanager

@@ -185,22 +185,22 @@ class TowerEvaluation:
     @contextmanager
     def _watching_tower(self, name: str, offset: Combination | None) -> Iterator[None]:
         tower, record = self.plan.towers[name], self.records[name]
-        original, device = tower.module.forward, self.before.device
+        original, devices = tower.module.forward, self.before.devices
 
         def watched(*args, **kwargs):
             record.calls += 1
-            record.args, record.kwargs, record.entry = args, kwargs, ForwardState(device)
+            record.args, record.kwargs, record.entry = args, kwargs, ForwardState(devices)
             with self._layers(tower, watch, skip=0):
                 output = original(*args, **kwargs)
             if _is_pooled(output):
-                record.outputs[offset], record.exit = _pooled(output), ForwardState(device)
+                record.outputs[offset], record.exit = _pooled(output), ForwardState(devices)
             return output
 
         def watch(hidden, *args, **kwargs):
             if record.elements == 0:
                 record.elements = hidden.numel()
                 if self._keeps_hidden(name):
-                    record.hidden, record.resume = hidden.detach(), ForwardState(device)
+                    record.hidden, record.resume = hidden.detach(), ForwardState(devices)
             return hidden
 
         with forward_of(tower.module, watched):

@@ -36,7 +36,7 @@ def _is_on(variable: str) -> bool:
 
 _WHY_NOT = {
     "FSDP": "every loss would gather all weights anew, (queries + 1) times the model's bytes a step, and its "
-    "parameters are shards, to which no estimate is written.",
+    "parameters are shards, to which no estimate is written. A frozen base can be sharded by torch's fully_shard.",
     "DeepSpeed": "its engine owns the gradients and the optimizer's step, and never sees an estimate in .grad.",
     "parallelism_config": "ranks that hold parts of one model would each perturb their own part in their own way.",
 }

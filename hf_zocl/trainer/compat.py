@@ -3,17 +3,19 @@
 `HookedTrainer` is a Trainer with places to step in that transformers does not offer; the functions say what has no
 public name. All are true of transformers 5.20 to 5.24, accelerate 1.15 and datasets 5.1 to 5.2;
 `tests/trainer/test_compat.py` fails by the name of one that a release drops. Those that the lower floors use are in
-`private_names.py`, PEFT's in `models/moe_adapter/model.py`.
+`private_names.py`, PEFT's in `models/moe_adapter/model.py` and `models/placement.py`.
 
-Of transformers: overridden are `_save_checkpoint`, `_save_rng_state`, `_run_epoch`, `_issue_warnings_after_load` and
-`_wrap_model`; called is `_get_output_dir`; read or set are `_tr_loss`, `_globalstep_last_logged`,
-`_total_loss_scalar`, and the undocumented `loss_is_scaled_for_ga`, `model_accepts_loss_kwargs`, `compute_loss_func`,
-`current_gradient_accumulation_steps`, `is_fsdp_enabled`, `is_deepspeed_enabled` and `callback_handler`.
+Of transformers: overridden are `_save_checkpoint`, `_save_rng_state`, `_run_epoch`, `_issue_warnings_after_load`,
+`_wrap_model`, `_move_model_to_device`, `_load_from_checkpoint`, `_load_best_model` and the undocumented
+`create_accelerator_and_postprocess`; called is `_get_output_dir`; read or set are `_tr_loss`,
+`_globalstep_last_logged`, `_total_loss_scalar`, and the undocumented `loss_is_scaled_for_ga`,
+`model_accepts_loss_kwargs`, `compute_loss_func`, `current_gradient_accumulation_steps`, `is_fsdp_enabled`,
+`is_deepspeed_enabled` and `callback_handler`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..passes.structure import shadowed
+from ..private_names import is_offloaded
 
 
 class HookedTrainer(Trainer):
@@ -83,11 +89,46 @@ class HookedTrainer(Trainer):
         if not self._accepts(load_result):
             super()._issue_warnings_after_load(load_result)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """`Trainer.create_accelerator_and_postprocess`; accelerate then leaves alone whatever it has offloaded itself.
+
+        It knows such a model by a map of two devices (`Accelerator.verify_device_map`), and would move another.
+        """
+        super().create_accelerator_and_postprocess()
+        verify = self.accelerator.verify_device_map
+        self.accelerator.verify_device_map = lambda model: has_offloaded(model) or verify(model)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """`Trainer._move_model_to_device`; an offloaded model stays where it is, also without a `hf_device_map`."""
+        if not has_offloaded(model):
+            super()._move_model_to_device(model, device)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """`Trainer._load_from_checkpoint` loads a checkpoint's weights as a training goes on."""
+        with _staying_in_place(self.model if model is None else model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        """`Trainer._load_best_model` does so as a training ends."""
+        with _staying_in_place(self.model):
+            super()._load_best_model()
+
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """`Trainer._wrap_model` comes just before `accelerator.prepare`; a model other than its own is prepared."""
         if training and model is self.model:
             model = self._before_wrapping(model)
         return super()._wrap_model(model, training, dataloader)
+
+
+def has_offloaded(model: nn.Module) -> bool:
+    """Whether accelerate keeps weights of a model elsewhere until they are needed."""
+    return any(map(is_offloaded, model.modules()))
+
+
+def _staying_in_place(model: nn.Module) -> AbstractContextManager:
+    """Inside, PEFT loads an adapter without spreading the model anew, by a map of its own (`hf_device_map`)."""
+    is_spread = getattr(model, "hf_device_map", None) is not None
+    return shadowed(model, hf_device_map=None) if is_spread else nullcontext()
 
 
 @contextmanager
@@ -185,6 +226,11 @@ def forget_prepared(accelerator: Accelerator, model: nn.Module) -> None:
     """
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+def leave_out_of_wrapper(model: nn.Module, names: Sequence[str]) -> None:
+    """Let a data-parallel wrapper take no notice of some parameters; the function for it begins with an underscore."""
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
 
 
 def rows_in_table(data: datasets.Dataset) -> pa.ChunkedArray | None:

@@ -13,8 +13,17 @@ import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType, broadcast, find_batch_size, recursively_apply
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from .compat import HookedTrainer, asks_for_items, forget_prepared, is_sharded, training_shard
+from .compat import (
+    HookedTrainer,
+    asks_for_items,
+    forget_prepared,
+    is_sharded,
+    leave_out_of_wrapper,
+    training_shard,
+)
+from .placement import reshard, shards_of
 
 
 class DataParallelTrainer(HookedTrainer):
@@ -95,6 +104,11 @@ class DataParallelTrainer(HookedTrainer):
             return result
         return (result[0] * share, result[1]) if return_outputs else result * share
 
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
+        """`Trainer.save_model`; the process that saves gives back what it has gathered of shards, so all do."""
+        reshard(self.model)
+        super().save_model(output_dir, *args, **kwargs)
+
     def _own_examples(
         self, inputs: dict[str, torch.Tensor | Any], items_of_all: bool = True
     ) -> dict[str, torch.Tensor | Any]:
@@ -139,7 +153,14 @@ class DataParallelTrainer(HookedTrainer):
         if trained and not any(parameter.requires_grad for parameter in model.parameters()):
             broadcast([parameter.data for parameter in trained])  # the wrapper does this first
             return self.accelerator.prepare_model(model, evaluation_mode=True)
-        return model
+        shards = shards_of(model)
+        if not shards:
+            return model
+        # A frozen base in shards needs no reduction, and what has any accelerate refuses to wrap.
+        model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        leave_out_of_wrapper(model, shards)
+        handler = self.accelerator.ddp_handler
+        return DistributedDataParallel(model, **({} if handler is None else handler.to_kwargs()))
 
 
 def leave_process_group() -> None:

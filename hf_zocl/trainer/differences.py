@@ -184,6 +184,10 @@ def why_flat(
             if getattr(layer, state, False) is True:
                 what = "merged into the weights" if state == "merged" else "disabled"
                 return f"The adapter of {name} is {what}: {undo} to train it."
+    if any(parameter.is_meta for parameter in module.parameters()):  # a backward pass would hold all of the base
+        return (
+            "The loss does not depend on these weights, or compares the model with itself, as an on-policy one does."
+        )
     for parameter in parameters:
         parameter.requires_grad_(True)
     value: float | None = None

@@ -176,9 +176,10 @@ class MicroBatch:
     def make_evaluation(self) -> PlainEvaluation | StackEvaluation | TowerEvaluation:
         """The way to L(θ + d): by the towers in a dual encoder, else from the first perturbed layer on."""
         trainer, plan = self.trainer, self.trainer._plan
+        devices = tuple(dict.fromkeys([self.device, *plan.devices]))
         if not plan.buffers.is_watched:
-            plan.buffers.watch(self.device, self.forward)
-        before = ForwardState(self.device, plan.buffers)
+            plan.buffers.watch(devices, self.forward)
+        before = ForwardState(devices, plan.buffers)
         # Whether a shortcut gives an objective's differences cannot be seen in a step function.
         if self._objective is not None:
             return PlainEvaluation(self.forward, before)

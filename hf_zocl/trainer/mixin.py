@@ -31,6 +31,7 @@ from .differences import DEFAULT_EPS, DifferenceWatch
 from .micro_batch import MicroBatch
 from .objective import Objective, ObjectiveWatch, check_objective
 from .pending import PendingEstimates
+from .placement import check_placement
 from .replay_file import earlier_log, save_replay_log
 from .resumable import ResumableTrainer
 
@@ -113,11 +114,6 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot have zeroth-order layers: start one "
                 "process per GPU with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
-        if self.is_model_parallel:
-            raise ValueError(
-                "A model spread over several devices (device_map) cannot have zeroth-order layers: its random masks "
-                "would differ between the passes that are compared. Load it onto one device."
-            )
         # A host may have made it, or wrapped it in an adapter.
         if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             self._assign_layers()  # fail before any work
@@ -162,6 +158,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         # Where ε is to be measured, it is so at the first step.
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
         self.split = args.layer_assignment.split(self.model, eps)
+        check_placement(self.model)
 
     def train(self, *args, **kwargs):
         """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""
@@ -216,7 +213,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         )
         # What half precision rounds away of a move depends on ε, which a log does not have.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
-        is_replayable = not self._has_first_order and not self._estimator.is_streamed and not is_rounded
+        is_replayable = not self._has_first_order and not is_rounded
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 
@@ -316,6 +313,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             momentum=args.zo_momentum,
             weight_decay=args.zo_weight_decay,
             max_norm=args.zo_max_grad_norm,
+            streamed=estimator.is_streamed,
         )
 
     # What the two bases ask.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import nn
 
 from ..zo import Estimate, HybridOptimizer, Moments, ParameterSplit, Place, ZOEstimator
@@ -58,22 +57,12 @@ class PendingEstimates:
         estimates = list(self)
         self.clear()
         if self.estimator.is_streamed:
-            self.optimizer.stream = self._stream(estimates)
+            self._streamed, self._streamed_rates = estimates, dict(self.learning_rates)
+            self.optimizer.stream = self.estimator.stream(estimates, self.max_norm)
             return
         self._see_gradient(self.estimator.write(estimates), self.learning_rates)
         if self.max_norm > 0:
             nn.utils.clip_grad_norm_(self.split.zo_parameters, self.max_norm)
-
-    def _stream(self, estimates: list[tuple[Estimate, float]]) -> Iterator[None]:
-        """The gradients of one layer after another, for an optimizer that steps once for each."""
-        factor: torch.Tensor | float = 1.0
-        if self.max_norm > 0:
-            squares = torch.as_tensor(sum(own.squares for own in self.estimator.moments(estimates).values()))
-            count = sum(len(perturbation) for perturbation in self.estimator.perturbations.values())
-            norm = count**0.5 if self.estimator.sign else squares.sqrt()
-            factor = torch.as_tensor(self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        self._streamed, self._streamed_rates = estimates, dict(self.learning_rates)
-        return self.estimator.stream(estimates, factor)
 
     @property
     def learning_rates(self) -> dict[str | None, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
+from operator import add
 
 import torch
 
@@ -43,7 +45,7 @@ class StepLog:
                 self.by_layer[_name("zo_variance", branch, layer)] = own.variance
         for branch, own in branches.items():
             self.figures[_name("zo_variance", branch)] = own.variance
-        self.figures["zo_grad_norm"] = torch.as_tensor(sum(own.squares for own in branches.values())).sqrt()
+        self.figures["zo_grad_norm"] = reduce(add, branches.values()).squares.sqrt()
         if len({peaks[branch] for branch in rates}) == 1:
             rates = {None: next(iter(rates.values()))}
         self.figures |= {_name("zo_learning_rate", branch): rate for branch, rate in rates.items()}

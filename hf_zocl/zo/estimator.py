@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import reduce
+from operator import add
 
 import torch
 from torch import nn
@@ -146,10 +148,18 @@ class ZOEstimator:
         return moments
 
     @torch.no_grad()
-    def stream(
-        self, estimates: Sequence[tuple[Estimate, float]], factor: float | torch.Tensor = 1.0
-    ) -> Iterator[None]:
-        """Do what `write` does, times a factor, one layer after another (see `StreamedPerturbation`)."""
+    def stream(self, estimates: Sequence[tuple[Estimate, float]], max_norm: float = 0.0) -> Iterator[None]:
+        """Do what `write` does, one layer after another (see `StreamedPerturbation`).
+
+        Args:
+            estimates: As `write`'s.
+            max_norm: Clips the whole as `clip_grad_norm_` does; 0 does not clip.
+        """
+        factor: torch.Tensor | float = 1.0
+        if max_norm > 0:
+            whole = reduce(add, self.moments(estimates).values())
+            norm = whole.count**0.5 if self.sign else whole.squares.sqrt()
+            factor = torch.as_tensor(max_norm / (norm + 1e-6)).clamp(max=1.0)
         for branch, perturbation in self.perturbations.items():
             yield from perturbation.stream(_gradient(estimates, branch), self.sign, factor)
 

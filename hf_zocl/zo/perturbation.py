@@ -26,7 +26,8 @@ class Moments:
     squares: torch.Tensor
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(self.count + other.count, self.total + other.total, self.squares + other.squares)
+        total, squares = (value.to(self.total.device) for value in (other.total, other.squares))
+        return Moments(self.count + other.count, self.total + total, self.squares + squares)
 
     @property
     def variance(self) -> torch.Tensor:
@@ -222,7 +223,10 @@ class Perturbation:
         rounds = self.is_rounded and term.moved is not None
         folds = self._dtype == torch.float32 and not rounds  # the weight is drawn with the signs
         total = None
-        for direction, weight in zip(directions, term.weights, strict=True):
+        weights = term.weights
+        if isinstance(weights, torch.Tensor):
+            weights = weights.to(rooms[0].device)  # losses may come from another device
+        for direction, weight in zip(directions, weights, strict=True):
             block = direction.next(weight if folds else 1.0, rooms[0 if total is None else 1]).to(self._dtype)
             if rounds:
                 block = self._as_moved(block, parts, term.moved)
@@ -261,7 +265,9 @@ def _parts(sizes: Sequence[int], labels: Sequence[int | str | None]) -> Iterator
 
 def _stepped(block: torch.Tensor, sign: bool, factor: float | torch.Tensor) -> torch.Tensor:
     block = block.sign_() if sign else block
-    return block if isinstance(factor, float) and factor == 1 else block.mul_(factor)
+    if isinstance(factor, torch.Tensor):
+        return block.mul_(factor.to(block.device))
+    return block if factor == 1 else block.mul_(factor)
 
 
 def _copy(tensors: Sequence[torch.Tensor], parts: Sequence[_Part], block: torch.Tensor) -> None:

@@ -24,6 +24,7 @@ class ReplaySettings:
         seed, sign: As `ZOEstimator`'s.
         optimizer, momentum, weight_decay: As `build_zo_optimizer`'s.
         max_norm: Clips the estimate; 0 does not clip.
+        streamed: Whether the parameters were streamed, layer by layer.
     """
 
     queries: tuple[tuple[str | None, int], ...]
@@ -33,6 +34,7 @@ class ReplaySettings:
     momentum: float = 0.0
     weight_decay: float = 0.0
     max_norm: float = 0.0
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,28 @@ class ReplayLog:
         self.steps.append(_Step(number, tuple(learning_rates), estimates[0][1], torch.stack(rows)))
 
     @torch.no_grad()
-    def replay(self, groups: Sequence[ZOGroup]) -> None:
+    def replay(self, groups: Sequence[ZOGroup], model: nn.Module | None = None) -> None:
         """Take all steps again: parameters that are as before the first step become what they were after the last.
 
         To the last bit on the same device, for every step goes through the estimator and the optimizer of a training.
 
         Args:
             groups: The groups of the training, in their order.
+            model: Whose parameters they are; needed where they were streamed.
+
+        Raises:
+            ValueError: If it is needed and not given.
         """
         settings = self.settings
-        estimator = ZOEstimator(groups, queries=dict(settings.queries), sign=settings.sign, seed=settings.seed)
+        if settings.streamed and model is None:
+            raise ValueError("The parameters of this log were streamed: its replay needs the model as well.")
+        estimator = ZOEstimator(
+            groups,
+            queries=dict(settings.queries),
+            sign=settings.sign,
+            seed=settings.seed,
+            model=model if settings.streamed else None,
+        )
         optimizer = build_zo_optimizer(
             groups, settings.optimizer, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
@@ -93,11 +107,15 @@ class ReplayLog:
                 weights = dict(zip(seeds, row.split(sizes), strict=True))
                 gradient = {branch: Combination(seeds[branch], weights[branch]) for branch in seeds}
                 estimates.append((Estimate(gradient), step.scale))
+            for group, learning_rate in zip(optimizer.param_groups, step.learning_rates, strict=True):
+                group["lr"] = learning_rate
+            if settings.streamed:
+                for _ in estimator.stream(estimates, settings.max_norm):
+                    optimizer.step()
+                continue
             estimator.write(estimates)
             if settings.max_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.max_norm)
-            for group, learning_rate in zip(optimizer.param_groups, step.learning_rates, strict=True):
-                group["lr"] = learning_rate
             optimizer.step()
             optimizer.zero_grad()
 

@@ -4,7 +4,7 @@
     python scripts/benchmarks/any_model.py --models minilm --clock cpu --threads 1     # on a machine that others use
 
 A causal language model of 50 million parameters and a BERT of MiniLM's size, both of random weights. Beside ours:
-MeZO's `zo_step` as published (Malladi et al. 2023), and torchzero and ZOTitan where they are installed. Prints a table
+MeZO's `zo_step` as published (Malladi et al. 2023), and torchzero where it is installed. Prints a table
 of medians and of the peak memory of a process each, and writes JSON and a bar chart beside it.
 """
 
@@ -43,13 +43,12 @@ WAYS = {
     "two passes": (False, None),
     "full, MeZO": (False, None),
     "full, torchzero": (False, None),
-    "full, ZOTitan": (False, None),
     "full, ours": (False, ("all", "two-sided", 1)),
     "LoRA, MeZO": (True, None),
     "LoRA, ours": (True, ("all", "two-sided", 1)),
     "LoRA in the last quarter, q=4, ours": (True, ("quarter", "one-sided", 4)),
 }
-PEERS = {"full, torchzero": "torchzero", "full, ZOTitan": "zotitan"}
+PEERS = {"full, torchzero": "torchzero"}
 
 
 def build(name: str, batch: int, length: int) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
@@ -92,8 +91,6 @@ def step_of(way: str, name: str, batch: int, length: int) -> Callable[[], None]:
         return our_step(model, loss, "all" if ours[0] == "quarter" else ours[0], *ours[1:])
     if way == "full, torchzero":
         return torchzero_step(model, loss)
-    if way == "full, ZOTitan":
-        return zotitan_step(model, loss)
     return mezo_step(model, loss)
 
 
@@ -130,13 +127,6 @@ def torchzero_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callab
 
     optimizer = tz.Optimizer(model.parameters(), tz.m.SPSA(h=EPS), tz.m.LR(RATE))
     return lambda: optimizer.step(lambda backward=False: loss())
-
-
-def zotitan_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    import zotitan
-
-    optimizer = zotitan.ZOTitan(model.parameters(), lr=RATE, eps=EPS)
-    return lambda: optimizer.step(loss)
 
 
 def our_step(

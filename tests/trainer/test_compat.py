@@ -15,6 +15,8 @@ import datasets
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from peft.tuners.tuners_utils import BaseTuner
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
@@ -28,6 +30,7 @@ PACKAGE = Path(hf_zocl.__file__).parent
 # Where private names of other packages may stand, and of which package: of torch's and transformers' lowest names, of
 # the Trainer's, accelerate's and datasets', and of PEFT's.
 HOMES = {"private_names.py", "trainer/compat.py", "models/moe_adapter/model.py", "models/moe_adapter/layer.py"}
+HOMES |= {"models/placement.py"}
 # Of a named tuple, these are public: the underscore keeps them apart from its fields.
 PUBLIC = {"_replace", "_asdict", "_fields", "_make"}
 # What a metric of evaluate is to define.
@@ -94,6 +97,10 @@ def trained(tmp_path_factory):
         ("_wrap_model", ["self", "model", "training", "dataloader"]),
         ("_get_output_dir", ["self", "trial"]),
         ("_run_epoch", None),  # takes what it is given, as it is given
+        ("_move_model_to_device", ["self", "model", "device"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint", "model"]),
+        ("_load_best_model", ["self"]),
+        ("create_accelerator_and_postprocess", ["self"]),
     ],
 )
 def test_the_trainer_has_the_method(name, parameters):
@@ -114,7 +121,15 @@ def test_a_trainer_has_the_attribute(trained, name):
 
 @pytest.mark.parametrize(
     ("cls", "name"),
-    [(TrainerState, "save_to_json"), (BatchSamplerShard, "__init__"), (accelerate.Accelerator, "scaler")],
+    [
+        (TrainerState, "save_to_json"),
+        (BatchSamplerShard, "__init__"),
+        (accelerate.Accelerator, "scaler"),
+        (accelerate.Accelerator, "verify_device_map"),
+        (DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model"),
+        (BaseTuner, "inject_adapter"),
+        (BaseTuner, "_create_and_replace"),
+    ],
 )
 def test_a_class_has_the_name(cls, name):
     own = {**vars(cls), **vars(accelerate.Accelerator())} if cls is accelerate.Accelerator else vars(cls)

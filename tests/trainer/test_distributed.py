@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,16 +33,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(processes: int, group: str, folder: Path) -> dict:
-    command = [
-        *TORCHRUN,
-        "--nproc_per_node",
-        str(processes),
-        "--module",
-        "tests.distributed_worker",
-        group,
-        str(folder),
-    ]
+def launch(processes: int, *arguments: str | Path, module: str = "tests.distributed_worker") -> dict:
+    """Start processes; the last of their arguments is the folder that they write to."""
+    command = [*TORCHRUN, "--nproc_per_node", str(processes), "--module", module, *map(str, arguments)]
+    folder = Path(arguments[-1])
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return torch.load(folder / "results.pt", weights_only=False)
@@ -288,3 +283,14 @@ def wait_for(file: Path, process: subprocess.Popen) -> None:
 def process_of_rank(rank: int, parent: int) -> int:
     children = psutil.Process(parent).children()
     return next(child.pid for child in children if child.environ().get("RANK") == str(rank))
+
+
+@pytest.mark.slow
+def test_a_frozen_base_in_shards_trains_as_a_whole_one(tmp_path):
+    found = launch(2, tmp_path, module="tests.sharded_worker")
+    for layers in ("all", "hop-even"):
+        sharded, whole = found[layers, True], found[layers, False]
+        assert sharded["losses"] == whole["losses"]
+        assert all(torch.equal(value, sharded["adapter"][name]) for name, value in whole["adapter"].items())
+    assert all(torch.equal(value, found["resumed"][name]) for name, value in whole["adapter"].items())
+    assert re.match(r"\d+ parameters to be trained are shards, such as .*: expected them whole", found["refused"])

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+import hf_zocl.trainer.mixin
+import hf_zocl.zo.streaming
 from hf_zocl.passes import PlainEvaluation
+from hf_zocl.trainer.replay_file import load_replay_log, save_replay_log
 from hf_zocl.zo import LayerAssignment, ReplayLog, ReplaySettings, ZOEstimator, build_zo_optimizer
+from tests.helpers import Mlp, rows, train
 
 
 def trained(
@@ -77,3 +81,30 @@ def test_a_log_without_a_step_changes_nothing():
     expected = weights(before)
     ReplayLog.from_tensors(log.settings, log.tensors()).replay(LayerAssignment().split(before).zo)
     assert torch.equal(weights(before), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"zo_optim": "sgd", "zo_momentum": 0.9, "gradient_accumulation_steps": 2},
+        {"zo_optim": "adamw", "zo_max_grad_norm": 0.1},
+        {"zo_optim": "sign", "zo_sign": True, "zo_max_grad_norm": 0.1},
+    ],
+    ids=str,
+)
+def test_the_log_of_streamed_parameters_gives_them_again(tmp_path, monkeypatch, options):
+    monkeypatch.setattr(hf_zocl.trainer.mixin, "STREAMED_PARAMETERS", 0)
+    monkeypatch.setattr(hf_zocl.zo.streaming, "UNIT_PARAMETERS", 0)
+    torch.manual_seed(0)
+    model = Mlp()
+    before = deepcopy(model)
+    trainer = train(tmp_path, model, data=rows(), zo_layers="all", zo_queries=2, max_steps=4, **options)
+    assert len(trainer._estimator.perturbations[None].units) > 1
+    save_replay_log(trainer.replay_log, tmp_path / "log" / "steps.safetensors")
+    log = load_replay_log(tmp_path / "log" / "steps.safetensors")
+    groups = LayerAssignment().split(before).zo
+    with pytest.raises(ValueError, match="were streamed: its replay needs the model"):
+        log.replay(groups)
+    assert not torch.equal(weights(before), weights(model))
+    log.replay(groups, before)
+    assert torch.equal(weights(before), weights(model))

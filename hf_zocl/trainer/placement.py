@@ -1,0 +1,41 @@
+"""Where the parameters of a model stand, and whether what is trained can be trained there."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def shards_of(model: nn.Module) -> list[str]:
+    """The parameters of which this process holds a part (`fully_shard`), by name."""
+    return [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a pass has gathered of the shards and not given back yet."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_placement(model: nn.Module) -> None:
+    """See that all that is to be trained stands in this process, in memory and as a whole.
+
+    Raises:
+        ValueError: If not.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    away = [name for name, parameter in model.named_parameters() if name in trained and parameter.is_meta]
+    if away:
+        raise ValueError(
+            f"{len(away)} parameters to be trained are offloaded (on the meta device), such as {away[0]}: "
+            "expected all in memory. Freeze them, or leave their modules there by device_map; an adapter is to be "
+            "added once the base is offloaded and hf_zocl imported."
+        )
+    shards = [name for name in shards_of(model) if name in trained]
+    if shards:
+        raise ValueError(
+            f"{len(shards)} parameters to be trained are shards, such as {shards[0]}: expected them whole in every "
+            "process. Leave them out, by fully_shard(…, ignored_params=…) for every layer and the model."
+        )
