@@ -68,7 +68,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
     task_aware(model).begin_task(task)
     log = load_replay_log(log_file)
     split = LayerAssignment(recipe["zo_branch"], recipe["zo_layers"]).split(model)
-    log.replay(split.zo)
+    log.replay(split.zo, model)
     names = [name for group in split.zo for name in group.names]
     rebuilt = {name: p.detach().clone() for name, p in zip(names, split.zo_parameters, strict=True)}
     set_peft_model_state_dict(model, read_adapter_weights(weights_file.parent))

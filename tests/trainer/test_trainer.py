@@ -480,13 +480,6 @@ def test_a_bad_assignment_fails_when_the_trainer_is_made(tmp_path):
         ZOCLTrainer(mini_clip_classifier(), arguments(tmp_path, zo_layers="prefix-5"))
 
 
-def test_a_model_on_several_devices_is_refused(tmp_path):
-    model = Mlp()
-    model.hf_device_map = {"a": 0, "b": 1}
-    with pytest.raises(ValueError, match="spread over several devices"):
-        ZOCLTrainer(model=model, args=arguments(tmp_path), train_dataset=rows())
-
-
 def test_a_loss_in_half_precision_is_warned_of(tmp_path, caplog):
     logging.Logger.warning_once.cache_clear()
     logging.getLogger("hf_zocl").propagate = True
