@@ -91,13 +91,9 @@ def test_the_package_and_its_method_import_no_more_than_they_use():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "imports",
-    [
-        "import hf_zocl, peft",
-        pytest.param("import hf_zocl, transformers.trainer", marks=pytest.mark.slow),
-        pytest.param("import peft, hf_zocl", marks=pytest.mark.slow),
-    ],
+    "imports", ["import hf_zocl, peft", "import hf_zocl, transformers.trainer", "import peft, hf_zocl"]
 )
 def test_peft_knows_the_moe_adapters_in_whichever_order_it_is_imported(imports):
     run_python(

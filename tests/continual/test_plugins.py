@@ -13,6 +13,7 @@ from hf_zocl.continual.plugins import load_plugins, plugin_file
 from hf_zocl.continual.task_check import TaskError
 from hf_zocl.trainer.resumable import ResumeError
 from tests.continual.test_scheduler import small_recipe
+from tests.helpers import slow_but_for
 
 
 pytestmark = pytest.mark.usefixtures("quick_pictures")
@@ -100,6 +101,7 @@ def test_what_a_plugin_makes_of_the_weights_is_measured_saved_and_trained_furthe
     assert all(torch.equal(loaded[name], value) for name, value in parameters(scheduler.model).items())
 
 
+@pytest.mark.slow
 def test_no_log_of_steps_is_kept_that_would_lead_to_other_weights(tmp_path):
     run(tmp_path / "towards", "--zo_layers", "all", plugins=[Towards(0.5)])
     run(tmp_path / "nothing", "--zo_layers", "all", plugins=[TaskPlugin()])
@@ -187,8 +189,9 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize("layers", MIXES.values(), ids=MIXES)
-def test_alignment_moves_the_text_tower_alone_and_towards_the_statistics(layers, tmp_path):
+@pytest.mark.parametrize("mix", slow_but_for(["hop-even"], list(MIXES)))
+def test_alignment_moves_the_text_tower_alone_and_towards_the_statistics(mix, tmp_path):
+    layers = MIXES[mix]
     before = {}
 
     class Before(TaskPlugin):
@@ -219,6 +222,7 @@ def test_alignment_moves_the_text_tower_alone_and_towards_the_statistics(layers,
     assert len(results["accuracy_matrix"]) == 2
 
 
+@pytest.mark.slow
 def test_text_layers_that_are_zeroth_order_in_a_task_are_so_in_the_alignment(tmp_path, monkeypatch):
     splits = []
     from hf_zocl.continual.plugins import classifier_alignment as module

@@ -183,7 +183,7 @@ def test_experts_that_are_partly_perturbed_go_one_by_one(layers):
     assert_same(model, inputs, "language", layers, queries=3)
 
 
-@pytest.mark.parametrize("estimator", ["conservative", "fzoo", "forward-gradient"])
+@pytest.mark.parametrize("estimator", slow_but_for(["fzoo"], ["conservative", "fzoo", "forward-gradient"]))
 def test_so_do_the_other_estimators(estimator):
     model, inputs = classifier()
     assert_same(model, inputs, "dual", "hop-even", estimator=estimator, queries=2)
@@ -196,7 +196,7 @@ def test_dropout_masks_are_those_of_the_plain_passes(branch, layers, estimator):
     assert_same(model, inputs, branch, layers, estimator=estimator, queries=2)
 
 
-@pytest.mark.parametrize("adapter", [{"adapter": "moe"}, {"lora_dropout": 0.3}], ids=str)
+@pytest.mark.parametrize("adapter", slow_but_for([{"lora_dropout": 0.3}], [{"adapter": "moe"}, {"lora_dropout": 0.3}]))
 def test_candidates_side_by_side_are_under_the_masks_and_noise_of_one(adapter, monkeypatch):
     model, inputs = classifier(**adapter)
     rows = count_calls(model.clip.base_model.model.text_model.encoder.layers[-1])
@@ -295,7 +295,10 @@ def test_prompts_that_are_set_anew_to_the_same_are_packed_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"batch_candidates": False}, {"reuse_layers": False}, {"pack_prompts": False}], ids=str
+    "options",
+    slow_but_for(
+        [{"reuse_layers": False}], [{"batch_candidates": False}, {"reuse_layers": False}, {"pack_prompts": False}]
+    ),
 )
 def test_every_shortcut_can_be_left_out(options):
     model, inputs = classifier()
@@ -490,7 +493,7 @@ def test_a_model_that_reads_more_than_pooled_features_takes_full_passes(caplog):
     assert "Every loss is a full forward pass" in caplog.text
 
 
-@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "forward-gradient"])
+@pytest.mark.parametrize("estimator", slow_but_for(["one-sided"], ["one-sided", "two-sided", "forward-gradient"]))
 @pytest.mark.parametrize("branch", ["dual", "vision"])
 def test_a_penalty_on_the_weights_of_a_tower_counts(branch, estimator, caplog):
     class Penalised(nn.Module):
