@@ -1,12 +1,15 @@
-"""Arguments of the Trainer that would break a run's measuring or its schedule, refused before any work."""
+"""Checks of what would break a run's measuring, its schedule or its going on, before any work."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 from transformers import get_scheduler
 
 from ..data.stream import TaskStream
 from ..trainer.arguments import ZOCLTrainingArguments
+from ..trainer.resumable import ResumeError
 
 
 _EVALUATES = "the scheduler evaluates after every task"
@@ -70,3 +73,17 @@ def _check_schedule(args: ZOCLTrainingArguments) -> None:
     except (TypeError, ValueError) as error:
         kind, options = str(args.lr_scheduler_type.value), args.lr_scheduler_kwargs
         raise ValueError(f"lr_scheduler_type={kind!r}, lr_scheduler_kwargs={options}: {error}.") from error
+
+
+def check_fingerprints(here: dict[str, str], there: dict[str, str], output_dir: Path) -> None:
+    """Check that a run goes on with the images and the base model that it began with.
+
+    Raises:
+        ResumeError: If it does not.
+    """
+    for name, value in here.items():
+        if there.get(name, value) != value:
+            raise ResumeError(
+                f"resume: the {name.replace('_', ' ')} {'have' if name == 'images' else 'has'} changed since the "
+                f"run in {output_dir} began: it goes on with what it began with, or not at all."
+            )

@@ -38,7 +38,7 @@ from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retent
 from .plugins import load_plugins, plugin_file, task_plugins
 from .processes import by_main_process
 from .report_files import ReportFiles
-from .run_checks import check_batches, check_measurable
+from .run_checks import check_batches, check_fingerprints, check_measurable
 from .run_folder import RESULTS_FILE, ResumeError, RunFolder
 from .run_monitor import RunMonitor
 from .task_record import task_info
@@ -388,12 +388,7 @@ class ContinualTaskScheduler:
         if results is None:
             logger.warning(f"resume: there is no run in {self.output_dir}, so it starts from the beginning.")
             return None
-        for name, value in self._fingerprints.items():
-            if results.get("fingerprints", {}).get(name, value) != value:
-                raise ResumeError(
-                    f"resume: the {name.replace('_', ' ')} {'have' if name == 'images' else 'has'} changed since the "
-                    f"run in {self.output_dir} began: it goes on with what it began with, or not at all."
-                )
+        check_fingerprints(self._fingerprints, results.get("fingerprints", {}), self.output_dir)
         self.folder.check_tasks(len(results["accuracy_matrix"]))
         return results
 
