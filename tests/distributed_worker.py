@@ -256,6 +256,7 @@ def stream_recipe(output_dir: Path, *arguments: str) -> list[str]:
     recipe += ["--zo_queries", "vision=1,language=2", "--save_strategy", "no"]
     recipe += ["--zo_optim", "sgd", "--zo_momentum", "0", "--max_test_images_per_class", "7"]
     recipe += ["--per_device_train_batch_size", str(32 // PROCESSES), "--per_device_eval_batch_size", "9"]
+    recipe += ["--classifier_alignment", "0"]
     return [*recipe, "--disable_tqdm", "true", *arguments]
 
 

@@ -182,6 +182,9 @@ def image_features(images: Dataset, trainer: ZOCLTrainer) -> tuple[torch.Tensor,
 
 def _trainer(trainer: ZOCLTrainer, model: nn.Module, train_dataset=None, data_collator=None, **changed) -> ZOCLTrainer:
     """A trainer beside a task's, which saves, logs and shows nothing."""
+    # The model inside has it as it was. Releases of transformers have one name or both.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = {name: False for name in names if hasattr(trainer.args, name)}
     args = dataclasses.replace(
         trainer.args,
         gradient_accumulation_steps=1,
@@ -193,7 +196,7 @@ def _trainer(trainer: ZOCLTrainer, model: nn.Module, train_dataset=None, data_co
         dataloader_persistent_workers=False,
         dataloader_prefetch_factor=None,
         train_sampling_strategy="random",
-        gradient_checkpointing=False,  # which the model inside has as it was
+        **checkpointing,
         save_strategy="no",
         eval_strategy="no",
         logging_strategy="no",
