@@ -32,6 +32,7 @@ SMALL = {
     "max_train_images_per_class": 2,
     "max_test_images_per_class": 2,
     "max_steps": 1,
+    "classifier_alignment": 1,
     "zo_queries": {"vision": 1, "language": 2},
     "disable_tqdm": True,
     "save_strategy": "no",
