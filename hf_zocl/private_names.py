@@ -126,7 +126,7 @@ def execution_device(module: nn.Module) -> torch.device | None:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings a module's own parameters when it runs, and takes them away again."""
+    """True if accelerate brings a module's own parameters when it runs, and takes them away again."""
     return any(getattr(hook, "offload", False) for hook in _dispatch_hooks(module))
 
 

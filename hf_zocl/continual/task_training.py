@@ -132,8 +132,10 @@ class TaskTraining:
         check.finish()
         if begin is not None:
             first_step.call()  # where there was none
-        is_changed = self._end_task(task, trainer, plugins)
-        check.check_finite()
+        is_changed = False
+        if plugins:
+            is_changed = self._end_task(task, trainer, plugins)
+            check.check_finite()
         log = trainer.state.log_history
         # A log that leads to the weights before is none.
         replay_log = None if is_changed else trainer.replay_log
@@ -141,7 +143,7 @@ class TaskTraining:
 
     def _end_task(self, task: Task, trainer: ZOCLTrainer, plugins: list[TaskPlugin]) -> bool:
         """Let the plug-ins end the task, and tell whether they have changed a trained weight."""
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad and plugins]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         stepped_to = [parameter.detach().clone() for parameter in trained]
         for plugin in plugins:
             plugin.end_task(task, trainer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import ChainMap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -24,8 +24,10 @@ from ..models import (
     adapter_name,
     add_adapter,
     base_digest,
+    configured,
     freeze,
     in_training_dtype,
+    peft_config,
 )
 from ..models.clip_classifier import check_templates, prompt_tokens, same_prompts
 from ..sample import resolve
@@ -186,7 +188,7 @@ def _go_on(name: str, folder: Path, args: AdapterArguments, dtype: str) -> Pretr
     clip, info = _load_to_go_on(folder, dtype, is_trainable=True)
     config = clip.peft_config["default"]
     found = adapter_arguments(config)
-    _check_arguments(name, args, found)
+    _check_arguments(name, args, config)
     if getattr(config, "num_routers", 1) > 1:
         raise ValueError(
             f"model_name_or_path={name!r}: its adapter has a router for each of {config.num_routers} tasks of its own "
@@ -236,11 +238,13 @@ def _adapter_folder(name: str) -> Path | None:
     return None
 
 
-def _check_arguments(name: str, args: AdapterArguments, found: dict[str, Any]) -> None:
+def _check_arguments(name: str, args: AdapterArguments, config: PeftConfig) -> None:
     """Refuse arguments that ask for another adapter than the one that is there; a default asks for nothing."""
     default = AdapterArguments()
-    for key, value in found.items():
+    for key, value in adapter_arguments(config).items():
         given = getattr(args, key)
+        if key == "adapter_config" and given is not None:  # what PEFT has filled in was not asked for
+            given, value = (configured(each, given) for each in (peft_config(args), config))
         if _sorted(given) not in (_sorted(value), _sorted(getattr(default, key))):
             raise ValueError(
                 f"{key}={given!r}: the adapter of model_name_or_path={name!r}, which is trained further, has "
@@ -249,7 +253,7 @@ def _check_arguments(name: str, args: AdapterArguments, found: dict[str, Any]) -
 
 
 def _sorted(value: Any) -> Any:
-    return sorted(value) if isinstance(value, Iterable) and not isinstance(value, str) else value
+    return sorted(value) if isinstance(value, (list, tuple, set)) else value
 
 
 def _merged(adapter: Path, folder: Path, dtype: str) -> Path:

@@ -1,6 +1,6 @@
 """Models to train: a CLIP classifier, and the adapters it carries."""
 
-from .adapter_arguments import AdapterArguments, adapter_arguments, adapter_name
+from .adapter_arguments import AdapterArguments, adapter_arguments, adapter_name, configured, peft_config
 from .adapters import (
     adapter_weights,
     add_adapter,
@@ -26,7 +26,9 @@ __all__ = [
     "base_digest",
     "check_templates",
     "check_trained_parameters",
+    "configured",
     "freeze",
     "in_training_dtype",
+    "peft_config",
     "trained_adapter",
 ]

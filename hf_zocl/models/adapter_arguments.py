@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
-from peft import PeftConfig
-from peft.config import PromptLearningConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PromptLearningConfig
 
 from ..checks import check_fields, check_type
 from .moe_adapter.config import PEFT_TYPE as MOE  # and with it a method of PEFT's
@@ -113,8 +111,7 @@ def _mapping(given: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
     if given is None:
         return None
     check_type("adapter_config", given, Mapping, "a mapping of names to values, or JSON of one")
-    assert isinstance(given, Mapping)
-    return dict(given)
+    return dict(cast("Mapping[str, Any]", given))
 
 
 def config_class(adapter: str) -> type[PeftConfig]:
@@ -142,7 +139,7 @@ def peft_config(args: AdapterArguments, num_tasks: int = 1) -> PeftConfig:
         ValueError: If PEFT has no such method, or its configuration does not take these values.
     """
     cls, own = config_class(args.adapter), OWN_ARGUMENTS.get(args.adapter, {})
-    more = _mapping(args.adapter_config) or {}
+    more = cast("dict[str, Any]", args.adapter_config or {})
     options = _options(cls)
     for name in more:
         if name in own:
@@ -191,18 +188,25 @@ def adapter_arguments(config: PeftConfig) -> dict[str, Any]:
         found["target_modules"] = [found["target_modules"]]
     if name == "moe":
         found["moe_router_per_task"] = config.num_routers > 1
-    more = {each: _listed(getattr(config, each)) for each in _options(type(config)) if each not in own}
-    defaults = _options(type(config))
-    differing = {each: value for each, value in more.items() if value != _listed(defaults[each])}
-    return {"adapter": name, **found, "adapter_config": {k: v for k, v in differing.items() if _is_plain(v)} or None}
+    defaults = {each: default for each, default in _options(type(config)).items() if each not in own}
+    more = {k: v for k, v in configured(config, defaults).items() if v != _listed(defaults[k]) and _is_plain(v)}
+    return {"adapter": name, **found, "adapter_config": more or None}
+
+
+def configured(config: PeftConfig, names: Iterable[str]) -> dict[str, Any]:
+    """The values that a configuration has for these names, as a recipe has them; None where it has none."""
+    return {name: _listed(getattr(config, name, None)) for name in names}
 
 
 def _listed(value: Any) -> Any:
-    return sorted(value) if isinstance(value, (set, frozenset, tuple, list)) else value
+    """A value as a recipe has it: sets, which have no order, are sorted lists."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a recipe can hold a value."""
+    """True if a recipe can hold a value."""
     try:
         json.dumps(value)
     except (TypeError, ValueError):

@@ -121,7 +121,7 @@ class HookedTrainer(Trainer):
 
 
 def has_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate keeps weights of a model elsewhere until they are needed."""
+    """True if accelerate keeps weights of a model elsewhere until they are needed."""
     return any(map(is_offloaded, model.modules()))
 
 

@@ -1,4 +1,4 @@
-"""Where the parameters of a model stand, and whether what is trained can be trained there."""
+"""The places of a model's parameters, and a check that what is trained can be trained there."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import platform
 import resource
@@ -91,33 +92,34 @@ def step_of(way: str, name: str, batch: int, length: int) -> Callable[[], None]:
         return our_step(model, loss, "all" if ours[0] == "quarter" else ours[0], *ours[1:])
     if way == "full, torchzero":
         return torchzero_step(model, loss)
-    return mezo_step(model, loss)
+    mezo, seeds = mezo_step(model), itertools.count()
+    return lambda: mezo(loss, RATE, next(seeds))
 
 
-def mezo_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """`zo_step` and `zo_update` of MeZO's Trainer as published: Gaussian, in place, drawn four times."""
+def mezo_step(model: nn.Module, eps: float = EPS) -> Callable[[Callable[[], torch.Tensor], float, int], None]:
+    """`zo_step` and `zo_update` of MeZO's Trainer as published: Gaussian, in place, drawn four times.
+
+    A step takes the loss, the learning rate and the seed of its direction.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    steps = iter(range(1 << 30))
 
     @torch.no_grad()
-    def step() -> None:
-        seed = next(steps)
-
+    def step(loss: Callable[[], torch.Tensor], rate: float, seed: int) -> None:
         def perturb(factor: float) -> None:
             torch.manual_seed(seed)
             for parameter in parameters:
                 z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
-                parameter.data = parameter.data + factor * z * EPS
+                parameter.data = parameter.data + factor * z * eps
 
         perturb(1)
         first = loss()
         perturb(-2)
-        gradient = float((first - loss()) / (2 * EPS))
+        gradient = float((first - loss()) / (2 * eps))
         perturb(1)
         torch.manual_seed(seed)
         for parameter in parameters:
             z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
-            parameter.data = parameter.data - RATE * (gradient * z)
+            parameter.data = parameter.data - rate * (gradient * z)
 
     return step
 

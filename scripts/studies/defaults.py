@@ -128,7 +128,7 @@ def make_trainer(job: Job, **options: Any) -> ZOCLTrainer:
         output_dir=tempfile.gettempdir(),
         per_device_train_batch_size=job.batch,
         per_device_eval_batch_size=100,
-        remove_unused_columns=job.collator is None or not isinstance(job.collator, ImageCollator),
+        remove_unused_columns=not isinstance(job.collator, ImageCollator),
         max_grad_norm=1.0,
         logging_strategy="no",
         save_strategy="no",

@@ -29,9 +29,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_zocl.commands import Parser, command
-from hf_zocl.hub.checkpoint import write_json
+from hf_zocl.hub.task_info import write_json
 from hf_zocl.passes import PlainEvaluation
 from hf_zocl.zo import LayerAssignment, ZOEstimator, build_zo_optimizer
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from any_model import mezo_step
 
 
 try:
@@ -132,7 +136,7 @@ def stepper(method: str, model: nn.Module, rate: float, steps: int) -> Callable[
 
     count = 0
     if method == "MeZO":
-        mezo = mezo_step([parameter for parameter in model.parameters() if parameter.requires_grad])
+        mezo = mezo_step(model, EPS)
         return lambda loss: mezo(loss, rate * (1 - (number := next(counts)) / steps), number)
     layers = {"FO, AdamW": None, "ours, hop-even, q=4": "hop-even"}.get(method, "all")
     optimizers: list[torch.optim.Optimizer] = []
@@ -166,27 +170,6 @@ def stepper(method: str, model: nn.Module, rate: float, steps: int) -> Callable[
             optimizer.step()
             optimizer.zero_grad()
         count += 1
-
-    return step
-
-
-def mezo_step(parameters: list[nn.Parameter]) -> Callable[[Callable[[], torch.Tensor], float, int], None]:
-    """`zo_step` and `zo_update` of MeZO's Trainer as published."""
-
-    @torch.no_grad()
-    def step(loss: Callable[[], torch.Tensor], rate: float, seed: int) -> None:
-        def move(factor: float) -> None:
-            torch.manual_seed(seed)
-            for parameter in parameters:
-                z = torch.normal(mean=0, std=1, size=parameter.data.size(), dtype=parameter.data.dtype)
-                parameter.data = parameter.data + factor * z
-
-        move(EPS)
-        first = loss()
-        move(-2 * EPS)
-        gradient = float((first - loss()) / (2 * EPS))
-        move(EPS)
-        move(-rate * gradient)
 
     return step
 

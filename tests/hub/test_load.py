@@ -143,6 +143,17 @@ def test_another_shape_than_the_adapters_is_refused(arguments, message, tmp_path
         load_pretrained(str(folder), AdapterArguments(**arguments))
 
 
+def test_another_value_in_the_adapters_configuration_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path, task=1, adapter="moe", adapter_config={"bottleneck": 8})
+    for same in ({"bottleneck": 8}, {"bottleneck": 8, "scale": 0.1}, None):
+        found = load_pretrained(str(folder), AdapterArguments("moe", same)).adapter["adapter_config"]
+        assert found["bottleneck"] == 8
+    with pytest.raises(ValueError, match="adapter_config={'use_rslora': True}: .* has {'use_rslora': None}"):
+        load_pretrained(str(folder), AdapterArguments(adapter_config={"use_rslora": True}))
+    with pytest.raises(ValueError, match="adapter_config={'bottleneck': 16}: the adapter of .* has {'bottleneck': 8}"):
+        load_pretrained(str(folder), AdapterArguments("moe", {"bottleneck": 16}))
+
+
 def test_a_whole_run_is_no_model_and_says_which_tasks_are(tmp_path):
     folder = save_checkpoint(tmp_path, task=1)
     with pytest.raises(
@@ -370,3 +381,9 @@ def test_a_tokenizer_that_would_read_prompts_otherwise_once_loaded_is_refused():
     check_processor(processor, size, ["cat"])
     with pytest.raises(ValueError, match="no checkpoint could be loaded again: 'Ship' has the tokens"):
         check_processor(processor, size, ["cat", "Ship"])
+
+
+def test_the_order_of_modules_asks_for_no_other_adapter(tmp_path):
+    modules = {"target_modules": ["v_proj", "q_proj"], "r": 4}
+    folder = save_checkpoint(tmp_path, task=1, adapter="vera", adapter_config=modules)
+    assert load_pretrained(str(folder), AdapterArguments("vera", modules)).adapter["adapter"] == "vera"

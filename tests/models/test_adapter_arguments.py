@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import CLIPModel
 
+from hf_zocl import MoEAdapterConfig
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub import load_task_checkpoint
 from hf_zocl.models import AdapterArguments, adapter_arguments, add_adapter
@@ -36,6 +37,12 @@ def test_the_arguments_of_an_adapter_make_it_again(adapter):
     assert (
         adapter_arguments(add_adapter(CLIPModel.from_pretrained(small_clip()), again).peft_config["default"]) == found
     )
+
+
+def test_the_order_of_a_list_is_part_of_the_shape():
+    norms = list(reversed(MoEAdapterConfig().state_norms))
+    found = adapter_arguments(adapted("moe", {"state_norms": norms}).peft_config["default"])
+    assert found["adapter_config"]["state_norms"] == norms
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class TaskPlugin(TrainerCallback):
         """Called after a task's last step; the model as it is then is what is measured, saved and trained further."""
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What it knows after a task, saved with the task's checkpoint."""
+        """The state after a task, saved with the task's checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
