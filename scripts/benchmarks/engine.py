@@ -39,7 +39,7 @@ def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> N
     compared = {name for _, *names, figure, _ in bars for name in names if figure.endswith("bytes")}
     for row in tqdm(rows, desc="memory"):
         row.figures.update(seconds[row.name], images_per_second=setting.batch / seconds[row.name]["seconds"])
-        if which == "all" or row.name in compared or row.kind == "inference":
+        if which in ("all", "pays") or row.name in compared or row.kind == "inference":
             row.figures.update(measure_apart(row, setting))
     by_name = {row.name: row for row in rows}
     passes = {row.adapter: row.figures["flops"] for row in rows if row.kind == "inference"}
@@ -58,7 +58,7 @@ def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> N
 # Models and steps.
 
 
-def build_model(setting: Setting, adapter: str, classes: int) -> CLIPClassifier:
+def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None, int8: bool) -> CLIPClassifier:
     """A CLIP with random weights and an adapter that is not zero."""
     vision, text = (dict(shape) for shape in SHAPES[setting.shape])
     tokenizer = AutoTokenizer.from_pretrained(sample_path("mini-clip"))
@@ -75,7 +75,12 @@ def build_model(setting: Setting, adapter: str, classes: int) -> CLIPClassifier:
         projection_dim=width,
     )  # fmt: skip
     torch.manual_seed(0)
-    clip = add_adapter(CLIPModel(config), AdapterArguments(adapter=adapter))
+    clip = CLIPModel(config)
+    if int8:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(clip, Int8WeightOnlyConfig())
+    clip = add_adapter(clip, AdapterArguments(adapter=adapter, frozen_parameters=[frozen] if frozen else None))
     for parameter in clip.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -280,8 +285,8 @@ def time_rows(rows: list[Row], setting: Setting) -> dict[str, dict[str, float]]:
 
     A turn is two steps, of which the second is timed: the first warms up, and packs the prompts.
     """
-    models = {key: build_model(setting, *key) for key in {(row.adapter, row.classes) for row in rows}}
-    steps = {row.name: make_step(row, setting, models[row.adapter, row.classes], steps=2) for row in rows}
+    models = {key: build_model(setting, *key) for key in {row.model for row in rows}}
+    steps = {row.name: make_step(row, setting, models[row.model], steps=2) for row in rows}
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in steps}
     for _ in tqdm(range(setting.rounds), desc="rounds"):
         for name, step in tqdm(steps.items(), desc="rows", leave=False):
@@ -310,7 +315,7 @@ def measure_here(row: Row, setting: Setting) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.set_num_threads(setting.threads)
-    model = build_model(setting, row.adapter, row.classes)
+    model = build_model(setting, *row.model)
     counter, before = FlopCounterMode(display=False), 0
 
     def at_step() -> None:

@@ -40,9 +40,16 @@ class Row:
     branch: str = "dual"
     layers: str = "all"
     estimator: str = "one-sided"
-    queries: int = 1
+    queries: int | str = 1
+    frozen: str | None = None  # a pattern of names: the adapter's parameters that are not trained
+    int8: bool = False  # the base's weights, by torchao
     without: str | None = None  # a shortcut: towers, layers, batches (and packing), or packing
     figures: dict[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def model(self) -> tuple[str, int, str | None, bool]:
+        """What its model is built from; rows with the same share one."""
+        return self.adapter, self.classes, self.frozen, self.int8
 
 
 DUAL = Row("dual, two-sided", estimator="two-sided")
@@ -76,6 +83,20 @@ ROWS = [
 ]
 SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
 
+# When forward passes alone pay: scripts/studies/when_it_pays.py sets these beside the accuracy of cells of the same
+# name, whose queries they have.
+QUERIES = "vision=2,language=32"
+PAYS = [
+    Row("inference", "inference"),
+    Row("FO", "fo"),
+    Row("FO, gradient checkpointing", "fo-checkpointing"),
+    Row("FO, text tower", "fo", frozen="vision_model"),
+    Row("dual/hop-even", layers="hop-even", queries=QUERIES),
+    Row("vision/all", branch="vision", queries=QUERIES),
+    Row("dual/all", queries=QUERIES),
+    Row("dual/all, int8", queries=QUERIES, int8=True),
+]
+
 # (name, the row, the row it is compared with, the figure, the greatest ratio)
 BARS = [
     ("memory over the weights, dual vs inference", DUAL.name, "inference", "activation_bytes", 1.05),
@@ -103,7 +124,12 @@ GPU_BARS = [
 
 
 def choose_rows(which: str, bars: list[tuple]) -> list[Row]:
-    """`all` rows, those that the `bars` need, or of these the `quick` ones: one adapter, 20 classes, no bare loop."""
+    """`all` rows, those that the `bars` need, or of these the `quick` ones: one adapter, 20 classes, no bare loop.
+
+    `pays` are other rows: those beside which accuracies are set.
+    """
+    if which == "pays":
+        return PAYS
     needed = {name for _, *names, _, _ in bars for name in names} | {"inference, MoE"}
     chosen = [row for row in ROWS if which == "all" or row.name in needed]
     if which != "quick":

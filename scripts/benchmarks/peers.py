@@ -36,7 +36,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="with --scaling: how many of them")
     parser.add_argument("--compute", type=float, default=0.2, help="with --scaling: seconds of computation a step")
     parser.add_argument("--quick", action="store_true", help="a small batch and fewer rows: about a minute on 2 cores")
-    parser.add_argument("--rows", choices=("all", "bars"), default="all", help="bars: those that the ratios need")
+    parser.add_argument(
+        "--rows",
+        choices=("all", "bars", "pays"),
+        default="all",
+        help="bars: those that the ratios need; pays: those of scripts/studies/when_it_pays.py",
+    )
     parser.add_argument("--shape", choices=SHAPES, default="vit-b-16", help="the CLIP's shape")
     parser.add_argument("--batch", type=int, help="images; default: 32 on a CPU, 128 on a GPU, 2 with --quick")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of all rows, of which the median is shown")

@@ -47,9 +47,9 @@ from hf_zocl.sample import sample_path
 GLOSSES = Path(__file__).resolve().parents[2] / "examples" / "data" / "glosses" / "train.csv"
 PART = 4
 RULES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "sgd": ({"zo_optim": "sgd"}, (1e-4, 1e-2)),
-    "sign of the momentum": ({"zo_optim": "sign", "zo_momentum": 0.9}, (1e-4, 1e-3)),
-    "adamw": ({"zo_optim": "adamw", "zo_momentum": 0.9}, (1e-4, 1e-3)),
+    "sgd": ({"zo_optim": "sgd", "zo_momentum": 0.0}, (1e-4, 1e-3, 1e-2)),
+    "sign of the momentum": ({"zo_optim": "sign", "zo_momentum": 0.9}, (1e-4, 3e-4, 1e-3, 3e-3)),
+    "adamw": ({"zo_optim": "adamw"}, (1e-4, 3e-4, 1e-3, 3e-3)),
 }
 HELD_OUT = 60
 EPS = 1e-3  # well above the rounding of float32, and the same for all
@@ -161,8 +161,8 @@ def measure(job: Job, options: dict[str, Any], seed: int) -> float:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/defaults"), help="folder of the cells and the table")
-    parser.add_argument("--steps", type=int, default=60, help="steps of a training")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=100, help="steps of a training")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "cells.json"

@@ -6,6 +6,7 @@
     python scripts/studies/reproduce.py mozo --retention path/to/known  # dual/hop-even, MoZO's parts on and off
     python scripts/studies/reproduce.py variants --retention path/to/known
     python scripts/studies/reproduce.py passes                          # all-ZO by the number of forward passes
+    python scripts/studies/reproduce.py pays                            # the accuracies of when_it_pays.py
     python scripts/studies/reproduce.py seeds                           # what the seeds alone do to a figure
     python scripts/studies/reproduce.py memory                          # of a training step of ViT-B/16
 
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from paper import ACCURACIES, PEAK_GB, compare_with_findings, format_p, p_value, paper_differences
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig
 
@@ -68,10 +70,12 @@ class Cell:
     Args:
         arguments: Arguments to add to the recipe.
         rates: Candidates for its ZO learning rate; none: the recipe's.
+        int8: Train through a base of int8 weights (torchao).
     """
 
     arguments: tuple[str, ...]
     rates: tuple[str, ...] = ()
+    int8: bool = False
 
 
 @command
@@ -98,7 +102,8 @@ def main() -> None:
     # By seed first: a table of fewer seeds is available early.
     runs = [(cell, seed) for seed in options.seeds for cell in cells]
     for cell, seed in tqdm(runs, desc="cells"):
-        run_cell(["--recipe", recipe, *common, *cells[cell].arguments], folder_of(folder, cell), seed)
+        arguments = ["--recipe", recipe, *common, *cells[cell].arguments]
+        run_cell(arguments, folder_of(folder, cell), seed, cells[cell].int8)
     groups = read_cells(folder, cells, options.seeds)
     comparison = with_paper(compare_groups(groups, baseline=next(iter(cells))), groups, options.benchmark)
     if options.table == "seeds":
@@ -182,6 +187,18 @@ def passes_cells(config: CLIPConfig) -> dict[str, Cell]:
     return {"FO": assigned("none"), **cells}
 
 
+def pays_cells(config: CLIPConfig) -> dict[str, Cell]:
+    """The cells of `pays`, named as the benchmark's rows; gradient checkpointing has FO's accuracy."""
+    return {
+        "FO": assigned("none"),
+        "FO, text tower": assigned("none", "all", "--frozen_parameters", "vision_model"),
+        "dual/hop-even": assigned("dual", "hop-even"),
+        "vision/all": assigned("vision"),
+        "dual/all": assigned("dual"),
+        "dual/all, int8": replace(assigned("dual"), int8=True),
+    }
+
+
 def assigned(branch: str, layers: str = "all", *more: str) -> Cell:
     return Cell(("--zo_branch", branch, "--zo_layers", layers, *more))
 
@@ -194,6 +211,7 @@ TABLES: dict[str, Callable[[CLIPConfig], dict[str, Cell]] | None] = {
     "mozo": mozo_cells,
     "variants": variant_cells,
     "passes": passes_cells,
+    "pays": pays_cells,
     "seeds": lambda config: branch_cells(config) | layer_cells(config),
     "memory": None,
 }
@@ -244,12 +262,22 @@ def folder_of(folder: Path, cell: str) -> Path:
     return folder / cell.replace("/", "-")
 
 
-def run_cell(arguments: list[str], folder: Path, seed: int) -> None:
+def run_cell(arguments: list[str], folder: Path, seed: int, int8: bool = False) -> None:
     """Run one cell with one seed, or go on with it; a finished one is read, not run."""
     folder = folder / f"seed-{seed}"
     own = ["--seed", str(seed), "--output_dir", str(folder), "--push_to_hub", "false"]  # a cell is no repository
     scheduler = build_scheduler(parse_recipe([*arguments, *own]))
+    if int8:
+        require("torchao", extra="examples")
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        quantize_(scheduler.model.clip, Int8WeightOnlyConfig(), is_of_base)
     scheduler.run(resume=True)
+
+
+def is_of_base(module: nn.Module, name: str) -> bool:
+    """Whether a module holds weights of the base that can be int8."""
+    return isinstance(module, nn.Linear) and "lora_" not in name
 
 
 def read_cells(folder: Path, cells: dict[str, Cell], seeds: list[int]) -> list[RunGroup]:

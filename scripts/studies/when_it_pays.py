@@ -1,0 +1,127 @@
+"""When forward passes alone pay: accuracy beside the memory and the time of a step, as a table and a picture.
+
+    python scripts/benchmarks/peers.py --rows pays --output docs/benchmarks/pays.json
+    python scripts/studies/reproduce.py pays --output_dir runs/plain
+    python scripts/studies/reproduce.py pays --output_dir runs/aligned --classifier_alignment 100
+    python scripts/studies/when_it_pays.py docs/benchmarks/pays.json runs/plain/cifar10-lora runs/aligned/cifar10-lora \\
+        --output docs/images/when_it_pays.png
+
+Memory and time are of a step of ViT-B/16 with random weights; accuracy is of the embedded model, for no CLIP of full
+size was trained. A row of the benchmark and the cell of the same name are one setting. Gradient checkpointing computes
+FO's gradient, so it has FO's accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_zocl.commands import Parser, command
+from hf_zocl.hub.task_info import read_json
+from hf_zocl.report import Comparison, RunGroup, load_groups
+from hf_zocl.report.figures import save_figure
+
+
+CHECKPOINTING = "FO, gradient checkpointing"
+# In the picture: the colour, and where the name stands beside the mark, in points.
+STYLES = {
+    "FO": ("#000000", (0, 9)),
+    CHECKPOINTING: ("#555555", (0, -15)),
+    "FO, text tower": ("#009E73", (0, 9)),
+    "dual/hop-even": ("#CC79A7", (0, 9)),
+    "vision/all": ("#0072B2", (0, 9)),
+    "dual/all": ("#D55E00", (0, 9)),
+    "dual/all, int8": ("#E69F00", (0, -15)),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to train: the memory (bytes) and the time (seconds) of a step, and its runs, plain and aligned."""
+
+    name: str
+    memory: float
+    seconds: float
+    plain: RunGroup
+    aligned: RunGroup
+
+
+@command
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", type=Path, help="what peers.py --rows pays has written")
+    parser.add_argument("plain", type=Path, help="the folder of the cells")
+    parser.add_argument("aligned", type=Path, help="that of the cells with classifier alignment")
+    parser.add_argument("--output", type=Path, default=Path("when_it_pays.png"), help="the picture")
+    options = parser.parse_args()
+    rows = {row["name"]: row["figures"] for row in read_json(options.benchmark)["rows"]}
+    settings = [
+        Setting(name, figures["peak_bytes"], figures["seconds"], *cells(name, options.plain, options.aligned))
+        for name, figures in rows.items()
+        if name != "inference"
+    ]
+    print(table(settings, rows["inference"]).markdown())
+    save_figure(draw(settings, rows["inference"]), options.output)
+
+
+def cells(name: str, *folders: Path) -> list[RunGroup]:
+    cell = "FO" if name == CHECKPOINTING else name.replace("/", "-")
+    return [load_groups([folder / cell])[0] for folder in folders]
+
+
+def table(settings: list[Setting], inference: dict[str, float]) -> Comparison:
+    headings = ("setting", "memory, GB", "s a step", "Avg", "Last", "aligned: Avg", "Last")
+    untrained = settings[0].plain.first["zero_shot"]
+    zero_shot = ("zero-shot: inference", *measures(inference["peak_bytes"], inference["seconds"]))
+    lines = [(*zero_shot, *(f"{100 * untrained[name]:.1f}" for name in ("avg", "last")), "", "")]
+    for setting in settings:
+        accuracies = [
+            "{:.1f} ± {:.1f}".format(*runs.percent(name))
+            for runs in (setting.plain, setting.aligned)
+            for name in ("avg", "last")
+        ]
+        lines.append((setting.name, *measures(setting.memory, setting.seconds), *accuracies))
+    seeds = len(settings[0].plain.runs)
+    return Comparison(headings, tuple(lines), f"Accuracy in percent, mean ± standard deviation of {seeds} seeds.")
+
+
+def measures(memory: float, seconds: float) -> tuple[str, str]:
+    return f"{memory / 1e9:.2f}", f"{seconds:.1f}"
+
+
+def draw(settings: list[Setting], inference: dict[str, float]) -> Figure:
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    panels: list[tuple[Axes, str, float, list[float]]] = [
+        (left, "peak memory of a step, GB", inference["peak_bytes"] / 1e9, [s.memory / 1e9 for s in settings]),
+        (right, "time of a step, s", inference["seconds"], [s.seconds for s in settings]),
+    ]
+    zero_shot = 100 * settings[0].plain.first["zero_shot"]["last"]
+    for axes, title, least, places in panels:
+        axes.axvline(least, color="0.6", linewidth=1, linestyle="--")
+        axes.axhline(zero_shot, color="0.6", linewidth=1, linestyle=":")
+        for setting, place in zip(settings, places, strict=True):
+            color, offset = STYLES[setting.name]
+            for runs, filled in ((setting.plain, False), (setting.aligned, True)):
+                mean, spread = runs.percent("last")
+                axes.errorbar(
+                    place, mean, spread, marker="o", capsize=2, color=color, markerfacecolor=color if filled else "w"
+                )
+            axes.annotate(
+                setting.name, (place, setting.aligned.percent("last")[0]), offset,
+                textcoords="offset points", ha="center", fontsize=8, color=color,
+            )  # fmt: skip
+        axes.set(xlabel=f"{title} (dashed: inference)", xlim=(0, 1.15 * max(places)))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    left.set_ylabel("Last (%); filled: aligned; dotted: zero-shot")
+    return figure
+
+
+if __name__ == "__main__":
+    main()
