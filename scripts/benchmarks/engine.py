@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from engine_report import format_bars, format_rows, format_sweep, write
 from engine_rows import BARS, GPU_BARS, SHAPES, SWEEP, Row, Setting, choose_rows
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -88,6 +89,7 @@ def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None
     return CLIPClassifier(clip, tokenizer, names).to(setting.device)
 
 
+WARM_UP = 4  # images
 COLOURS = ("red", "green", "blue", "white", "black", "small", "large", "old", "new", "wooden")
 THINGS = ("cat", "dog", "car", "ship", "bird", "horse", "frog", "truck", "house", "tree")
 
@@ -174,9 +176,19 @@ def trainer_step(
 
 
 class TimedTrainer(ZOCLTrainer):
-    """A `ZOCLTrainer` that times its zeroth-order part, and may leave out a shortcut."""
+    """A `ZOCLTrainer` that times its zeroth-order part, and may leave out a shortcut.
+
+    What is done once a training (the noise of the loss, the check of the shortcuts) is done on a few images, in a step
+    of their own; the next ones are of the whole batch.
+    """
 
     without: str | None = None
+
+    def get_train_dataloader(self):
+        whole = list(range(len(self.train_dataset)))
+        batches = [whole[:WARM_UP]] + [whole] * (self.args.max_steps - 1)
+        loader = DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)

@@ -3,8 +3,8 @@
     python scripts/benchmarks/peers.py --rows pays --output docs/benchmarks/pays.json
     python scripts/studies/reproduce.py pays --output_dir runs/plain
     python scripts/studies/reproduce.py pays --output_dir runs/aligned --classifier_alignment 100
-    python scripts/studies/when_it_pays.py docs/benchmarks/pays.json runs/plain/cifar10-lora runs/aligned/cifar10-lora \\
-        --output docs/images/when_it_pays.png
+    python scripts/studies/when_it_pays.py docs/benchmarks/pays.json runs/plain/cifar10-lora \\
+        runs/aligned/cifar10-lora --output docs/images/when_it_pays.png
 
 Memory and time are of a step of ViT-B/16 with random weights; accuracy is of the embedded model, for no CLIP of full
 size was trained. A row of the benchmark and the cell of the same name are one setting. Gradient checkpointing computes
