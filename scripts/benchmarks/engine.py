@@ -339,10 +339,11 @@ def measure_here(row: Row, setting: Setting) -> dict[str, float]:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     gc.collect()
     start = memory_now(setting.device)
-    with counter:
-        step()
+    step()
     peak = peak_memory(setting.device)
     activations = peak - (weights if setting.device != "cpu" else start)
+    with counter:  # apart from memory: with it, gradient checkpointing keeps all that it would compute again
+        step()
     return {"peak_bytes": peak, "activation_bytes": activations, "flops": counter.get_total_flops() - before}
 
 
