@@ -21,12 +21,13 @@ from transformers.trainer_utils import HubStrategy
 from hf_zocl import ZOCLTrainingArguments, load_task_checkpoint
 from hf_zocl.commands.recipe import Recipe
 from hf_zocl.continual.run_arguments import RunArguments
+from hf_zocl.files import read_json
 from hf_zocl.hub.checkpoint import find_task_checkpoint, save_task_checkpoint, seal_task_checkpoint
 from hf_zocl.hub.client import asked_wait
 from hf_zocl.hub.public import public_files, public_recipe, redact
 from hf_zocl.hub.push import QUEUE_FILE, HubPusher, PushQueue
 from hf_zocl.hub.repository import fetch_run
-from hf_zocl.hub.task_info import is_task_name, read_json
+from hf_zocl.hub.task_info import is_task_name
 from hf_zocl.models import AdapterArguments
 from hf_zocl.sample import sample_path
 from hf_zocl.trainer.arguments import HUB_STRATEGIES
