@@ -652,7 +652,7 @@ def test_a_date_beyond_reach_lets_the_task_wait_in_the_queue(client, hub, run):
     assert fault.times >= 10**6 - 2  # once, and perhaps once more at the end
 
 
-@pytest.mark.parametrize("fault", ["500", "reset"])
+@pytest.mark.parametrize("fault", ["500", pytest.param("reset", marks=pytest.mark.slow)])
 def test_a_fault_that_passes_ends_no_load_and_no_fetch(client, hub, run, tmp_path, monkeypatch, fault):
     push_all(run)
     monkeypatch.setattr("hf_zocl.hub.client.WAITS", (0.01, 0.01))
