@@ -239,7 +239,7 @@ def assert_step_is_right(name: str, layers: str, streamed: bool, tmp_path, monke
     batch = {key: value.to(trained.dtype) if value.is_floating_point() else value for key, value in inputs().items()}
     theta = {parameter: parameter.clone() for parameter in trained.parameters()}
     eps, rate, precision = 1e-3, 1e-2, 1e-3 if name in IN_FLOAT32 else 1e-6
-    options = {"zo_layers": layers, "zo_eps": eps, "zo_learning_rate": rate, "max_steps": 1}
+    options = {"zo_layers": layers, "zo_eps": eps, "zo_learning_rate": rate, "zo_optim": "sgd", "max_steps": 1}
     trainer = Watched(
         model=trained,
         args=arguments(tmp_path, remove_unused_columns=False, **options),

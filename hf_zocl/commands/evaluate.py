@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from ..continual.checkpoint_evaluation import NUMERICS, evaluate_checkpoint
 from ..continual.run_arguments import RunArguments
-from ..hub.task_info import write_json
+from ..files import write_json
 from ..report import format_evaluation
 from .door import Parser, command
 from .recipe import RecipeParser

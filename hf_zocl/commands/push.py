@@ -4,9 +4,10 @@ import logging
 import sys
 from pathlib import Path
 
+from ..files import read_json
 from ..hub.checkpoint import RESULTS_FILE, complete_tasks
 from ..hub.push import HubPusher, PushQueue
-from ..hub.task_info import read_json, task_folder
+from ..hub.task_info import task_folder
 from .door import Parser, command
 
 

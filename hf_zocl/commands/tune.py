@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from ..continual import ContinualTaskScheduler
 from ..continual.run_arguments import build_stream
 from ..data import TaskStream
-from ..hub.task_info import write_json
+from ..files import write_json
 from .door import Parser, command
 from .recipe import Recipe, build_scheduler, parse_recipe
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 
+from ..files import read_json
 from ..hub.load import load_pretrained, read_adapter_weights
-from ..hub.task_info import read_json, task_folder
+from ..hub.task_info import task_folder
 from ..models import AdapterArguments
 from ..passes import task_aware
 from ..trainer.replay_file import load_replay_log

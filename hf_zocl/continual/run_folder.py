@@ -11,11 +11,11 @@ from typing import Any
 
 from transformers.utils import logging
 
-from ..files import remove_unfinished, written_whole
+from ..files import read_json, remove_unfinished, write_json, written_whole
 from ..hub.checkpoint import FIGURE, RESULTS_FILE, checkpoint_parts, read_sealed_task, remove_task_checkpoint
 from ..hub.public import public_recipe
 from ..hub.push import QUEUE_FILE, SCRATCH
-from ..hub.task_info import TASK_FILE, is_task_name, read_json, task_folder, task_number, write_json
+from ..hub.task_info import TASK_FILE, is_task_name, task_folder, task_number
 from ..report.gallery import GALLERY_FILE
 from ..report.predictions import PREDICTIONS_FILE
 from ..trainer.arguments import ZOCLTrainingArguments

@@ -11,10 +11,10 @@ from huggingface_hub import HfApi, get_token
 
 import hf_zocl
 
+from ..files import read_json
 from ..hub.push import PushQueue
 from ..hub.series import tasks_of
 from ..hub.space import APP_FILE, push_space
-from ..hub.task_info import read_json
 from ..report import RESULTS_FILE
 
 

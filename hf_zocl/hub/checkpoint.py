@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import ProcessorMixin
 
 from ..checks import WrongTypeError, check_count
-from ..files import fingerprint, replace_folder
+from ..files import fingerprint, read_json, replace_folder, write_json
 from ..models import CLIPClassifier, trained_adapter
 from ..report import RESULTS_FILE, plot_accuracy_matrix
 from ..report.gallery import GALLERY_PICTURE
@@ -36,12 +36,10 @@ from .task_info import (
     check_place,
     is_sealed,
     is_task_name,
-    read_json,
     read_task,
     task_digest,
     task_folder,
     task_number,
-    write_json,
 )
 
 

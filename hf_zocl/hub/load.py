@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file, logging
 
-from ..files import replace_folder
+from ..files import read_json, replace_folder
 from ..models import (
     AdapterArguments,
     CLIPClassifier,
@@ -43,7 +43,7 @@ from .checkpoint import (
     read_sealed_task,
 )
 from .client import download
-from .task_info import TASK_FILE, is_snapshot, read_json
+from .task_info import TASK_FILE, is_snapshot
 from .untrusted import (
     check_adapter,
     check_adapter_config,

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
 from ..report.gallery import GALLERY_PICTURE
 from ..sample import resolve
 from .card import render_task_card
@@ -19,7 +20,7 @@ from .checkpoint import (
     read_sealed,
     seal,
 )
-from .task_info import TASK_FILE, check_place, last_component, read_json, without_local_paths
+from .task_info import TASK_FILE, check_place, last_component, without_local_paths
 
 
 # Arguments that are always paths, so also where a relative one reads like the name of a repository.

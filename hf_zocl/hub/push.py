@@ -36,13 +36,14 @@ from safetensors.torch import save
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from ..files import write_json
 from ..models import adapter_weights
 from ..trainer.arguments import ZOCLTrainingArguments
 from .checkpoint import ADAPTER_WEIGHTS
 from .client import REFUSALS, WAITS, answered, one_line, persistently, status_of
 from .public import public_files, redact
 from .repository import LAST_CHECKPOINT, ForeignRepositoryError, changes, make_repository, push_files
-from .task_info import read_task, task_folder, task_number, write_json
+from .task_info import read_task, task_folder, task_number
 
 
 logger = logging.get_logger(__name__)

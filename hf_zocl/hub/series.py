@@ -14,6 +14,7 @@ from huggingface_hub import constants as hub_constants
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from ..files import read_json
 from ..models import CLIPClassifier, trained_adapter
 from .checkpoint import (
     ADAPTER_CONFIG,
@@ -25,7 +26,7 @@ from .checkpoint import (
 )
 from .client import answered, persistently
 from .load import load_task_checkpoint
-from .task_info import TASK_FILE, is_task_name, read_json, read_task, task_folder, task_number
+from .task_info import TASK_FILE, is_task_name, read_task, task_folder, task_number
 from .untrusted import check_finite, refusing
 
 

@@ -7,11 +7,11 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..files import written_whole
+from ..files import read_json
 
 
 TASK_FILE = "task.json"
@@ -34,49 +34,6 @@ def is_task_name(name: str) -> bool:
 def task_number(name: str) -> int:
     """The task of a name that `task_folder` gives."""
     return int(name.removeprefix("task-"))
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file, which is whole or absent at any moment.
-
-    Raises:
-        ValueError: If a number in it is not finite, which it names: JSON has none.
-    """
-    try:
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    except ValueError as error:
-        found = next(not_finite(content), None)
-        if found is None:
-            raise
-        raise ValueError(f"{path}: {found[0]} is {found[1]}: expected a finite number.") from error
-    with written_whole(path) as unfinished:
-        unfinished.write_text(text + "\n", encoding="utf-8")
-
-
-def not_finite(content: Any, where: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a JSON-like object that are not finite, each with its place."""
-    if isinstance(content, float) and not math.isfinite(content):
-        yield where, content
-    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
-    for key, value in items:
-        yield from not_finite(value, f"{where}.{key}" if where else str(key))
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        ValueError: If the file holds no JSON object, or cannot be read.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing.")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is damaged: it cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} is damaged: expected a JSON object, got {type(content).__name__}.")
-    return content
 
 
 def without_local_paths(value: Any) -> Any:

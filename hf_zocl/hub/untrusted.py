@@ -23,9 +23,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from transformers.activations import ACT2FN
 
 from ..checks import shown
-from ..files import room_error
+from ..files import read_json, room_error
 from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from .task_info import is_number, read_json
+from .task_info import is_number
 
 
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"

@@ -74,9 +74,11 @@ class ZeroOrderArguments:
             and takes the ε at which truncation and rounding are least.
         zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO). By default where it is of a
             `zo_objective` and would be stepped along as it is, for an objective's scale says nothing of the weights'.
-        zo_optim: `sgd`, `sign` or `adamw`.
+        zo_optim: `sign` (of the momentum: every weight moves by the learning rate, whatever the scale of the loss),
+            `sgd` or `adamw`.
         zo_learning_rate: The peak learning rate of the zeroth-order parameters.
-        zo_momentum: Momentum of `sgd` and `sign`.
+        zo_momentum: Momentum of `sgd` and `sign`; default: 0.9 with `sign`, but 0 where `conservative` judges its
+            steps, and with `sgd`.
         zo_weight_decay: Weight decay of the zeroth-order parameters.
         zo_max_grad_norm: Clips the zeroth-order estimate, apart from the gradient; 0 does not clip.
         zo_seed: Keys the directions; default `seed`.
@@ -100,11 +102,13 @@ class ZeroOrderArguments:
     zo_sign: bool | None = field(
         default=None, metadata={"help": "Step by the sign of the estimate (MoZO); default: with a zo_objective."}
     )
-    zo_optim: str = field(default="sgd", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
+    zo_optim: str = field(default="sign", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
     zo_learning_rate: OnePerTower = field(
         default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."}
     )
-    zo_momentum: float = field(default=0.0, metadata={"help": "Momentum of zo_optim=sgd and sign."})
+    zo_momentum: float | None = field(
+        default=None, metadata={"help": "Momentum of zo_optim=sgd (default: 0) and sign (default: 0.9)."}
+    )
     zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
     zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
     zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
@@ -144,7 +148,7 @@ class ZeroOrderArguments:
                 raise ValueError(f"{name}={value}: the size of the perturbation must be greater than 0.")
         others = [(name, getattr(self, name)) for name in ("zo_momentum", "zo_weight_decay", "zo_max_grad_norm")]
         for name, value in [*self._values("zo_learning_rate"), *others]:
-            if not value >= 0:
+            if value is not None and not value >= 0:
                 raise ValueError(f"{name}={value}: expected 0 or more.")
         if self.zo_branch != "none" and ESTIMATORS[self.zo_estimator].judges_steps:
             self._check_judged_step()
@@ -198,7 +202,7 @@ class ZeroOrderArguments:
             "gradient_accumulation_steps": (1, "it judges the step of one micro-batch"),
         }
         for name, (expected, why) in others.items():
-            if getattr(self, name) != expected:
+            if getattr(self, name) not in (None, expected):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}: zo_estimator='conservative' applies the step that it has "
                     f"judged, and {why}; expected {expected}."
@@ -208,6 +212,13 @@ class ZeroOrderArguments:
                 "zo_optim='adamw': zo_estimator='conservative' applies the step that it has judged, which is one of "
                 "SGD or of its sign; expected 'sgd' or 'sign'."
             )
+
+    @property
+    def momentum(self) -> float:
+        """The momentum of the zeroth-order rule."""
+        if self.zo_momentum is not None:
+            return self.zo_momentum
+        return 0.9 if self.zo_optim == "sign" and not ESTIMATORS[self.zo_estimator].judges_steps else 0.0
 
     @property
     def eps_by_branch(self) -> dict[str | None, float | None]:

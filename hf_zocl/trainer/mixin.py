@@ -187,7 +187,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._detach_zo_parameters(True)
         if self.optimizer is None:
             zo = build_zo_optimizer(
-                self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.zo_momentum, args.zo_weight_decay
+                self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.momentum, args.zo_weight_decay
             )
             first_order = self._first_order_optimizer(model)
             # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
@@ -310,7 +310,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             seed=estimator.seed,
             sign=estimator.sign,
             optimizer=args.zo_optim,
-            momentum=args.zo_momentum,
+            momentum=args.momentum,
             weight_decay=args.zo_weight_decay,
             max_norm=args.zo_max_grad_norm,
             streamed=estimator.is_streamed,

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from hf_zocl.commands import Parser, command
-from hf_zocl.hub.checkpoint import write_json
+from hf_zocl.files import write_json
 from hf_zocl.passes import ForwardState, PlainEvaluation, StackEvaluation, TowerPlan
 from hf_zocl.zo import HybridOptimizer, LayerAssignment, ZOEstimator, build_zo_optimizer
 

@@ -9,7 +9,7 @@ import torch
 from engine_rows import Row, Setting
 from matplotlib.figure import Figure
 
-from hf_zocl.hub.task_info import write_json
+from hf_zocl.files import write_json
 
 
 def format_rows(rows: list[Row], setting: Setting) -> str:

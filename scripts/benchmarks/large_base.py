@@ -36,7 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.commands import Parser, command
-from hf_zocl.hub.task_info import write_json
+from hf_zocl.files import write_json
 
 
 # How the base is held, and what that needs.

@@ -25,7 +25,7 @@ from transformers import AutoProcessor, CLIPModel, TrainerCallback
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.commands import command
-from hf_zocl.hub.task_info import write_json
+from hf_zocl.files import write_json
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.sample import sample_path
 from hf_zocl.trainer.data_parallel import leave_process_group

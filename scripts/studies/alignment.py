@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 from hf_zocl.commands import Parser, command
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.data import TaskStream
-from hf_zocl.hub.task_info import write_json
+from hf_zocl.files import write_json
 from hf_zocl.passes import ForwardState
 from hf_zocl.zo import LayerAssignment
 

@@ -39,7 +39,7 @@ from transformers import (
 from hf_zocl import CLIPClassifier, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.commands import Parser, command, require
 from hf_zocl.data.images import ImageCollator
-from hf_zocl.hub.task_info import read_json, write_json
+from hf_zocl.files import read_json, write_json
 from hf_zocl.models import AdapterArguments, add_adapter
 from hf_zocl.sample import sample_path
 

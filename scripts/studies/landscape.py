@@ -27,7 +27,7 @@ from hf_zocl import load_task_checkpoint
 from hf_zocl.commands import Parser, command
 from hf_zocl.continual.run_arguments import RunArguments, build_stream
 from hf_zocl.data.images import ImageCollator
-from hf_zocl.hub.task_info import write_json
+from hf_zocl.files import write_json
 from hf_zocl.report.figures import save_figure
 
 

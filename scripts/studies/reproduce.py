@@ -38,7 +38,7 @@ from transformers import CLIPConfig
 from hf_zocl.commands import Parser, command, require
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.commands.tune import FirstTask, add_judge_arguments, mark_best, markdown_table, retention_stream
-from hf_zocl.hub.task_info import read_json, write_json
+from hf_zocl.files import read_json, write_json
 from hf_zocl.report import Comparison, RunGroup, compare_groups, load_groups, paired_differences
 from hf_zocl.report.escape import mathtext
 from hf_zocl.report.figures import save_figure

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_zocl.commands import Parser, command
-from hf_zocl.hub.task_info import write_json
+from hf_zocl.files import write_json
 from hf_zocl.passes import PlainEvaluation
 from hf_zocl.zo import LayerAssignment, ZOEstimator, build_zo_optimizer
 

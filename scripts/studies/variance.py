@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from hf_zocl.commands import Parser, command, require
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.hub.task_info import write_json
+from hf_zocl.files import write_json
 from hf_zocl.passes import ForwardState, TowerEvaluation, TowerPlan
 from hf_zocl.report.figures import save_figure
 from hf_zocl.zo import LayerAssignment, ZOEstimator

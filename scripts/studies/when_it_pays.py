@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_zocl.commands import Parser, command
-from hf_zocl.hub.task_info import read_json
+from hf_zocl.files import read_json
 from hf_zocl.report import Comparison, RunGroup, load_groups
 from hf_zocl.report.figures import save_figure
 

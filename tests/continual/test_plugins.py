@@ -242,6 +242,7 @@ def test_text_layers_that_are_zeroth_order_in_a_task_are_so_in_the_alignment(tmp
         assert all("text_model" in name for name in split.fo)
 
 
+@pytest.mark.slow
 def test_alignment_goes_beside_activation_checkpointing(tmp_path):
     arguments = ("--classifier_alignment", "2", "--gradient_checkpointing", "true", "--max_steps", "1")
     assert build_scheduler(small_recipe(tmp_path, *arguments)).run()["last"] > 0

@@ -50,6 +50,7 @@ def test_before_any_task_it_is_the_base_model(run):
     torch.testing.assert_close(TaskSeries.load(run).probabilities(pictures())[:, 0], expected)
 
 
+@pytest.mark.slow
 def test_tasks_of_another_run_are_refused(tmp_path):
     run = save_run(tmp_path / "run")
     other = save_run(tmp_path / "other", adapter="moe")

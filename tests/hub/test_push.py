@@ -21,12 +21,13 @@ from transformers.trainer_utils import HubStrategy
 from hf_zocl import ZOCLTrainingArguments, load_task_checkpoint
 from hf_zocl.commands.recipe import Recipe
 from hf_zocl.continual.run_arguments import RunArguments
+from hf_zocl.files import read_json
 from hf_zocl.hub.checkpoint import find_task_checkpoint, save_task_checkpoint, seal_task_checkpoint
 from hf_zocl.hub.client import asked_wait
 from hf_zocl.hub.public import public_files, public_recipe, redact
 from hf_zocl.hub.push import QUEUE_FILE, HubPusher, PushQueue
 from hf_zocl.hub.repository import fetch_run
-from hf_zocl.hub.task_info import is_task_name, read_json
+from hf_zocl.hub.task_info import is_task_name
 from hf_zocl.models import AdapterArguments
 from hf_zocl.sample import sample_path
 from hf_zocl.trainer.arguments import HUB_STRATEGIES
@@ -651,7 +652,7 @@ def test_a_date_beyond_reach_lets_the_task_wait_in_the_queue(client, hub, run):
     assert fault.times >= 10**6 - 2  # once, and perhaps once more at the end
 
 
-@pytest.mark.parametrize("fault", ["500", "reset"])
+@pytest.mark.parametrize("fault", ["500", pytest.param("reset", marks=pytest.mark.slow)])
 def test_a_fault_that_passes_ends_no_load_and_no_fetch(client, hub, run, tmp_path, monkeypatch, fault):
     push_all(run)
     monkeypatch.setattr("hf_zocl.hub.client.WAITS", (0.01, 0.01))

@@ -142,7 +142,7 @@ def assert_same(model, inputs, branch, layers, make_evaluation=None, **options):
 @pytest.mark.parametrize(
     ("branch", "layers", "estimator"),
     slow_but_for(
-        [*((*each, "one-sided") for each in ASSIGNMENTS), ("dual", "all", "two-sided")],
+        [("dual", "hop-even", "one-sided"), ("vision", "suffix-2", "one-sided"), ("dual", "all", "two-sided")],
         [(*each, estimator) for each in ASSIGNMENTS for estimator in ("one-sided", "two-sided")],
     ),
 )
@@ -422,7 +422,7 @@ class Head(nn.Module):
         return CLIPClassifierOutput(loss=nn.functional.cross_entropy(logits, labels))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", slow_but_for([0.3], [0.0, 0.3]))
 def test_what_is_drawn_before_and_after_the_towers_is_drawn_again(dropout):
     model, inputs = classifier(lora_dropout=dropout)
     np.random.seed(0)

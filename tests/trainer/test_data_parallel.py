@@ -174,7 +174,8 @@ print(sum(name == "pt_gloo_runloop" for name in names), flush=True)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, and reads the names of threads")
-@pytest.mark.parametrize("how", ["leave", pytest.param("destroy alone", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("how", ["leave", "destroy alone"])
+@pytest.mark.slow
 def test_a_process_that_leaves_has_no_thread_that_could_abort_it(how, tmp_path):
     command = [sys.executable, "-c", LEAVES, str(tmp_path / "store"), how, "1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

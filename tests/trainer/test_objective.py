@@ -119,7 +119,7 @@ def test_a_value_for_every_example_counts_as_its_mean_and_the_sign_is_the_defaul
     def error(model, inputs, outputs):
         return 1 - (outputs["logits"].argmax(-1) == inputs["labels"]).float().mean().item()
 
-    options = {"data": separable(), "zo_layers": "all", "zo_eps": 0.3, "zo_learning_rate": 1e-3}
+    options = {"data": separable(), "zo_layers": "all", "zo_eps": 0.3, "zo_learning_rate": 1e-3, "zo_optim": "sgd"}
     trainer = trained(tmp_path, Classifier(), wrong, **options)
     assert same(trainer, trained(tmp_path, Classifier(), error, **options))
     moves = (trainer.model.layers[0].weight - Classifier().layers[0].weight).abs()
