@@ -543,6 +543,24 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("options", "momentum"),
+    [
+        ({}, 0.9),
+        ({"zo_momentum": 0.5}, 0.5),
+        ({"zo_momentum": 0.0}, 0.0),
+        ({"zo_optim": "sgd"}, 0.0),
+        ({"zo_optim": "sgd", "zo_momentum": 0.9}, 0.9),
+        ({"zo_estimator": "conservative"}, 0.0),  # which judges a step without what earlier ones add
+    ],
+)
+def test_the_rule_has_its_momentum(tmp_path, options, momentum):
+    trainer = train(tmp_path, Mlp(), data=rows(), zo_layers="all", **options)
+    (group,) = trainer.optimizer.param_groups
+    assert group["momentum"] == momentum
+    assert trainer.args.zo_momentum == options.get("zo_momentum")  # what was asked for is what is recorded
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"zo_branch": "both"}, "zo_branch='both'"),
