@@ -130,6 +130,7 @@ def train(
         "optim": "sgd",
         "lr_scheduler_type": "constant",
         "zo_eps": 0.03,
+        "zo_optim": "sgd",  # a sign would make much of the last bit
         "zo_learning_rate": 1e-3,
         "logging_steps": 1,
         "save_strategy": "no",
