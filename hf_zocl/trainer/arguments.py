@@ -104,7 +104,7 @@ class ZeroOrderArguments:
     )
     zo_optim: str = field(default="sign", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
     zo_learning_rate: OnePerTower = field(
-        default=1e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."}
+        default=3e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."}
     )
     zo_momentum: float | None = field(
         default=None, metadata={"help": "Momentum of zo_optim=sgd (default: 0) and sign (default: 0.9)."}
