@@ -4,11 +4,11 @@
     python scripts/studies/reproduce.py pays --output_dir runs/plain
     python scripts/studies/reproduce.py pays --output_dir runs/aligned --classifier_alignment 100
     python scripts/studies/when_it_pays.py docs/benchmarks/pays.json runs/plain/cifar10-lora \\
-        runs/aligned/cifar10-lora --output docs/images/when_it_pays.png
+        --aligned runs/aligned/cifar10-lora --output docs/images/when_it_pays.png
 
 Memory and time are of a step of ViT-B/16 with random weights; accuracy is of the embedded model, for no CLIP of full
 size was trained. A row of the benchmark and the cell of the same name are one setting. Gradient checkpointing computes
-FO's gradient, so it has FO's accuracy.
+FO's gradient, so it has FO's accuracy. The table says how many seeds a cell has.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from hf_zocl.report.figures import save_figure
 
 
 CHECKPOINTING = "FO, gradient checkpointing"
-# In the picture: the colour, and where the name stands beside the mark, in points.
+# In the picture: the colour, on which side of the mark the name stands, and how far above it, in points.
 STYLES = {
-    "FO": ("#000000", (0, 9)),
-    CHECKPOINTING: ("#555555", (0, -15)),
-    "FO, text tower": ("#009E73", (0, 9)),
-    "dual/hop-even": ("#CC79A7", (0, 9)),
-    "vision/all": ("#0072B2", (0, 9)),
-    "dual/all": ("#D55E00", (0, 9)),
-    "dual/all, int8": ("#E69F00", (0, -15)),
+    "FO": ("#000000", "right", 6),
+    CHECKPOINTING: ("#555555", "left", 6),
+    "FO, text tower": ("#009E73", "left", -22),
+    "dual/hop-even": ("#CC79A7", "right", -10),
+    "vision/all": ("#0072B2", "right", 2),
+    "dual/all": ("#D55E00", "left", 4),
+    "dual/all, int8": ("#E69F00", "right", -12),
 }
 
 
@@ -47,7 +47,7 @@ class Setting:
     memory: float
     seconds: float
     plain: RunGroup
-    aligned: RunGroup
+    aligned: RunGroup | None
 
 
 @command
@@ -55,38 +55,42 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("benchmark", type=Path, help="what peers.py --rows pays has written")
     parser.add_argument("plain", type=Path, help="the folder of the cells")
-    parser.add_argument("aligned", type=Path, help="that of the cells with classifier alignment")
+    parser.add_argument("--aligned", type=Path, help="that of the cells with classifier alignment")
     parser.add_argument("--output", type=Path, default=Path("when_it_pays.png"), help="the picture")
     options = parser.parse_args()
     rows = {row["name"]: row["figures"] for row in read_json(options.benchmark)["rows"]}
-    settings = [
-        Setting(name, figures["peak_bytes"], figures["seconds"], *cells(name, options.plain, options.aligned))
-        for name, figures in rows.items()
-        if name != "inference"
-    ]
+    settings = []
+    for name, figures in rows.items():
+        plain = cell(name, options.plain)
+        if name != "inference" and plain is not None:
+            aligned = cell(name, options.aligned) if options.aligned else None
+            settings.append(Setting(name, figures["peak_bytes"], figures["seconds"], plain, aligned))
     print(table(settings, rows["inference"]).markdown())
     save_figure(draw(settings, rows["inference"]), options.output)
 
 
-def cells(name: str, *folders: Path) -> list[RunGroup]:
-    cell = "FO" if name == CHECKPOINTING else name.replace("/", "-")
-    return [load_groups([folder / cell])[0] for folder in folders]
+def cell(name: str, folder: Path) -> RunGroup | None:
+    """The runs of a row of the benchmark; None where there are none."""
+    runs = folder / ("FO" if name == CHECKPOINTING else name.replace("/", "-"))
+    return load_groups([runs])[0] if runs.is_dir() else None
 
 
 def table(settings: list[Setting], inference: dict[str, float]) -> Comparison:
-    headings = ("setting", "memory, GB", "s a step", "Avg", "Last", "aligned: Avg", "Last")
+    headings = ("setting", "memory, GB", "s a step", "Avg", "Last", "seeds", "aligned: Avg", "Last", "seeds")
     untrained = settings[0].plain.first["zero_shot"]
     zero_shot = ("zero-shot: inference", *measures(inference["peak_bytes"], inference["seconds"]))
-    lines = [(*zero_shot, *(f"{100 * untrained[name]:.1f}" for name in ("avg", "last")), "", "")]
+    lines = [(*zero_shot, *(f"{100 * untrained[name]:.1f}" for name in ("avg", "last")), "", "", "", "")]
     for setting in settings:
-        accuracies = [
-            "{:.1f} ± {:.1f}".format(*runs.percent(name))
-            for runs in (setting.plain, setting.aligned)
-            for name in ("avg", "last")
-        ]
-        lines.append((setting.name, *measures(setting.memory, setting.seconds), *accuracies))
-    seeds = len(settings[0].plain.runs)
-    return Comparison(headings, tuple(lines), f"Accuracy in percent, mean ± standard deviation of {seeds} seeds.")
+        cost = measures(setting.memory, setting.seconds)
+        lines.append((setting.name, *cost, *accuracies(setting.plain), *accuracies(setting.aligned)))
+    return Comparison(headings, tuple(lines), "Accuracy in percent, mean ± standard deviation.")
+
+
+def accuracies(runs: RunGroup | None) -> tuple[str, str, str]:
+    if runs is None:
+        return "", "", ""
+    avg, last = ("{:.1f} ± {:.1f}".format(*runs.percent(name)) for name in ("avg", "last"))
+    return avg, last, str(len(runs.runs))
 
 
 def measures(memory: float, seconds: float) -> tuple[str, str]:
@@ -105,21 +109,18 @@ def draw(settings: list[Setting], inference: dict[str, float]) -> Figure:
         axes.axvline(least, color="0.6", linewidth=1, linestyle="--")
         axes.axhline(zero_shot, color="0.6", linewidth=1, linestyle=":")
         for setting, place in zip(settings, places, strict=True):
-            color, offset = STYLES[setting.name]
-            for runs, filled in ((setting.plain, False), (setting.aligned, True)):
-                mean, spread = runs.percent("last")
-                axes.errorbar(
-                    place, mean, spread, marker="o", capsize=2, color=color, markerfacecolor=color if filled else "w"
-                )
+            color, side, above = STYLES[setting.name]
+            mean, spread = setting.plain.percent("last")
+            axes.errorbar(place, mean, spread, marker="o", capsize=3, color=color)
             axes.annotate(
-                setting.name, (place, setting.aligned.percent("last")[0]), offset,
-                textcoords="offset points", ha="center", fontsize=8, color=color,
+                setting.name, (place, mean), (8 if side == "left" else -8, above),
+                textcoords="offset points", ha=side, fontsize=8, color=color,
             )  # fmt: skip
         axes.set(xlabel=f"{title} (dashed: inference)", xlim=(0, 1.15 * max(places)))
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
-    left.set_ylabel("Last (%); filled: aligned; dotted: zero-shot")
+    left.set_ylabel("Last (%), after five tasks; dotted: zero-shot")
     return figure
 
 
