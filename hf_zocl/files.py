@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent at any moment, and on the disk before their names are; JSON among them."""
+"""Files (JSON too) and folders that are whole or absent at any moment, and on the disk before their names are."""
 
 import errno
 import hashlib

@@ -75,10 +75,10 @@ class ZeroOrderArguments:
         zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO). By default where it is of a
             `zo_objective` and would be stepped along as it is, for an objective's scale says nothing of the weights'.
         zo_optim: `sign` (of the momentum: every weight moves by the learning rate, whatever the scale of the loss),
-            `sgd` or `adamw`.
+            `sgd` or `adamw`; default: `sign`, but `sgd` with `fzoo`, whose steps do not depend on that scale.
         zo_learning_rate: The peak learning rate of the zeroth-order parameters.
         zo_momentum: Momentum of `sgd` and `sign`; default: 0.9 with `sign`, but 0 where `conservative` judges its
-            steps, and with `sgd`.
+            steps, and 0 with `sgd`.
         zo_weight_decay: Weight decay of the zeroth-order parameters.
         zo_max_grad_norm: Clips the zeroth-order estimate, apart from the gradient; 0 does not clip.
         zo_seed: Keys the directions; default `seed`.
@@ -102,7 +102,10 @@ class ZeroOrderArguments:
     zo_sign: bool | None = field(
         default=None, metadata={"help": "Step by the sign of the estimate (MoZO); default: with a zo_objective."}
     )
-    zo_optim: str = field(default="sign", metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}."})
+    zo_optim: str | None = field(
+        default=None,
+        metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}; default: sign, with fzoo sgd."},
+    )
     zo_learning_rate: OnePerTower = field(
         default=3e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."}
     )
@@ -134,7 +137,8 @@ class ZeroOrderArguments:
         self.zo_layers = parse_layers(self.zo_layers)
         LayerAssignment(self.zo_branch, self.zo_layers)  # an unknown branch or scheme fails here
         _choices("zo_estimator", self.zo_estimator, ESTIMATORS)
-        _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
+        if self.zo_optim is not None:
+            _choices("zo_optim", self.zo_optim, ZO_OPTIMIZERS)
         for name in PER_TOWER:
             setattr(self, name, self._per_tower(name))
         least = ESTIMATORS[self.zo_estimator].least_queries
@@ -214,11 +218,16 @@ class ZeroOrderArguments:
             )
 
     @property
-    def momentum(self) -> float:
-        """The momentum of the zeroth-order rule."""
+    def zo_rule(self) -> str:
+        """`zo_optim`, or the one that suits the estimator."""
+        return self.zo_optim or ("sign" if ESTIMATORS[self.zo_estimator].has_scale else "sgd")
+
+    @property
+    def zo_rule_momentum(self) -> float:
+        """`zo_momentum`, or the one that suits the rule."""
         if self.zo_momentum is not None:
             return self.zo_momentum
-        return 0.9 if self.zo_optim == "sign" and not ESTIMATORS[self.zo_estimator].judges_steps else 0.0
+        return 0.9 if self.zo_rule == "sign" and not ESTIMATORS[self.zo_estimator].judges_steps else 0.0
 
     @property
     def eps_by_branch(self) -> dict[str | None, float | None]:

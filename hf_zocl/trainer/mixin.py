@@ -187,7 +187,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._detach_zo_parameters(True)
         if self.optimizer is None:
             zo = build_zo_optimizer(
-                self.split.zo, args.zo_optim, args.learning_rates_by_branch, args.momentum, args.zo_weight_decay
+                self.split.zo, args.zo_rule, args.learning_rates_by_branch, args.zo_rule_momentum, args.zo_weight_decay
             )
             first_order = self._first_order_optimizer(model)
             # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
@@ -220,10 +220,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     @property
     def _goes_by_sign(self) -> bool:
         args, formula = self.args, ESTIMATORS[self.args.zo_estimator]
-        if formula.judges_steps and args.zo_optim == "sign":
+        if formula.judges_steps and args.zo_rule == "sign":
             return True  # what is judged must be what will be applied
         if args.zo_sign is None:
-            return self.zo_objective is not None and formula.has_scale and args.zo_optim == "sgd"
+            return self.zo_objective is not None and formula.has_scale and args.zo_rule == "sgd"
         return args.zo_sign
 
     def _first_order_optimizer(self, model: nn.Module | None) -> torch.optim.Optimizer:
@@ -309,8 +309,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             queries=tuple(estimator.queries.items()),
             seed=estimator.seed,
             sign=estimator.sign,
-            optimizer=args.zo_optim,
-            momentum=args.momentum,
+            optimizer=args.zo_rule,
+            momentum=args.zo_rule_momentum,
             weight_decay=args.zo_weight_decay,
             max_norm=args.zo_max_grad_norm,
             streamed=estimator.is_streamed,

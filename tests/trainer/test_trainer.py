@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_zocl import ZeroOrderArguments, ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.zo import ESTIMATORS, ReplayLog
+from hf_zocl.zo import ESTIMATORS, ReplayLog, SignSGD
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, slow_but_for, train, training_logs
 
 
@@ -543,21 +543,25 @@ def test_a_peft_wrapped_causal_lm_learns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "momentum"),
+    ("options", "rule", "momentum"),
     [
-        ({}, 0.9),
-        ({"zo_momentum": 0.5}, 0.5),
-        ({"zo_momentum": 0.0}, 0.0),
-        ({"zo_optim": "sgd"}, 0.0),
-        ({"zo_optim": "sgd", "zo_momentum": 0.9}, 0.9),
-        ({"zo_estimator": "conservative"}, 0.0),  # which judges a step without what earlier ones add
+        ({}, SignSGD, 0.9),
+        ({"zo_momentum": 0.5}, SignSGD, 0.5),
+        ({"zo_momentum": 0.0}, SignSGD, 0.0),
+        ({"zo_optim": "sgd"}, torch.optim.SGD, 0.0),
+        ({"zo_optim": "sgd", "zo_momentum": 0.9}, torch.optim.SGD, 0.9),
+        ({"zo_estimator": "conservative"}, SignSGD, 0.0),  # which judges a step without what earlier ones add
+        ({"zo_estimator": "fzoo", "zo_queries": 2}, torch.optim.SGD, 0.0),  # whose steps have a scale already
+        ({"zo_estimator": "fzoo", "zo_queries": 2, "zo_optim": "sign"}, SignSGD, 0.9),
     ],
 )
-def test_the_rule_has_its_momentum(tmp_path, options, momentum):
+def test_the_rule_and_its_momentum_suit_the_estimator(tmp_path, options, rule, momentum):
     trainer = train(tmp_path, Mlp(), data=rows(), zo_layers="all", **options)
-    (group,) = trainer.optimizer.param_groups
-    assert group["momentum"] == momentum
-    assert trainer.args.zo_momentum == options.get("zo_momentum")  # what was asked for is what is recorded
+    (part,) = trainer.optimizer.optimizer.parts
+    assert type(part) is rule
+    assert part.param_groups[0]["momentum"] == momentum
+    # What was asked for is what is recorded.
+    assert (trainer.args.zo_optim, trainer.args.zo_momentum) == (options.get("zo_optim"), options.get("zo_momentum"))
 
 
 @pytest.mark.parametrize(
