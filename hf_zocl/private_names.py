@@ -17,6 +17,7 @@ from torch import nn
 
 # A mode that sees every operation of a block, with its tensors; and the leaves of nested lists, tuples and dicts.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
@@ -52,6 +53,13 @@ def storage_id(tensor: torch.Tensor) -> int:
         NotImplementedError, RuntimeError: If the tensor has no storage, as a sparse one.
     """
     return tensor.untyped_storage()._cdata
+
+
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The tensors that a wrapper of others is made of, as torchao's quantised ones are; none of a plain tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return {}
+    return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
 
 
 def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:

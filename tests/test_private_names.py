@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import disk_offload
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from hf_zocl import private_names as names
@@ -52,6 +53,12 @@ def test_views_share_a_storage_and_others_do_not_though_both_are_empty():
     assert names.storage_id(other) != names.storage_id(torch.zeros(0))
     with pytest.raises((NotImplementedError, RuntimeError)):
         names.storage_id(torch.zeros(2, 2).to_sparse())
+
+
+def test_a_wrapper_is_made_of_tensors_and_a_plain_tensor_of_none():
+    one, other = torch.zeros(2), torch.ones(2)
+    assert names.parts_of(TwoTensor(one, other)) == {"a": one, "b": other}
+    assert names.parts_of(one) == names.parts_of(nn.Parameter(other)) == {}
 
 
 def test_a_buffer_is_seen_and_set_also_where_it_is_none():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..private_names import parts_of
 from ..zo.assignment import locate
 from .adapter_arguments import AdapterArguments, peft_config
 
@@ -114,7 +115,7 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 def base_digest(model: PeftModel) -> str:
     """SHA-256 of the weights under the active adapter: all parameters but those that its checkpoint holds.
 
-    Half-precision weights are hashed as float32.
+    Half-precision weights are hashed as float32, quantised ones as what they are made of.
     """
     saved = {tensor.data_ptr() for tensor in adapter_weights(model).values()}
     prefix = getattr(model.base_model, "prefix", None)
@@ -125,8 +126,18 @@ def base_digest(model: PeftModel) -> str:
         if parameter.data_ptr() not in saved and ".modules_to_save." not in name and (not prefix or prefix not in name)
     }
     for name, parameter in sorted(named.items()):
-        tensor = parameter.detach().cpu()
-        tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        for part, tensor in _plain_tensors(name, parameter.detach()):
+            tensor = tensor.cpu()
+            tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+            digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor with its name; in the place of a wrapper, those that it is made of."""
+    parts = parts_of(tensor)
+    if not parts:
+        yield name, tensor
+    for inner, part in parts.items():
+        yield from _plain_tensors(f"{name}.{inner}", part)

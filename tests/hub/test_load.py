@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoProcessor, BertConfig, BertModel, BertTokenizer, CLIPModel
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
@@ -295,6 +297,17 @@ def test_the_digest_of_a_base_model_sees_its_weights_alone():
     with torch.no_grad():
         one.base_model.model.logit_scale += 1e-4
     assert base_digest(one) != base_digest(other)
+
+
+def test_the_digest_of_a_quantised_base_is_of_what_its_weights_are_made_of():
+    def quantised(scale: float = 1.0) -> PeftModel:
+        model = get_peft_model(clip(), LORA)
+        layer = model.base_model.model.visual_projection
+        weight = layer.weight.detach()
+        layer.weight = nn.Parameter(TwoTensor(weight, torch.full_like(weight, scale)), requires_grad=False)
+        return model
+
+    assert base_digest(quantised()) == base_digest(quantised()) != base_digest(quantised(0.5))
 
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
