@@ -27,15 +27,15 @@ from hf_zocl.report.figures import save_figure
 
 
 CHECKPOINTING = "FO, gradient checkpointing"
-# In the picture: the colour, on which side of the mark the name stands, and how far above it, in points.
+# In the picture: the name, the colour, on which side of the mark the name stands, and how far above it, in points.
 STYLES = {
-    "FO": ("#000000", "right", 6),
-    CHECKPOINTING: ("#555555", "left", 6),
-    "FO, text tower": ("#009E73", "left", -22),
-    "dual/hop-even": ("#CC79A7", "right", -10),
-    "vision/all": ("#0072B2", "right", 2),
-    "dual/all": ("#D55E00", "left", 4),
-    "dual/all, int8": ("#E69F00", "right", -12),
+    "FO": ("FO", "#000000", "right", 6),
+    CHECKPOINTING: (CHECKPOINTING, "#555555", "left", 6),
+    "FO, text tower": ("FO, text tower alone", "#009E73", "left", -36),
+    "dual/hop-even": ("ZO every second layer", "#CC79A7", "right", -6),
+    "vision/all": ("ZO vision, FO text", "#0072B2", "right", 2),
+    "dual/all": ("ZO both", "#D55E00", "left", 4),
+    "dual/all, int8": ("ZO both, int8", "#E69F00", "right", -12),
 }
 
 
@@ -109,11 +109,11 @@ def draw(settings: list[Setting], inference: dict[str, float]) -> Figure:
         axes.axvline(least, color="0.6", linewidth=1, linestyle="--")
         axes.axhline(zero_shot, color="0.6", linewidth=1, linestyle=":")
         for setting, place in zip(settings, places, strict=True):
-            color, side, above = STYLES[setting.name]
+            label, color, side, above = STYLES[setting.name]
             mean, spread = setting.plain.percent("last")
             axes.errorbar(place, mean, spread, marker="o", capsize=3, color=color)
             axes.annotate(
-                setting.name, (place, mean), (8 if side == "left" else -8, above),
+                label, (place, mean), (8 if side == "left" else -8, above),
                 textcoords="offset points", ha=side, fontsize=8, color=color,
             )  # fmt: skip
         axes.set(xlabel=f"{title} (dashed: inference)", xlim=(0, 1.15 * max(places)))
