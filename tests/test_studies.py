@@ -49,7 +49,8 @@ def test_a_step_of_plain_sgd_on_the_whole_data_is_the_gradient(script, tmp_path)
 @pytest.mark.slow
 def test_a_step_with_few_queries_is_mostly_noise_and_measuring_changes_no_bit(script, tmp_path):
     measured, alone = mini_clip_classifier(), mini_clip_classifier()
-    options = {"zo_layers": "all", "zo_learning_rate": 1e-3, "max_steps": 3, "data": image_examples(8)}
+    options = {"zo_layers": "all", "zo_optim": "sgd", "zo_learning_rate": 1e-3, "max_steps": 3}
+    options["data"] = image_examples(8)
     probe = script("alignment")["Probe"](measured, every=1, batches=1)
     train(tmp_path, measured, callbacks=[probe], zo_queries={"vision": 1, "language": 64}, **options)
     train(tmp_path, alone, zo_queries={"vision": 1, "language": 64}, **options)
