@@ -122,5 +122,5 @@ def test_pretraining_runs_to_the_end_goes_on_from_its_state_and_its_model_loads(
 def test_pretraining_refuses_a_model_that_is_too_large(pretrain, tmp_path):
     done = pretrain("--width", "256", "--vision_layers", "10")
     assert done.returncode != 0
-    assert "at most 6,000,000 fit" in done.stderr
+    assert "at most 6,000,000 are allowed" in done.stderr
     assert not (tmp_path / "tiny-clip").exists()

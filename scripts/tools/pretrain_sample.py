@@ -376,7 +376,8 @@ def main() -> None:
     soft = soft_targets(features, pool.labels, words, device)
     # The rows of a class follow no order, so its first ones are as good as any.
     one_hot = F.one_hot(pool.labels, len(pool.class_names))
-    is_held_out = (one_hot.cumsum(0) * one_hot).sum(-1) <= HELD_OUT_PER_CLASS
+    most = one_hot.sum(0).max().item() // 2  # a smoke run has few of a class, and must have some to train on
+    is_held_out = (one_hot.cumsum(0) * one_hot).sum(-1) <= min(HELD_OUT_PER_CLASS, most)
     features = F.normalize(features.float() - features.float().mean(0), dim=-1).half().to(device)
     kept = (~is_held_out).nonzero().squeeze(-1)
     train_set, held_out = pool.part(kept).to(device), pool.part(is_held_out)
