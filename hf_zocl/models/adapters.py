@@ -130,7 +130,7 @@ def base_digest(model: PeftModel) -> str:
             tensor = tensor.cpu()
             tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
             digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
