@@ -7,7 +7,6 @@ leaves what rank 0 found in FOLDER/results.pt.
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import tempfile
@@ -188,16 +187,10 @@ class Payload(TrainerCallback):
             dist.group.WORLD.payload.clear()
 
 
-def run_cases(names: Iterable[str], micro_batches: int | None = None) -> dict[str, dict]:
-    """For every case: the losses of all steps, the adapter, how far it moved, and what the processes differ by.
-
-    Args:
-        micro_batches: So many a case, or a few more, in steps that accumulate them; None: a few steps.
-    """
+def run_cases(names: Iterable[str], steps: int) -> dict[str, dict]:
+    """For every case: the losses of all steps, the adapter, how far it moved, and what the processes differ by."""
     results = {}
     for name in names:
-        count = CASES[name].get("gradient_accumulation_steps", 1)
-        steps = QUICK_STEPS if micro_batches is None else math.ceil(micro_batches / count)
         trainer, start = train(steps, **CASES[name])
         end = adapter_of(trainer.model)
         results[name] = {
@@ -287,9 +280,9 @@ def main() -> None:
     rank = dist.get_rank()
     results: dict[str, Any] = {"predictions": predict()}
     if group == "grid":
-        results["cases"] = run_cases(GRID, micro_batches=50)
+        results["cases"] = run_cases(GRID, steps=50)
     if group == "quick":
-        results["cases"] = run_cases(QUICK)
+        results["cases"] = run_cases(QUICK, QUICK_STEPS)
         results["payloads"] = run_payloads()
         results["frozen"] = frozen_experts()
         # Were another process to write, it would be seen.

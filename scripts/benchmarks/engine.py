@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from engine_report import format_bars, format_rows, format_sweep, write
 from engine_rows import BARS, GPU_BARS, SHAPES, SWEEP, Row, Setting, choose_rows
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, Trainer, TrainerCallback, TrainingArguments
 
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.commands import command
+from hf_zocl.commands import command, require
 from hf_zocl.models import AdapterArguments, CLIPClassifier, add_adapter
 from hf_zocl.passes import ForwardState, PlainEvaluation, TowerEvaluation, TowerPlan
 from hf_zocl.sample import sample_path
@@ -78,9 +79,7 @@ def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None
     torch.manual_seed(0)
     clip = CLIPModel(config)
     if int8:
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(clip, Int8WeightOnlyConfig())
+        quantise(clip)
     clip = add_adapter(clip, AdapterArguments(adapter=adapter, frozen_parameters=[frozen] if frozen else None))
     for parameter in clip.parameters():
         if parameter.requires_grad:
@@ -89,7 +88,16 @@ def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None
     return CLIPClassifier(clip, tokenizer, names).to(setting.device)
 
 
-WARM_UP = 4  # images
+def quantise(model: nn.Module) -> None:
+    """Make the linear layers of the base int8, by torchao; an adapter stays as it is."""
+    require("torchao", extra="examples")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(
+        model, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and "lora_" not in name
+    )
+
+
 COLOURS = ("red", "green", "blue", "white", "black", "small", "large", "old", "new", "wooden")
 THINGS = ("cat", "dog", "car", "ship", "bird", "horse", "frog", "truck", "house", "tree")
 
@@ -173,6 +181,9 @@ def trainer_step(
         return {"seconds": timer.seconds, **zo}
 
     return step
+
+
+WARM_UP = 4  # images
 
 
 class TimedTrainer(ZOCLTrainer):

@@ -10,16 +10,17 @@ there: threefold apart, until the best lies between two others, on held-out trai
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
 from copy import deepcopy
 
+import numpy as np
 import torch
-from text_classifier import EPS, TUNED_SEED, Split, Top, accuracy, extract_model, read, states, tune
+from text_classifier import EPS, TUNED_SEED, Split, Top, accuracy, extract_model, prepare, tune
 from torch import nn
 
 from hf_zocl.commands import Parser, command
+from hf_zocl.report.compare import mean_and_deviation
 
 
 LAZY = 50
@@ -65,28 +66,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs at the chosen rate")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        base = str(extract_model(folder))
-        whole = []
-        for name in ("train", "test"):
-            texts, names = read(name)
-            classes = sorted(set(names))
-            whole.append((*states(base, texts), torch.tensor([classes.index(each) for each in names])))
-        top = Top(base, len(classes))
-    order = torch.randperm(len(whole[0][2]), generator=torch.Generator().manual_seed(0))
-    parts = {"train": order[len(order) // 5 :], "held-out": order[: len(order) // 5]}
-    data = {name: tuple(tensor[part] for tensor in whole[0]) for name, part in parts.items()} | {"test": whole[1]}
+        top, data = prepare(str(extract_model(folder)))
     steps = options.passes // 2
     for rank in options.ranks:
         tried = tune(1e-3, lambda rate, rank=rank: run(top, data, rank, rate, TUNED_SEED, "held-out", steps))
         rate = max(tried, key=tried.__getitem__)
         start = time.process_time()
-        found = [100 * run(top, data, rank, rate, seed, "test", steps) for seed in range(options.seeds)]
+        found = [run(top, data, rank, rate, seed, "test", steps) for seed in range(options.seeds)]
         seconds = (time.process_time() - start) / options.seeds
-        spread = statistics.stdev(found) if len(found) > 1 else 0.0
-        print(
-            f"| {rank or 'dense'} | {rate:.2g} | {statistics.mean(found):.1f} ± {spread:.1f} | {seconds:.0f} |",
-            flush=True,
-        )
+        accuracies = mean_and_deviation(100 * np.array(found), 1)
+        print(f"| {rank or 'dense'} | {rate:.2g} | {accuracies} | {seconds:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from paper import ACCURACIES, PEAK_GB, compare_with_findings, format_p, p_value, paper_differences
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig
 
@@ -46,7 +45,7 @@ from hf_zocl.sample import resolve
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from engine import Row, Setting, measure_apart
+from engine import Row, Setting, measure_apart, quantise
 
 
 BENCHMARKS = {
@@ -268,16 +267,8 @@ def run_cell(arguments: list[str], folder: Path, seed: int, int8: bool = False) 
     own = ["--seed", str(seed), "--output_dir", str(folder), "--push_to_hub", "false"]  # a cell is no repository
     scheduler = build_scheduler(parse_recipe([*arguments, *own]))
     if int8:
-        require("torchao", extra="examples")
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-        quantize_(scheduler.model.clip, Int8WeightOnlyConfig(), is_of_base)
+        quantise(scheduler.model.clip)
     scheduler.run(resume=True)
-
-
-def is_of_base(module: nn.Module, name: str) -> bool:
-    """Whether a module holds weights of the base that can be int8."""
-    return isinstance(module, nn.Linear) and "lora_" not in name
 
 
 def read_cells(folder: Path, cells: dict[str, Cell], seeds: list[int]) -> list[RunGroup]:

@@ -101,6 +101,20 @@ def states(folder: str, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(found), mask.bool()
 
 
+def prepare(folder: str) -> tuple[Top, dict[str, Split]]:
+    """The classifier, and its training, held-out and test examples."""
+    texts, names = zip(*(read(name) for name in ("train", "test")), strict=True)
+    classes = sorted(set(names[0]))
+    whole = []
+    for own_texts, own_names in zip(texts, names, strict=True):
+        labels = torch.tensor([classes.index(name) for name in own_names])
+        whole.append((*states(folder, own_texts), labels))
+    order = torch.randperm(len(whole[0][2]), generator=torch.Generator().manual_seed(0))
+    parts = {"train": order[len(order) // 5 :], "held-out": order[: len(order) // 5]}
+    data = {name: tuple(tensor[part] for tensor in whole[0]) for name, part in parts.items()}
+    return Top(folder, len(classes)), {**data, "test": whole[1]}
+
+
 def run(method: str, rate: float, seed: int, make: Callable[[int], nn.Module], data: dict[str, Split],
         split: str, passes: int, looks: int, batch: int) -> list[float]:  # fmt: skip
     """The accuracies on a split after equal parts of so many forward passes."""
@@ -195,18 +209,7 @@ def main() -> None:
 
 
 def study(base: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    texts, names = zip(*(read(name) for name in ("train", "test")), strict=True)
-    classes = sorted(set(names[0]))
-    whole, data = [], {}
-    for own_texts, own_names in zip(texts, names, strict=True):
-        labels = torch.tensor([classes.index(name) for name in own_names])
-        whole.append((*states(base, list(own_texts)), labels))
-    order = torch.randperm(len(whole[0][2]), generator=torch.Generator().manual_seed(0))
-    parts = order[len(order) // 5 :], order[: len(order) // 5]
-    data["train"], data["held-out"] = (tuple(tensor[part] for tensor in whole[0]) for part in parts)
-    data["test"] = whole[1]
-
-    top = Top(base, len(classes))
+    top, data = prepare(base)
     shared = {"make": partial(made, top), "data": data, "passes": args.passes, "batch": args.batch}
     rows = []
     for method in tqdm(args.methods):

@@ -19,10 +19,12 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from reproduce import folder_of
 
 from hf_zocl.commands import Parser, command
 from hf_zocl.files import read_json
 from hf_zocl.report import Comparison, RunGroup, load_groups
+from hf_zocl.report.compare import mean_and_deviation
 from hf_zocl.report.figures import save_figure
 
 
@@ -71,7 +73,7 @@ def main() -> None:
 
 def cell(name: str, folder: Path) -> RunGroup | None:
     """The runs of a row of the benchmark; None where there are none."""
-    runs = folder / ("FO" if name == CHECKPOINTING else name.replace("/", "-"))
+    runs = folder_of(folder, "FO" if name == CHECKPOINTING else name)
     return load_groups([runs])[0] if runs.is_dir() else None
 
 
@@ -89,7 +91,7 @@ def table(settings: list[Setting], inference: dict[str, float]) -> Comparison:
 def accuracies(runs: RunGroup | None) -> tuple[str, str, str]:
     if runs is None:
         return "", "", ""
-    avg, last = ("{:.1f} ± {:.1f}".format(*runs.percent(name)) for name in ("avg", "last"))
+    avg, last = (mean_and_deviation(100 * runs.values(name), 1) for name in ("avg", "last"))
     return avg, last, str(len(runs.runs))
 
 

@@ -71,13 +71,13 @@ def test_two_processes_align_as_one(tmp_path):
 @pytest.mark.parametrize("case", worker.QUICK)
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_the_batch_of_both(pair, case):
-    assert_same_training(worker.run_cases([case])[case], pair["cases"][case])
+    assert_same_training(worker.run_cases([case], worker.QUICK_STEPS)[case], pair["cases"][case])
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_over_50_micro_batches(tmp_path):
+def test_two_processes_train_as_one_over_50_steps(tmp_path):
     found = launch(2, "grid", tmp_path)["cases"]
-    for case, one in worker.run_cases(worker.GRID, micro_batches=50).items():
+    for case, one in worker.run_cases(worker.GRID, steps=50).items():
         assert_same_training(one, found[case])
 
 
