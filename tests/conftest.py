@@ -1,5 +1,6 @@
 """Shared fixtures: nothing here reaches the network."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -11,6 +12,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_collection_finish():
+    """Leave what is imported by now out of every later collection: each training ends with a full one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,9 @@ from ..zo.estimators.base import wide
 from ..zo.perturbation import Perturbation
 
 
-# A perturbation grows from ε by these, until the loss changes by so much of itself, and so many times its noise.
-SIZES = tuple(4.0**power for power in range(7))
+# A perturbation is so many times ε: the first of these at which the loss changes by so much of itself, and so many times
+# its noise. The smallest are seldom needed.
+SIZES = (16.0, 64.0, 256.0, 1024.0, 4096.0, 4.0, 1.0)
 SEEN_PART, SEEN_NOISES = 5e-3, 3e4
 # A shortcut's loss is another where it is off by so much of the change, and so many times the noise.
 FAULT_PART, FAULT_NOISES = 3e-4, 10
@@ -96,20 +97,25 @@ class SelfCheck:
 
     def _seen(self, perturbation: Perturbation, base: float) -> tuple[float, float, float]:
         """The size at which the perturbation is seen best, or the largest with a finite loss; that loss, its noise."""
-        size, loss, seen = 0.0, base, []
-        for larger in SIZES:
+        size, loss, limit, seen = 0.0, base, math.inf, []
+        for step in SIZES:
+            if step > limit:
+                continue
             try:
-                (found,) = self._losses(self.plain, [{perturbation: _offset(perturbation, larger)}])
+                (found,) = self._losses(self.plain, [{perturbation: _offset(perturbation, step)}])
                 change = abs(found - base)
                 if not math.isfinite(change):
-                    break
-                size, loss = larger, found
+                    limit = step
+                    continue
+                if step > size:
+                    size, loss = step, found
                 if change > SEEN_PART * abs(base):
-                    seen.append((size, loss, self._noise(perturbation, size, loss)))
+                    seen.append((step, found, self._noise(perturbation, step, found)))
             except Exception:
-                if larger == SIZES[0]:
+                if step == SIZES[-1] and not size:
                     raise
-                break  # a loss may refuse weights that make no sense
+                limit = step  # a loss may refuse weights that make no sense
+                continue
             if seen and change > SEEN_NOISES * seen[-1][2]:
                 break
         if not seen:

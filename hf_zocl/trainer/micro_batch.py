@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class MicroBatch:
     def device(self) -> torch.device:
         return self.trainer.args.device
 
-    @property
+    @cached_property
     def module(self) -> nn.Module:
         """The module that gives the further losses."""
         if self.trainer._plan.towers:
