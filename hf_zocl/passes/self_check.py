@@ -15,8 +15,8 @@ from ..zo.estimators.base import wide
 from ..zo.perturbation import Perturbation
 
 
-# A perturbation is so many times ε: the first of these at which the loss changes by so much of itself, and so many times
-# its noise. The smallest are seldom needed.
+# A perturbation is so many times ε: the first of these at which the loss changes by so much of itself, and so many
+# times its noise. The smallest are seldom needed.
 SIZES = (16.0, 64.0, 256.0, 1024.0, 4096.0, 4.0, 1.0)
 SEEN_PART, SEEN_NOISES = 5e-3, 3e4
 # A shortcut's loss is another where it is off by so much of the change, and so many times the noise.

@@ -23,6 +23,7 @@ HUB_STRATEGIES = ("every_task", "end", "every_save", "checkpoint", "all_checkpoi
 TOWERS = ("vision", "language")
 # What may be set for each tower apart, and what its values are.
 PER_TOWER = {"zo_queries": int, "zo_eps": float, "zo_learning_rate": float}
+MEASURED = ("zo_eps", "zo_learning_rate")  # where `auto` is a value
 
 
 def _choices(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -76,7 +77,9 @@ class ZeroOrderArguments:
             `zo_objective` and would be stepped along as it is, for an objective's scale says nothing of the weights'.
         zo_optim: `sign` (of the momentum: every weight moves by the learning rate, whatever the scale of the loss),
             `sgd` or `adamw`; default: `sign`, but `sgd` with `fzoo`, whose steps do not depend on that scale.
-        zo_learning_rate: The peak learning rate of the zeroth-order parameters.
+        zo_learning_rate: The peak learning rate of the zeroth-order parameters; `auto` takes it from the slope and
+            the curvature of the loss along random directions, measured as a training begins (`hf_zocl.zo.rates`).
+            Where nothing is measured, by `forward-gradient` or with a `zo_objective`, it is 3e-4.
         zo_momentum: Momentum of `sgd` and `sign`; default: 0.9 with `sign`, but 0 where `conservative` judges its
             steps, and 0 with `sgd`.
         zo_weight_decay: Weight decay of the zeroth-order parameters.
@@ -107,7 +110,7 @@ class ZeroOrderArguments:
         metadata={"help": f"Zeroth-order rule: {', '.join(ZO_OPTIMIZERS)}; default: sign, with fzoo sgd."},
     )
     zo_learning_rate: OnePerTower = field(
-        default=3e-4, metadata={"help": "Peak learning rate of the zeroth-order rule."}
+        default="auto", metadata={"help": "Peak learning rate of the zeroth-order rule, or auto: measured."}
     )
     zo_momentum: float | None = field(
         default=None, metadata={"help": "Momentum of zo_optim=sgd (default: 0) and sign (default: 0.9)."}
@@ -152,7 +155,7 @@ class ZeroOrderArguments:
                 raise ValueError(f"{name}={value}: the size of the perturbation must be greater than 0.")
         others = [(name, getattr(self, name)) for name in ("zo_momentum", "zo_weight_decay", "zo_max_grad_norm")]
         for name, value in [*self._values("zo_learning_rate"), *others]:
-            if value is not None and not value >= 0:
+            if value not in (None, "auto") and not value >= 0:
                 raise ValueError(f"{name}={value}: expected 0 or more.")
         if self.zo_branch != "none" and ESTIMATORS[self.zo_estimator].judges_steps:
             self._check_judged_step()
@@ -177,7 +180,7 @@ class ZeroOrderArguments:
 
     def _per_tower(self, name: str) -> Any:
         """Read one value, or one for each tower as a mapping; a tower that is not named has the default."""
-        given, kind, words = getattr(self, name), PER_TOWER[name], ("auto",) if name == "zo_eps" else ()
+        given, kind, words = getattr(self, name), PER_TOWER[name], ("auto",) if name in MEASURED else ()
         by_tower = given
         if isinstance(given, str) and "=" in given:
             by_tower = dict(part.strip().split("=", 1) if "=" in part else (part, None) for part in given.split(","))
@@ -232,7 +235,7 @@ class ZeroOrderArguments:
     @property
     def eps_by_branch(self) -> dict[str | None, float | None]:
         """ε of each tower; None where it is to be measured."""
-        return {branch: None if eps == "auto" else eps for branch, eps in self._by_branch("zo_eps").items()}
+        return self._by_branch("zo_eps")
 
     @property
     def queries_by_branch(self) -> dict[str | None, int]:
@@ -240,15 +243,17 @@ class ZeroOrderArguments:
         return self._by_branch("zo_queries")
 
     @property
-    def learning_rates_by_branch(self) -> dict[str | None, float]:
-        """The peak zeroth-order learning rate of each tower; None stands for a model with a single one."""
+    def rates_by_branch(self) -> dict[str | None, float | None]:
+        """The peak zeroth-order learning rate of each tower; None where it is to be measured."""
         return self._by_branch("zo_learning_rate")
 
     def _by_branch(self, name: str) -> dict[str | None, Any]:
+        """An argument's value by branch; None stands for the branch of a model with a single one, and for `auto`."""
         value = getattr(self, name)
         if not isinstance(value, Mapping):
-            return dict.fromkeys((None, *TOWERS), value)
-        return {None: ZeroOrderArguments.__dataclass_fields__[name].default, **value}
+            value = dict.fromkeys((None, *TOWERS), value)
+        value = {None: ZeroOrderArguments.__dataclass_fields__[name].default, **value}
+        return {branch: None if own == "auto" else own for branch, own in value.items()}
 
     @property
     def layer_assignment(self) -> LayerAssignment:

@@ -32,6 +32,7 @@ from .micro_batch import MicroBatch
 from .objective import Objective, ObjectiveWatch, check_objective
 from .pending import PendingEstimates
 from .placement import check_placement
+from .rates import chosen_rates, first_rates
 from .replay_file import earlier_log, save_replay_log
 from .resumable import ResumableTrainer
 
@@ -187,7 +188,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._detach_zo_parameters(True)
         if self.optimizer is None:
             zo = build_zo_optimizer(
-                self.split.zo, args.zo_rule, args.learning_rates_by_branch, args.zo_rule_momentum, args.zo_weight_decay
+                self.split.zo, args.zo_rule, first_rates(args), args.zo_rule_momentum, args.zo_weight_decay
             )
             first_order = self._first_order_optimizer(model)
             # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
@@ -208,9 +209,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._watch = watch(self._estimator, args.eps_by_branch, self.accelerator.mixed_precision)
         perturbations = self._estimator.perturbations.values()
         self._plan = TowerPlan(module, perturbations, self._average_over_ranks)
-        self._estimates = PendingEstimates(
-            self.split, self._estimator, self._hybrid, args.zo_max_grad_norm, args.learning_rates_by_branch
-        )
+        self._estimates = PendingEstimates(self.split, self._estimator, self._hybrid, args.zo_max_grad_norm)
         # What half precision rounds away of a move depends on ε, which a log does not have.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
         is_replayable = not self._has_first_order and not is_rounded
@@ -273,6 +272,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _measure_differences(self, micro_batch: MicroBatch) -> None:
         micro_batch.measure_differences()
+        self._estimates.set_peak_rates(chosen_rates(self.args, self._estimator, accumulated_batches(self)))
 
     def _take(self, estimate: Estimate, scale: float) -> None:
         """Keep a micro-batch's estimate until the optimizer's step."""

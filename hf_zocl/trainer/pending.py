@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
 from ..zo import Estimate, HybridOptimizer, Moments, ParameterSplit, Place, ZOEstimator
+from ..zo.optimizer import RATE_FACTOR, rate_factor
 from .step_log import StepLog
 
 
@@ -18,7 +20,6 @@ class PendingEstimates:
         estimator: Made the estimates.
         optimizer: Steps along their sum.
         max_norm: Clips the sum, apart from the first-order gradients; 0 does not clip.
-        peak_rates: The highest learning rate of every branch, for the log.
     """
 
     def __init__(
@@ -27,10 +28,9 @@ class PendingEstimates:
         estimator: ZOEstimator,
         optimizer: HybridOptimizer,
         max_norm: float,
-        peak_rates: Mapping[str | None, float],
     ):
         self.split, self.estimator, self.optimizer = split, estimator, optimizer
-        self.max_norm, self.peak_rates = max_norm, peak_rates
+        self.max_norm = max_norm
         self._scaled: list[tuple[Estimate, float]] = []
         self._log = StepLog()
         # Those of the last step that was streamed, and its learning rates.
@@ -67,7 +67,24 @@ class PendingEstimates:
     @property
     def learning_rates(self) -> dict[str | None, float]:
         """The present ones, by branch, in the order of the branches."""
-        return {group["zo_branch"]: group["lr"] for group in self.optimizer.param_groups if "zo_branch" in group}
+        return {branch: group["lr"] * rate_factor(group) for branch, group in self._groups.items()}
+
+    @property
+    def peak_rates(self) -> dict[str | None, float]:
+        """The highest of the schedule: at the start of a warm-up all rates are zero."""
+        return {
+            branch: group.get("initial_lr", group["lr"]) * rate_factor(group) for branch, group in self._groups.items()
+        }
+
+    @property
+    def _groups(self) -> dict[str | None, dict[str, Any]]:
+        return {group["zo_branch"]: group for group in self.optimizer.param_groups if "zo_branch" in group}
+
+    def set_peak_rates(self, rates: Mapping[str | None, float]) -> None:
+        """Give branches another peak learning rate; the schedule goes on."""
+        for branch, rate in rates.items():
+            group = self._groups[branch]
+            group[RATE_FACTOR] = rate / group.get("initial_lr", group["lr"])
 
     def figures(self) -> dict[str, float]:
         """The latest step's, for the console and the history."""

@@ -36,7 +36,7 @@ class StepLog:
         Args:
             moments: Of the gradient, by branch and layer.
             rates: The present learning rate of every branch.
-            peaks: Its highest one: at the start of a warm-up all rates are zero.
+            peaks: Its highest one.
         """
         branches: dict[str | None, Moments] = {}
         for (branch, layer), own in moments.items():

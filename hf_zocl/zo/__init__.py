@@ -7,6 +7,7 @@ from .estimators import ESTIMATORS, Estimate, Evaluation
 from .noise import Resolution, rounding_noise
 from .optimizer import HybridOptimizer, SignSGD, build_zo_optimizer
 from .perturbation import Moments, Perturbation
+from .rates import balanced_rate
 from .replay import ReplayLog, ReplaySettings
 from .streaming import StreamedPerturbation
 
@@ -29,6 +30,7 @@ __all__ = [
     "StreamedPerturbation",
     "ZOEstimator",
     "ZOGroup",
+    "balanced_rate",
     "build_zo_optimizer",
     "direction_seed",
     "draw_direction",

@@ -39,6 +39,7 @@ class Resolution:
         slope: |L'|, root mean square.
         finer: Whether the losses are taken by finer passes than the training's own.
         training_noise: σ of the training's own passes.
+        curvature: |L''|, root mean square; 0 where it was not measured.
     """
 
     eps: float
@@ -47,6 +48,7 @@ class Resolution:
     slope: float
     finer: bool = False
     training_noise: float = 0.0
+    curvature: float = 0.0
 
     @property
     def is_seen(self) -> bool:
@@ -56,10 +58,17 @@ class Resolution:
 
 @dataclass(frozen=True)
 class Shape:
-    """Derivatives of a loss along random directions: the first, and the second or, two-sided, third; mean sizes."""
+    """Derivatives of a loss along random directions, root mean squares.
+
+    Attributes:
+        slope: Of the first.
+        bend: Of the one that truncates a difference: the second, or two-sided the third.
+        curvature: Of the second.
+    """
 
     slope: float
     bend: float
+    curvature: float = 0.0
 
 
 def rounding_noise(losses: torch.Tensor) -> float | None:
@@ -128,13 +137,13 @@ def measure_shape(line: Line, noise: float, is_two_sided: bool, size: float = 1e
     for _ in range(4):
         points = [line(number, [size * offset for offset in offsets]).double().cpu() for number in range(DIRECTIONS)]
         back, ahead, *far = torch.stack(points, dim=1)
-        odd = (ahead - back) / 2
+        odd, curvature = (ahead - back) / 2, _rms(ahead + back - 2 * base) / size**2
         if is_two_sided:
             far_odd = (far[1] - far[0]) / 2
-            shape = Shape(_rms((8 * odd - far_odd) / 6) / size, _rms(far_odd - 2 * odd) / size**3)
+            shape = Shape(_rms((8 * odd - far_odd) / 6) / size, _rms(far_odd - 2 * odd) / size**3, curvature)
             truncation = size**3 * shape.bend / 6
         else:
-            shape = Shape(_rms(odd) / size, _rms(ahead + back - 2 * base) / size**2)
+            shape = Shape(_rms(odd) / size, curvature, curvature)
             truncation = size**2 * shape.bend / 2
         drowns = size * shape.slope < 10 * noise
         if truncation > size * shape.slope and not drowns and size > 10 * EPS_RANGE[0]:
@@ -176,9 +185,8 @@ def measure(line: Line, finer: Line | None, is_two_sided: bool, eps: float | Non
 
     def resolution(noise: float, finer: bool) -> Resolution:
         size = best_eps(noise, shape, is_two_sided) if eps is None else eps
-        return Resolution(
-            size, noise, relative_error(size, noise, shape, is_two_sided), shape.slope, finer, training_noise
-        )
+        error = relative_error(size, noise, shape, is_two_sided)
+        return Resolution(size, noise, error, shape.slope, finer, training_noise, shape.curvature)
 
     own = resolution(noise, finer=False)
     if finer is None or own.error <= GOOD_ERROR:

@@ -12,6 +12,13 @@ from .assignment import ZOGroup, in_branch
 
 
 ZO_OPTIMIZERS = ("sgd", "sign", "adamw")
+BETAS = (0.9, 0.999)
+# In a zeroth-order group: by what a step multiplies `lr`, which is the schedule's.
+RATE_FACTOR = "zo_rate_factor"
+
+
+def rate_factor(group: Mapping[str, Any]) -> float:
+    return group.get(RATE_FACTOR, 1.0)
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -54,7 +61,7 @@ def build_zo_optimizer(
     lr: float | Mapping[str | None, float] = 1e-3,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.999),
+    betas: tuple[float, float] = BETAS,
 ) -> torch.optim.Optimizer:
     """The rule for the zeroth-order parameters: one parameter group per branch, marked by its key `zo_branch`.
 
@@ -150,8 +157,15 @@ class HybridOptimizer(torch.optim.Optimizer):
         *others, last = self.parts
         for part in others:
             part.step()
-        for _ in [None] if self.stream is None else self.stream:
-            last.step()
+        scheduled = [group["lr"] for group in last.param_groups]
+        try:
+            for group in last.param_groups:
+                group["lr"] *= rate_factor(group)
+            for _ in [None] if self.stream is None else self.stream:
+                last.step()
+        finally:
+            for group, rate in zip(last.param_groups, scheduled, strict=True):
+                group["lr"] = rate
         self.stream = None
         return loss
 

@@ -1,0 +1,56 @@
+"""The learning rate of zeroth-order steps, from the slope and the curvature of the loss along random directions.
+
+A step along q directions ±1 is nearly all noise: it moves every one of the weights by some D, and follows the gradient
+by little. Where L' and L'' are the loss's derivatives along such a direction (root mean squares), and K steps go about
+the same way, because of the momentum, a step gains D·L'·√(q·K) and loses D²·L''·K/2 to curvature. The gain is greatest
+at D = √(q/K)·L'/L''. Half of that is taken: a batch's slope is more than the data's.
+
+This is free of all scales: of the loss's, of the weights' and of their number. The steps of `sgd` are as long as the
+estimate, which now and then is very long, so that they take a tenth.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .optimizer import BETAS
+
+
+PART, SGD_PART = 0.5, 0.1
+# No weight moves by more in a step: the derivatives are those at θ.
+MAX_MOVE = 1e-2
+
+
+def balanced_rate(
+    rule: str,
+    momentum: float,
+    queries: int,
+    slope: float,
+    curvature: float,
+    is_sign: bool = False,
+    has_scale: bool = True,
+) -> float:
+    """The peak learning rate η at which weights move by that part of D, and by MAX_MOVE at most.
+
+    Args:
+        rule: `sgd`, `sign` or `adamw`.
+        momentum: μ of `sgd` and `sign`.
+        queries: q, of all micro-batches of a step.
+        slope: L' along a random direction of ±1; above 0.
+        curvature: L''; above 0.
+        is_sign: Whether the rule is given the estimate's sign.
+        has_scale: Whether the estimate's quotients are those of the loss, and not of its differences' deviation.
+    """
+    alike = momentum if rule != "adamw" else BETAS[0]
+    together = (1 + alike) / (1 - alike)
+    part = SGD_PART if rule == "sgd" else PART
+    move = min(part * math.sqrt(queries / together) * slope / curvature, MAX_MOVE)
+    # What η = 1 moves a weight by, root mean square.
+    if rule == "sign":
+        unit = 1.0
+    elif rule == "adamw":
+        unit = 1 / math.sqrt(together)
+    else:
+        estimate = 1.0 if is_sign else (slope if has_scale else 1.0) / math.sqrt(queries)
+        unit = estimate / math.sqrt(1 - momentum**2)
+    return float(f"{move / unit:.1e}")

@@ -1,0 +1,107 @@
+"""`zo_learning_rate: auto`, in a training."""
+
+import pytest
+import torch
+
+from hf_zocl import ZOCLTrainer
+from hf_zocl.trainer.rates import DEFAULT_RATE, chosen_rates
+from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
+
+
+def chosen(trainer) -> dict:
+    """What the measured derivatives give."""
+    return chosen_rates(trainer.args, trainer._estimator, trainer.args.gradient_accumulation_steps)
+
+
+def weights_after(trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"zo_optim": "adamw", "gradient_accumulation_steps": 2},
+        {"zo_estimator": "two-sided", "zo_optim": "sgd", "zo_queries": 3},
+        {"zo_estimator": "fzoo", "zo_queries": 4},
+        {"zo_estimator": "conservative"},
+        {"zo_estimator": "one-sided", "zo_optim": "sgd", "zo_sign": True, "zo_eps": 1e-3},
+    ],
+)
+def test_auto_trains_as_the_number_that_it_chooses(tmp_path, options):
+    options = {"zo_layers": "all", "max_steps": 3, "warmup_steps": 2, "lr_scheduler_type": "linear", **options}
+    auto = train(tmp_path, Mlp(), data=rows(), **options)
+    (rate,) = chosen(auto).values()
+    number = train(tmp_path, Mlp(), data=rows(), zo_learning_rate=rate, **options)
+    torch.testing.assert_close(weights_after(auto), weights_after(number), rtol=1e-5, atol=1e-7)
+    assert not torch.equal(weights_after(auto), torch.cat([p.detach().flatten() for p in Mlp().parameters()]))
+    logged = [[log["zo_learning_rate"] for log in training_logs(trainer)] for trainer in (auto, number)]
+    assert logged[0] == pytest.approx(logged[1])
+
+
+def test_every_tower_has_its_own_rate_and_a_number_stays(tmp_path):
+    options = {"zo_layers": "all", "zo_queries": {"vision": 1, "language": 4}, "max_steps": 1}
+    trainer = train(tmp_path, mini_clip_classifier(), **options)
+    found = chosen(trainer)
+    assert trainer._estimates.learning_rates == pytest.approx(found) and len(set(found.values())) == 2
+    log = training_logs(trainer)[0]
+    assert log["zo_learning_rate_language"] == pytest.approx(found["language"])
+    given = {"vision": 1e-5, "language": "auto"}
+    trainer = train(tmp_path, mini_clip_classifier(), zo_learning_rate=given, **options)
+    assert trainer._estimates.learning_rates == pytest.approx({**found, "vision": 1e-5})
+
+
+@pytest.mark.parametrize(
+    ("options", "objective"),
+    [
+        ({"zo_estimator": "forward-gradient"}, None),
+        ({"zo_eps": 1e-2}, lambda model, inputs, outputs: (outputs["logits"] - inputs["labels"]).abs().mean()),
+    ],
+)
+def test_where_no_derivative_is_measured_it_is_a_modest_number(tmp_path, options, objective):
+    class WithObjective(ZOCLTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, zo_objective=objective)
+
+    trainer = train(tmp_path, Mlp(), WithObjective, data=rows(), zo_layers="all", max_steps=1, **options)
+    assert trainer._estimates.learning_rates == {None: DEFAULT_RATE}
+
+
+def test_a_flat_loss_keeps_the_modest_rate_until_it_moves(tmp_path):
+    class FlatAtFirst(Mlp):
+        def forward(self, x, labels=None):
+            outputs = super().forward(x, labels)
+            return {**outputs, "loss": outputs["loss"] * self.weight}
+
+    model = FlatAtFirst()
+    model.weight = 0.0
+    seen = []
+
+    class Watching(ZOCLTrainer):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            seen.append(self._estimates.learning_rates[None])
+            model.weight = 1.0
+            return loss
+
+    trainer = train(tmp_path, model, Watching, data=rows(), zo_layers="all", max_steps=3)
+    assert seen[0] == DEFAULT_RATE and seen[1:] == pytest.approx([*chosen(trainer).values()] * 2)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "reduce_lr_on_plateau"])
+def test_a_training_that_goes_on_keeps_its_rate(tmp_path, schedule):
+    options = {"zo_layers": "all", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    if schedule == "reduce_lr_on_plateau":
+        options |= {"eval_strategy": "steps", "eval_steps": 1}
+    options["lr_scheduler_type"] = schedule
+
+    def make(folder, model):
+        args = arguments(tmp_path / folder, **options)
+        return ZOCLTrainer(model=model, args=args, train_dataset=rows(), eval_dataset=rows(8))
+
+    whole = make("whole", Mlp())
+    whole.train()
+    trainer = make("again", Mlp())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "trainer" / "checkpoint-2"))
+    assert trainer._estimates.peak_rates == whole._estimates.peak_rates != {None: DEFAULT_RATE}
+    assert torch.equal(weights_after(whole), weights_after(trainer))
