@@ -272,7 +272,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _measure_differences(self, micro_batch: MicroBatch) -> None:
         micro_batch.measure_differences()
-        self._estimates.set_peak_rates(chosen_rates(self.args, self._estimator, accumulated_batches(self)))
+        rates = chosen_rates(self.args, self._estimator, accumulated_batches(self), not self._has_first_order)
+        self._estimates.set_peak_rates(rates)
 
     def _take(self, estimate: Estimate, scale: float) -> None:
         """Keep a micro-batch's estimate until the optimizer's step."""

@@ -20,13 +20,16 @@ def first_rates(args: ZeroOrderArguments) -> dict[str | None, float]:
     return {branch: DEFAULT_RATE if rate is None else rate for branch, rate in args.rates_by_branch.items()}
 
 
-def chosen_rates(args: ZeroOrderArguments, estimator: ZOEstimator, micro_batches: int) -> dict[str | None, float]:
+def chosen_rates(
+    args: ZeroOrderArguments, estimator: ZOEstimator, micro_batches: int, is_alone: bool
+) -> dict[str | None, float]:
     """The peak learning rates of the branches for which none is given and the derivatives are known.
 
     Args:
         args: The training's.
         estimator: Has taken on what was measured.
         micro_batches: Those of a step; each has directions of its own.
+        is_alone: Whether nothing is first-order.
     """
     rates = {}
     for branch, own in estimator.resolutions.items():
@@ -39,6 +42,7 @@ def chosen_rates(args: ZeroOrderArguments, estimator: ZOEstimator, micro_batches
                 own.curvature,
                 is_sign=estimator.sign,
                 has_scale=estimator.formula.has_scale,
+                is_alone=is_alone,
             )
             logger.info(f"{of_branch(branch)}: zo_learning_rate {rates[branch]:.1e}.")
     return rates

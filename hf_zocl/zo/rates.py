@@ -5,8 +5,9 @@ by little. Where L' and L'' are the loss's derivatives along such a direction (r
 the same way, because of the momentum, a step gains D·L'·√(q·K) and loses D²·L''·K/2 to curvature. The gain is greatest
 at D = √(q/K)·L'/L''. Half of that is taken: a batch's slope is more than the data's.
 
-This is free of all scales: of the loss's, of the weights' and of their number. The steps of `sgd` are as long as the
-estimate, which now and then is very long, so that they take a tenth.
+This is free of all scales: of the loss's, of the weights' and of their number. A tenth is taken of `sgd`, whose steps
+are as long as the estimate, now and then very long; and beside first-order layers, which soon change the loss and bend
+it more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 from .optimizer import BETAS
 
 
-PART, SGD_PART = 0.5, 0.1
+PART, CAREFUL_PART = 0.5, 0.1
 # No weight moves by more in a step: the derivatives are those at θ.
 MAX_MOVE = 1e-2
 
@@ -29,6 +30,7 @@ def balanced_rate(
     curvature: float,
     is_sign: bool = False,
     has_scale: bool = True,
+    is_alone: bool = True,
 ) -> float:
     """The peak learning rate η at which weights move by that part of D, and by MAX_MOVE at most.
 
@@ -40,10 +42,11 @@ def balanced_rate(
         curvature: L''; above 0.
         is_sign: Whether the rule is given the estimate's sign.
         has_scale: Whether the estimate's quotients are those of the loss, and not of its differences' deviation.
+        is_alone: Whether nothing is first-order.
     """
     alike = momentum if rule != "adamw" else BETAS[0]
     together = (1 + alike) / (1 - alike)
-    part = SGD_PART if rule == "sgd" else PART
+    part = PART if is_alone and rule != "sgd" else CAREFUL_PART
     move = min(part * math.sqrt(queries / together) * slope / curvature, MAX_MOVE)
     # What η = 1 moves a weight by, root mean square.
     if rule == "sign":

@@ -46,10 +46,10 @@ from hf_zocl.sample import sample_path
 
 GLOSSES = Path(__file__).resolve().parents[2] / "examples" / "data" / "glosses" / "train.csv"
 PART = 4
-RULES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "sgd": ({"zo_optim": "sgd", "zo_momentum": 0.0}, (1e-4, 1e-3, 1e-2)),
-    "sign of the momentum": ({"zo_optim": "sign", "zo_momentum": 0.9}, (1e-4, 3e-4, 1e-3, 3e-3)),
-    "adamw": ({"zo_optim": "adamw"}, (1e-4, 3e-4, 1e-3, 3e-3)),
+RULES: dict[str, tuple[dict[str, Any], tuple[float | str, ...]]] = {
+    "sgd": ({"zo_optim": "sgd", "zo_momentum": 0.0}, (1e-4, 1e-3, 1e-2, "auto")),
+    "sign of the momentum": ({"zo_optim": "sign", "zo_momentum": 0.9}, (1e-4, 3e-4, 1e-3, 3e-3, "auto")),
+    "adamw": ({"zo_optim": "adamw"}, (1e-4, 3e-4, 1e-3, 3e-3, "auto")),
 }
 HELD_OUT = 60
 EPS = 1e-3  # well above the rounding of float32, and the same for all
@@ -80,6 +80,7 @@ def clip_job(steps: int) -> Job:
     (image,) = [name for name in images.column_names if name != label]
     names = images.features[label].names
     processor = AutoProcessor.from_pretrained(folder)
+    set_seed(0)
     clip = add_adapter(CLIPModel.from_pretrained(folder), AdapterArguments())
     images = images.rename_columns({old: new for old, new in ((label, "label"), (image, "image")) if old != new})
     collator = ImageCollator(processor, np.arange(len(names)))
@@ -157,6 +158,10 @@ def measure(job: Job, options: dict[str, Any], seed: int) -> float:
     return trainer.evaluate(job.held_out)["eval_loss"] / before
 
 
+def cell(rule: str, rate: float | str, job: str, seed: int) -> str:
+    return f"{rule} | {rate} | {job} | {seed}"
+
+
 @command
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,7 +180,7 @@ def main() -> None:
         for seed in options.seeds
     ]
     for rule, rate, job, seed in tqdm(wanted, desc="trainings"):
-        key = f"{rule} | {rate:g} | {job} | {seed}"
+        key = cell(rule, rate, job, seed)
         if key not in cells:
             settings = {**RULES[rule][0], "zo_learning_rate": rate}
             cells[key] = measure(JOBS[job](options.steps), settings, seed)
@@ -189,8 +194,8 @@ def main() -> None:
 def rows(cells: dict[str, float], seeds: list[int]):
     for rule, (_, rates) in RULES.items():
         for rate in rates:
-            means = [float(np.mean([cells[f"{rule} | {rate:g} | {job} | {seed}"] for seed in seeds])) for job in JOBS]
-            yield [rule, f"{rate:g}", *(f"{mean:.4f}" for mean in means), f"{max(means):.4f}"]
+            means = [float(np.mean([cells[cell(rule, rate, job, seed)] for seed in seeds])) for job in JOBS]
+            yield [rule, f"{rate}", *(f"{mean:.4f}" for mean in means), f"{max(means):.4f}"]
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from hf_zocl.trainer.rates import DEFAULT_RATE, chosen_rates
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
 
-def chosen(trainer) -> dict:
+def chosen(trainer, is_alone: bool = True) -> dict:
     """What the measured derivatives give."""
-    return chosen_rates(trainer.args, trainer._estimator, trainer.args.gradient_accumulation_steps)
+    return chosen_rates(trainer.args, trainer._estimator, trainer.args.gradient_accumulation_steps, is_alone)
 
 
 def weights_after(trainer) -> torch.Tensor:
@@ -25,13 +25,14 @@ def weights_after(trainer) -> torch.Tensor:
         {"zo_estimator": "two-sided", "zo_optim": "sgd", "zo_queries": 3},
         {"zo_estimator": "fzoo", "zo_queries": 4},
         {"zo_estimator": "conservative"},
+        {"zo_layers": [1]},
         {"zo_estimator": "one-sided", "zo_optim": "sgd", "zo_sign": True, "zo_eps": 1e-3},
     ],
 )
 def test_auto_trains_as_the_number_that_it_chooses(tmp_path, options):
     options = {"zo_layers": "all", "max_steps": 3, "warmup_steps": 2, "lr_scheduler_type": "linear", **options}
     auto = train(tmp_path, Mlp(), data=rows(), **options)
-    (rate,) = chosen(auto).values()
+    (rate,) = chosen(auto, is_alone=options["zo_layers"] == "all").values()
     number = train(tmp_path, Mlp(), data=rows(), zo_learning_rate=rate, **options)
     torch.testing.assert_close(weights_after(auto), weights_after(number), rtol=1e-5, atol=1e-7)
     assert not torch.equal(weights_after(auto), torch.cat([p.detach().flatten() for p in Mlp().parameters()]))

@@ -36,6 +36,11 @@ def test_more_queries_and_fewer_alike_steps_allow_more():
     assert balanced_rate("sign", 0.0, 1, 0.3, 500.0) == pytest.approx(math.sqrt(19) * one, rel=0.06)
 
 
+def test_beside_first_order_layers_a_fifth_of_that():
+    alone, beside = (balanced_rate("sign", 0.9, 1, 0.3, 500.0, is_alone=alone) for alone in (True, False))
+    assert beside == pytest.approx(alone / 5, rel=0.06)
+
+
 def test_no_weight_moves_by_more_than_the_derivatives_may_be_trusted():
     assert balanced_rate("sign", 0.9, 1, slope=1.0, curvature=1e-9) == MAX_MOVE
     assert balanced_rate("sgd", 0.0, 1, slope=2.0, curvature=1e-9) == pytest.approx(MAX_MOVE / 2)
