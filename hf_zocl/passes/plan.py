@@ -50,6 +50,7 @@ class TowerPlan:
         towers: By name; none in a model that is no dual encoder.
         stack: Where there are no towers, the layers below the first perturbed one; None where there are none.
         used: The shortcuts that were seen to hold; None as long as none was looked at.
+        writes_inputs: Whether a pass writes into its inputs; None as long as none was looked at.
     """
 
     def __init__(
@@ -61,11 +62,16 @@ class TowerPlan:
         self.model, self.all_perturbations, self.reduce = model, list(perturbations), reduce
         self.buffers = Buffers(model)
         self.devices = devices_of(model)
-        self.towers = {} if task_aware(model).couples_towers else find_towers(model)
-        self.stack = None if self.towers else find_stack(model, self.all_perturbations)
+        is_coupled = task_aware(model).couples_towers
+        self.towers = {} if is_coupled else find_towers(model)
+        self.stack = None if is_coupled or self.towers else find_stack(model, self.all_perturbations)
+        if is_coupled:
+            for perturbation in self.all_perturbations:
+                perturbation.move_for_whole_passes()
         self.perturbations: dict[str, Perturbation | None] = dict.fromkeys(self.towers)
         self.packing = Packing(model)
         self.used: set[Shortcut] | None = None
+        self.writes_inputs: bool | None = None
         self.is_warned = False
         self.first_layer: dict[str, int | None] = dict.fromkeys(self.towers)
         self.stacked: dict[str, list[Holder] | None] = {}

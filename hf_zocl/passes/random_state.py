@@ -45,13 +45,10 @@ class Buffers:
         return tensor.nbytes <= SMALL_BYTES or name in self.changing
 
     def watch(self, devices: Collection[torch.device], run: Callable[[], Any]) -> None:
-        """Find out by a forward pass, `run`, which buffers it changes; whatever it changes is put back.
-
-        Small integers, such as a model's positions, are not worth a pass.
-        """
+        """Find out by a forward pass, `run`, which buffers it changes; whatever it changes is put back."""
         state = ForwardState(devices, self)
         self.is_watched = True
-        if all(name in state.values and not t.is_floating_point() for name, t in state.tensors.items()):
+        if not state.tensors:
             return
         with _CopyBeforeWriting(state.tensors) as copies, uncounted(self._model):
             run()

@@ -41,9 +41,10 @@ def find_stack(model: nn.Module, perturbations: Collection[Perturbation]) -> Sta
     """The stack that holds all perturbed parameters, and most others below them; None if there is none."""
     moved = {id(parameter) for perturbation in perturbations for parameter in perturbation.parameters}
     best, most = None, 0
-    for layers in model.modules():
-        if not isinstance(layers, (nn.ModuleList, nn.Sequential)) or len(layers) < 2:
+    for holder in model.modules():
+        if not isinstance(holder, (nn.ModuleList, nn.Sequential)) or len(holder) < 2:
             continue
+        layers = list(holder)  # a part of an `nn.Sequential` would be another module of its class
         inside = [{id(parameter) for parameter in layer.parameters()} for layer in layers]
         if not moved <= set().union(*inside):
             continue

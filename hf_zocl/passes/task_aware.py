@@ -13,7 +13,8 @@ class TaskAware:
     `class Mine(TaskAware, nn.Module)`. A model that is not `TaskAware` is trained as it is.
 
     Attributes:
-        couples_towers: The loss is not made of the towers' features alone, so each loss takes a full forward pass.
+        couples_towers: The loss is not made of the towers' features alone, or reads inner states or weights later that
+            it does not read at first. Each loss then takes a full forward pass, also in a model without towers.
         reloads_frozen_weights: The frozen weights are those of a base model that is loaded anew, so the checkpoints
             within a training leave them out.
     """

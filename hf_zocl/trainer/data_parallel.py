@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
-from accelerate.utils import DistributedType, broadcast, find_batch_size, recursively_apply
+from accelerate.utils import DistributedType, broadcast, honor_type
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..private_names import tree_leaves
 from .compat import (
     HookedTrainer,
     asks_for_items,
@@ -124,9 +126,10 @@ class DataParallelTrainer(HookedTrainer):
         share, count = 1.0, self.accelerator.num_processes
         is_last = self._shard is not None and self.accelerator.gradient_state.end_of_dataloader
         own_counts = _last_round(self._shard) if is_last else []
-        if own_counts:
-            size, own = find_batch_size(inputs), own_counts[self.accelerator.process_index]
-            inputs = recursively_apply(partial(_first_rows, size=size, count=max(own, 1)), inputs)
+        own = own_counts[self.accelerator.process_index] if own_counts else 0
+        size = _rows(inputs, _batch_size(self._shard) or own) if own_counts else None
+        if size is not None:  # else nothing is known to have a row for every example
+            inputs = _first_rows(inputs, size, max(own, 1))
             # The Trainer counts items where there are labels and the loss asks for their number.
             labels = inputs.get("labels")
             if not (items_of_all and asks_for_items(self) and isinstance(labels, torch.Tensor)):
@@ -151,7 +154,9 @@ class DataParallelTrainer(HookedTrainer):
         forget_prepared(self.accelerator, model)
         trained = self._gradient_free_parameters
         if trained and not any(parameter.requires_grad for parameter in model.parameters()):
-            broadcast([parameter.data for parameter in trained])  # the wrapper does this first
+            # What the wrapper does first: a frozen part may have been drawn by each process for itself.
+            whole = {id(tensor): tensor for tensor in (*trained, *model.parameters(), *model.buffers())}
+            broadcast([t.data for t in whole.values() if not (isinstance(t, DTensor) or t.is_meta)])
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         shards = shards_of(model)
         if not shards:
@@ -225,6 +230,37 @@ def _batch_sizes(batch_sampler: Any) -> list[int]:
     return getattr(batch_sampler, "sizes", None) or [len(batch) for batch in batch_sampler]
 
 
-def _first_rows(value: torch.Tensor, size: int, count: int) -> torch.Tensor:
-    """The first rows of what has one for every example; anything else as it is."""
-    return value[:count] if value.dim() and len(value) == size else value
+def _batch_size(shard: BatchSamplerShard) -> int | None:
+    """The examples of a process's batch, repeated ones included; None where batches have any size."""
+    if shard.batch_size is None or not shard.split_batches:
+        return shard.batch_size
+    return shard.batch_size // shard.num_processes
+
+
+def _rows(inputs: dict[str, Any], expected: int) -> int | None:
+    """The rows of a batch; None if no tensor has as many as there are examples, as where texts are packed.
+
+    Args:
+        expected: The number of examples; 0 if that is unknown.
+    """
+    labels = inputs.get("labels")
+    lengths = [
+        len(tensor) for tensor in tree_leaves(dict(inputs)) if isinstance(tensor, torch.Tensor) and tensor.dim()
+    ]
+    if not expected and lengths:
+        expected = len(labels) if isinstance(labels, torch.Tensor) and labels.dim() else lengths[0]
+    return expected if expected in lengths else None
+
+
+def _first_rows(value: Any, size: int, count: int) -> Any:
+    """The first rows of what has one for every example, tensors and lists; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value[:count] if value.dim() and len(value) == size else value
+    if isinstance(value, Mapping):
+        return type(value)({name: _first_rows(own, size, count) for name, own in value.items()})
+    if not isinstance(value, (list, tuple)):
+        return value
+    has_rows = any(isinstance(own, torch.Tensor) and own.dim() and len(own) == size for own in value)
+    if len(value) == size and not has_rows:
+        return value[:count]
+    return honor_type(value, (_first_rows(own, size, count) for own in value))

@@ -86,6 +86,26 @@ class DifferenceWatch:
         self.estimator.settle(found)
         logger.info("Zeroth-order passes: " + "; ".join(_described(*item) for item in found.items()) + ".")
 
+    def check_repeats(self, first: torch.Tensor, again: torch.Tensor) -> None:
+        """See that passes leave nothing behind that changes the losses of later ones.
+
+        Args:
+            first, again: The loss at θ before and after the passes of `settle`.
+
+        Raises:
+            RuntimeError: If they differ by more than rounding, and by a part of the differences to be measured.
+        """
+        estimator = self.estimator
+        drift, value = float(estimator.reduce(wide(again - first)).abs()), float(first)
+        parts = [max(0.1 * own.eps * own.slope, 10 * own.noise) for own in estimator.resolutions.values()]
+        if drift > max(min(parts), 16 * torch.finfo(torch.float32).eps * abs(value)):
+            raise RuntimeError(
+                f"Two passes at the same weights give losses of {value:.7g} and {float(again):.7g}: a pass leaves "
+                "something behind that is not put back before the next one, so that differences of losses would be "
+                "of that, and not of the weights. What is put back are random states and the model's buffers: keep it "
+                "in a buffer of the model (register_buffer), and draw from the global generators."
+            )
+
     def see(self, estimate: Estimate) -> None:
         """Take note of a step's differences."""
         for branch, differences in estimate.differences.items():
@@ -112,8 +132,9 @@ class DifferenceWatch:
 
     def save(self, folder: Path) -> None:
         """Write what was measured into a checkpoint, so that a training that goes on keeps it."""
-        if self.is_settled and self.estimator.resolutions:
-            content = [[branch, self.eps[branch], asdict(own)] for branch, own in self.estimator.resolutions.items()]
+        if self.estimator.resolutions:
+            measured = [[branch, self.eps[branch], asdict(own)] for branch, own in self.estimator.resolutions.items()]
+            content = {"tries": self.tries, "measured": measured}
             with written_whole(folder / NOISE_FILE) as unfinished:
                 Path(unfinished).write_text(json.dumps(content), encoding="utf-8")
 
@@ -123,9 +144,11 @@ class DifferenceWatch:
         if self.is_settled or not file.is_file():
             return
         content = json.loads(file.read_text(encoding="utf-8"))
-        if {branch: eps for branch, eps, _ in content} == self.eps:
-            self.estimator.settle({branch: Resolution(**own) for branch, _, own in content})
-            self.tries = 0
+        if isinstance(content, list):  # of an earlier release, which wrote it once all was settled
+            content = {"tries": 0, "measured": content}
+        if {branch: eps for branch, eps, _ in content["measured"]} == self.eps:
+            self.estimator.settle({branch: Resolution(**own) for branch, _, own in content["measured"]})
+            self.tries = content["tries"]
 
     def _line(self, evaluation: Evaluation, branch: str | None) -> Line:
         """The losses of an evaluation along random directions of a branch, the mean over all processes."""

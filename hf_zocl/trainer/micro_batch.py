@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from copy import copy
 from functools import cached_property, partial
 from typing import Any
 
@@ -19,6 +18,7 @@ from ..private_names import without_autocast
 from ..zo import Estimate, Evaluation
 from .compat import gradient_scaler
 from .differences import why_flat
+from .inputs import Inputs
 from .objective import Objective, value_of
 from .quiet import leaving_no_trace
 
@@ -62,7 +62,8 @@ class MicroBatch:
         if self._has_begun:
             return self._loss(model, inputs, *args, **kwargs)
         self._has_begun = True
-        self.model, self.inputs, self._args, self._kwargs = model, copy(inputs), args, kwargs
+        self.model, self._args, self._kwargs = model, args, kwargs
+        self.inputs = Inputs(inputs, self.trainer._plan.writes_inputs)
         if not self.trainer._has_first_order:
             with torch.autocast(self.device.type, enabled=False):
                 self._begin()
@@ -96,7 +97,7 @@ class MicroBatch:
 
     def _value(self, outputs: Any) -> torch.Tensor:
         """The objective, counting what this process's examples do."""
-        value = value_of(self._objective, self._unwrapped(), copy(self.inputs), outputs)
+        value = value_of(self._objective, self._unwrapped(), self.inputs.again(), outputs)
         return value * self.trainer._own_share
 
     def backward(self, loss: torch.Tensor, **kwargs) -> None:
@@ -151,20 +152,31 @@ class MicroBatch:
         )
         if self._objective is not None and trainer._estimator.formula.is_two_sided:
             self.estimate.loss = trainer._average_over_ranks(self._base_loss)
+        self._see_inputs()
+
+    def _see_inputs(self) -> None:
+        plan, written = self.trainer._plan, self.inputs.written
+        if plan.writes_inputs is None:
+            plan.writes_inputs = bool(written)
+        elif written and not plan.writes_inputs:
+            raise RuntimeError(
+                f"The loss wrote into its inputs ({', '.join(written)}), but not in the first step of the training: "
+                "they were not copied, so the passes that are compared have seen different ones. Write into a clone."
+            )
 
     def forward(self) -> torch.Tensor:
         """The loss, a scalar, at the present parameters."""
         if self._is_hosts_own:
             self._is_hosts_own = False
-            return self._loss_without_gradient(self.module)
+            return self._loss_without_gradient(self.module, self.inputs.given)
         with leaving_no_trace(self.trainer):
-            return self._loss_without_gradient(self.module)
+            return self._loss_without_gradient(self.module, self.inputs.again())
 
-    def _loss_without_gradient(self, module: nn.Module) -> torch.Tensor:
+    def _loss_without_gradient(self, module: nn.Module, inputs: Any) -> torch.Tensor:
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             if self._objective is not None:
-                return self._value(self._loss_and_outputs(module, copy(self.inputs))[1])
-            loss = _scalar(self._loss(module, copy(self.inputs), *self._args, **self._kwargs))
+                return self._value(self._loss_and_outputs(module, inputs)[1])
+            loss = _scalar(self._loss(module, inputs, *self._args, **self._kwargs))
         if loss.dtype.itemsize < 4:
             logger.warning_once(
                 f"The loss is {loss.dtype}, in which small differences vanish, and zeroth-order layers learn from "
@@ -197,7 +209,7 @@ class MicroBatch:
 
         def forward() -> torch.Tensor:
             with in_float32(), leaving_no_trace(self.trainer):
-                return self._loss_without_gradient(module)
+                return self._loss_without_gradient(module, self.inputs.again())
 
         finer = self.evaluation.finer(forward, in_float32, towers)
         self.stack.callback(finer.close)
@@ -213,12 +225,16 @@ class MicroBatch:
             parameters = trainer._estimator.perturbations[branch].parameters
             return why_flat(module, parameters, lambda: self._loss_with_gradient(module))
 
+        # Whole passes, for what is left behind may be in a part that a shortcut leaves out.
+        plain = PlainEvaluation(self.forward, self.evaluation.before)
         with uncounted(module):
+            first = plain.losses([{}])
             trainer._watch.settle(self.evaluation, self._finer if has_finer else None, why)
+            trainer._watch.check_repeats(*first, *plain.losses([{}]))
 
     def _loss_with_gradient(self, module: nn.Module) -> torch.Tensor:
         with torch.enable_grad(), leaving_no_trace(self.trainer):
-            return _scalar(self._loss(module, copy(self.inputs), *self._args, **self._kwargs))
+            return _scalar(self._loss(module, self.inputs.again(), *self._args, **self._kwargs))
 
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
         """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""

@@ -259,6 +259,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if micro_batch.estimate is None:
             raise self._no_estimate()
         self._take(micro_batch.estimate, self._loss_scale(num_items_in_batch))
+        for parameter in self.split.zo_parameters:
+            if parameter.requires_grad:  # PEFT sees to that wherever a loss enables its adapter again
+                parameter.requires_grad_(False)
+                parameter.grad = None
         return loss
 
     def _no_estimate(self) -> RuntimeError:

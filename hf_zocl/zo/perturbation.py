@@ -150,6 +150,9 @@ class Perturbation:
         split = zip(vector.split(self._sizes), self.parameters, strict=True)
         return [piece.view_as(p).to(p.device, p.dtype) for piece, p in split]
 
+    def move_for_whole_passes(self) -> None:
+        """Let no pass read the parameters at θ, whatever it reads and when; where they are not streamed, none does."""
+
     @contextmanager
     def at(self, offset: Combination) -> Iterator[None]:
         """Inside, the parameters are θ + offset; afterwards θ again, bit by bit, also when the block raises."""
@@ -158,12 +161,14 @@ class Perturbation:
             copy_to_each(saved, data)
             try:
                 self._move(data, saved, offset)
+                torch.clear_autocast_cache()  # of what a parameter that requires a gradient was cast to
                 yield
             finally:
                 if offset.is_tangent:
                     self._assign(saved)
                 else:
                     copy_to_each(data, saved)
+                torch.clear_autocast_cache()
 
     def _move(self, data: list[torch.Tensor], saved: list[torch.Tensor], offset: Combination) -> None:
         if offset.is_tangent:

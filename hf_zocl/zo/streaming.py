@@ -61,6 +61,11 @@ class StreamedPerturbation(Perturbation):
                 stack.enter_context(unit.at(offset))
             yield
 
+    def move_for_whole_passes(self) -> None:
+        for unit in self.units:
+            unit.level = len(unit.scopes)
+        self.is_watched = True
+
     @contextmanager
     def watching(self) -> Iterator[None]:
         """See in a whole pass at θ, which runs inside, while which modules run each unit is read."""

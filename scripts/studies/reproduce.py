@@ -193,6 +193,7 @@ def pays_cells(config: CLIPConfig) -> dict[str, Cell]:
         "FO, text tower": assigned("none", "all", "--frozen_parameters", "vision_model"),
         "dual/hop-even": assigned("dual", "hop-even"),
         "vision/all": assigned("vision"),
+        "ZO, text tower": assigned("language", "all", "--frozen_parameters", "vision_model"),
         "dual/all": assigned("dual"),
         "dual/all, int8": replace(assigned("dual"), int8=True),
     }

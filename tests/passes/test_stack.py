@@ -20,7 +20,7 @@ from transformers import (
 
 import hf_zocl.trainer
 from hf_zocl import ZOCLTrainer, ZOCLTrainingArguments
-from hf_zocl.passes import ForwardState, PlainEvaluation, StackEvaluation, TowerPlan
+from hf_zocl.passes import ForwardState, PlainEvaluation, StackEvaluation, TaskAware, TowerPlan
 from hf_zocl.zo import LayerAssignment, ZOEstimator
 from tests.helpers import slow_but_for
 
@@ -206,3 +206,76 @@ def test_the_trainer_takes_the_steps_that_plain_passes_give(tmp_path, monkeypatc
         return nn.utils.parameters_to_vector(model.parameters()).detach()
 
     torch.testing.assert_close(weights(True), weights(False), rtol=0, atol=1e-5)
+
+
+class Named(nn.Sequential):
+    """A sequence that is not made of its modules, as a `SentenceTransformer` is not."""
+
+    def __init__(self, width: int):
+        super().__init__(*(nn.Linear(width, width) for _ in range(4)))
+
+
+class Summed(nn.Module):
+    """The states of the layers as a loss; from the second pass at θ on, also a penalty on the weights of one."""
+
+    def __init__(self, layers: nn.Module, **attributes):
+        super().__init__()
+        self.layers, self.is_penalised = layers, False
+        vars(self).update(attributes)
+
+    def forward(self, x):
+        inner = x
+        for layer in self.layers:
+            inner = layer(inner).tanh()
+            if self.is_penalised:
+                x = x + inner  # states that were left out
+        return inner.square().mean() + x.square().mean() + self.layers[3].weight.square().sum() * self.is_penalised
+
+
+def test_a_sequence_of_its_own_kind_is_a_stack_like_any_other():
+    torch.manual_seed(0)
+    model = Summed(Named(6))
+    groups = LayerAssignment("dual", ["layers.2", "layers.3"]).split(model, 1e-2).zo
+    perturbations = ZOEstimator(groups).perturbations.values()
+    assert TowerPlan(model, perturbations).stack.below == tuple(list(model.layers)[:2])
+
+
+class Coupled(TaskAware, Summed):
+    couples_towers = True
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_loss_that_reads_inner_states_and_weights_later_is_right_where_the_model_says_so(streams):
+    torch.manual_seed(0)
+    model, x = Coupled(Named(6)).double(), torch.randn(3, 6).double()
+    groups = LayerAssignment("dual", ["layers.2", "layers.3"]).split(model, 1e-2).zo
+
+    def estimates(streamed: bool, evaluate) -> list[torch.Tensor]:
+        found = []
+        estimator = ZOEstimator(groups, queries=3, model=model if streamed else None)
+        plan = TowerPlan(model, estimator.perturbations.values())
+        for step, model.is_penalised in enumerate((False, True)):
+            before = ForwardState(torch.device("cpu"), plan.buffers)
+            losses = estimator.estimate(evaluate(plan, lambda: model(x), before), step).differences[None]
+            found.append(losses)
+        assert plan.stack is None
+        return found
+
+    def by_plan(plan, forward, before):
+        return PlainEvaluation(forward, before) if plan.stack is None else StackEvaluation(plan, forward, before)
+
+    expected = [estimates(False, lambda plan, forward, before: PlainEvaluation(forward, before))]
+    if streams:  # a streamed direction is another for every layer
+        model.is_penalised = False
+        whole = ZOEstimator(groups, queries=3, model=model)
+        for perturbation in whole.perturbations.values():
+            perturbation.move_for_whole_passes()
+        expected = [[]]
+        for step, model.is_penalised in enumerate((False, True)):
+            points = [
+                {p: p.query(seed)} for p in whole.perturbations.values() for seed in whole.direction_seeds(step)[None]
+            ]
+            base, *losses = PlainEvaluation(lambda: model(x)).losses([{}, *points])
+            expected[0].append(torch.stack(losses) - base)
+    for mine, other in zip(estimates(streams, by_plan), expected[0], strict=True):
+        torch.testing.assert_close(mine, other)

@@ -186,3 +186,32 @@ def test_a_process_that_leaves_has_no_thread_that_could_abort_it(how, tmp_path):
         assert done.returncode == 0, done.stderr
     else:  # one or two, as it happens
         assert threads > 0
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"mask": None},
+        {"names": ["a", "b", "c", "d"]},
+        {"prototypes": torch.zeros(3, 2)},
+        {"bias": torch.zeros(1, 2)},
+        {"nested": {"ids": [torch.zeros(2), torch.zeros(3), torch.zeros(1), torch.zeros(2)]}},
+    ],
+    ids=lambda first: next(iter(first)),
+)
+def test_the_rows_of_a_batch_are_known_whatever_stands_first_in_it(first):
+    inputs = {**first, "x": torch.arange(4.0), "labels": torch.arange(4)}
+    (own, share), (idle, nothing) = last_batch(inputs, accepts=False)
+    assert own["x"].tolist() == own["labels"].tolist() == [0, 1] and len(idle["x"]) == 1
+    assert (share, nothing) == (2.0, 0.0)
+    for name in ("prototypes", "bias"):
+        assert own.get(name) is first.get(name)
+    assert own.get("names", ["a", "b"]) == ["a", "b"]
+    assert len(own.get("nested", {"ids": [1, 2]})["ids"]) == 2
+
+
+def test_a_batch_in_which_nothing_has_a_row_an_example_stays_as_it_is():
+    packed = {"input_ids": torch.arange(17)[None]}
+    (own, share), (other, same) = last_batch(packed, accepts=False)
+    assert own["input_ids"].shape == other["input_ids"].shape == (1, 17)
+    assert share == same == 1.0

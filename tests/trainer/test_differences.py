@@ -112,7 +112,7 @@ def test_a_training_that_goes_on_keeps_its_eps_and_ends_the_same(tmp_path):
     whole, resumed = Mlp(), Mlp()
     first = train(tmp_path / "whole", whole, data=rows(), **options)
     checkpoint = tmp_path / "whole" / "trainer" / "checkpoint-2"
-    ((branch, asked, stored),) = json.loads((checkpoint / NOISE_FILE).read_text())
+    ((branch, asked, stored),) = json.loads((checkpoint / NOISE_FILE).read_text())["measured"]
     assert (branch, asked) == (None, None)
     assert stored["eps"] == first._estimator.perturbations[None].eps
     trainer = ZOCLTrainer(model=resumed, args=arguments(tmp_path / "again", **options), train_dataset=rows())

@@ -1,0 +1,81 @@
+"""The inputs of a micro-batch, the same for all of its passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import Any
+
+import torch
+
+from ..private_names import version
+
+
+class Inputs:
+    """What a host hands to its loss, given anew to every further pass, in containers of its own.
+
+    A loss may write into the tensors: one that masks tokens does so in place, as `torch_mask_tokens` does. The next
+    pass must not see that. Whether it does is seen in the first pass of a training; only then is anything copied.
+
+    Args:
+        given: As the host hands them over; its own pass reads them, and may write there.
+        is_written: Whether passes write to them; None if that is not known.
+    """
+
+    def __init__(self, given: Any, is_written: bool | None):
+        self.given = given
+        self._leaf = _same if is_written is False else _cloned
+        self._kept = _again(given, self._leaf)
+        self._seen = [(given, _versions(given))]
+
+    def again(self) -> Any:
+        """For one pass."""
+        made = _again(self._kept, self._leaf)
+        self._seen[1:] = [(made, _versions(made))]
+        return made
+
+    @property
+    def written(self) -> list[str]:
+        """The names of those that the host's own pass or the latest one has written to."""
+        found = []
+        for inputs, seen in self._seen:
+            now = _versions(inputs)
+            found += [name for name, number in seen.items() if now.get(name, number) != number]
+        return list(dict.fromkeys(found))
+
+
+def _again(value: Any, leaf: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return leaf(value)
+    if isinstance(value, Mapping):
+        made = copy(value)
+        for name, own in value.items():
+            made[name] = _again(own, leaf)  # type: ignore[index]
+        return made
+    if isinstance(value, (list, tuple)):
+        items = [_again(own, leaf) for own in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _cloned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _versions(value: Any, name: str = "") -> dict[str, int]:
+    if isinstance(value, torch.Tensor):
+        return {} if value.is_inference() else {name: version(value)}
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, (list, tuple)):
+        parts = enumerate(value)  # type: ignore[assignment]
+    else:
+        return {}
+    found: dict[str, int] = {}
+    for key, own in parts:
+        found |= _versions(own, f"{name}.{key}" if name else str(key))
+    return found
