@@ -106,7 +106,8 @@ class HookedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """`Trainer._load_from_checkpoint` loads a checkpoint's weights as a training goes on."""
         with _staying_in_place(self.model if model is None else model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            # An override of the host's may take no model, as that of sentence-transformers does.
+            super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
         """`Trainer._load_best_model` does so as a training ends."""

@@ -111,3 +111,27 @@ def test_a_host_that_leaves_no_room_for_the_estimate_is_refused(tmp_path, host, 
     cls = type(f"ZO{host.__name__}", bases, {})
     with pytest.raises(RuntimeError, match=message):
         training(tmp_path, cls, zo_layers="hop-even", gradient_accumulation_steps=1)
+
+
+def test_a_host_that_loads_checkpoints_in_its_own_way_goes_on(tmp_path):
+    """sentence-transformers overrides the Trainer's method with fewer arguments."""
+
+    class Loading(Trainer):
+        loaded: list
+
+        def _load_from_checkpoint(self, checkpoint_path):
+            self.loaded = [checkpoint_path]
+            super()._load_from_checkpoint(checkpoint_path)
+
+    class ZOLoading(ZeroOrderMixin, Loading): ...
+
+    def run(folder, **options):
+        args = arguments(tmp_path / folder, zo_layers=[1], save_strategy="steps", save_steps=1, max_steps=2)
+        trainer = ZOLoading(model=Mlp(), args=args, train_dataset=rows())
+        trainer.train(**options)
+        return trainer
+
+    whole, checkpoint = run("whole"), str(tmp_path / "whole" / "trainer" / "checkpoint-1")
+    again = run("again", resume_from_checkpoint=checkpoint)
+    assert again.loaded == [checkpoint]
+    assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
