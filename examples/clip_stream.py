@@ -27,8 +27,6 @@ def main(folder: Path) -> None:
         str(folder),
         zo_branch="language",  # the text tower's odd layers by forward passes, all others by backpropagation
         zo_layers="hop-odd",
-        zo_optim="sign",
-        zo_learning_rate=1e-3,
         learning_rate=1e-3,
         num_train_epochs=2,
         per_device_train_batch_size=16,

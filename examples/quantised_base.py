@@ -48,9 +48,6 @@ def main(folder: str) -> None:
     args = ZOCLTrainingArguments(
         output_dir=f"{folder}/run",
         zo_layers="all",
-        zo_optim="sign",
-        zo_momentum=0.9,
-        zo_learning_rate=5e-3,
         zo_queries="vision=2,language=16",  # the text tower's passes are cheap
         per_device_train_batch_size=32,
         max_steps=60,

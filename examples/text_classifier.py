@@ -36,12 +36,9 @@ def main(zo_layers: str, folder: str) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=classes)
     model.bert.embeddings.requires_grad_(False)
 
-    is_all = zo_layers == "all"
     args = ZOCLTrainingArguments(
         output_dir=f"{folder}/run",
         zo_layers=zo_layers,
-        zo_optim="sign",  # every weight moves by the learning rate, up or down
-        zo_learning_rate=1e-4 if is_all else 2e-5,
         learning_rate=5e-4,
         per_device_train_batch_size=16,
         per_device_eval_batch_size=64,

@@ -52,8 +52,6 @@ def main(folder: str) -> None:
     args = ZOSFTConfig(
         output_dir=f"{folder}/run",
         zo_layers="hop-even",  # blocks 2 and 4 by forward passes, the others by backpropagation
-        zo_optim="sign",
-        zo_learning_rate=1e-4,
         learning_rate=2e-3,
         per_device_train_batch_size=16,
         max_steps=60,

@@ -157,6 +157,8 @@ class ZeroOrderArguments:
         for name, value in [*self._values("zo_learning_rate"), *others]:
             if value not in (None, "auto") and not value >= 0:
                 raise ValueError(f"{name}={value}: expected 0 or more.")
+        if self.zo_momentum is not None and self.zo_momentum >= 1:
+            raise ValueError(f"zo_momentum={self.zo_momentum}: expected less than 1, or every step goes on for ever.")
         if self.zo_branch != "none" and ESTIMATORS[self.zo_estimator].judges_steps:
             self._check_judged_step()
         if self.zo_branch != "none" and self.sharding is not None:

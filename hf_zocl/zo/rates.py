@@ -1,13 +1,13 @@
 """The learning rate of zeroth-order steps, from the slope and the curvature of the loss along random directions.
 
 A step along q directions ±1 is nearly all noise: it moves every one of the weights by some D, and follows the gradient
-by little. Where L' and L'' are the loss's derivatives along such a direction (root mean squares), and K steps go about
-the same way, because of the momentum, a step gains D·L'·√(q·K) and loses D²·L''·K/2 to curvature. The gain is greatest
-at D = √(q/K)·L'/L''. Half of that is taken: a batch's slope is more than the data's.
+little. L' and L'' are the loss's derivatives along such a direction, root mean squares, and the momentum makes
+K = (1+μ)/(1−μ) steps go about the same way. A step then gains D·L'·√(q·K), and loses D²·L''·K/2 to curvature; the
+difference is greatest at D = √(q/K)·L'/L''. Half of that is taken, because a batch's slope exceeds the data's; and a
+tenth for `sgd`, whose steps are as long as the estimate, now and then very long, and beside first-order layers, which
+soon change the loss and bend it more.
 
-This is free of all scales: of the loss's, of the weights' and of their number. A tenth is taken of `sgd`, whose steps
-are as long as the estimate, now and then very long; and beside first-order layers, which soon change the loss and bend
-it more.
+The rate depends on no scale: not on that of the loss, nor on that of the weights, nor on their number.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def balanced_rate(
     has_scale: bool = True,
     is_alone: bool = True,
 ) -> float:
-    """The peak learning rate η at which weights move by that part of D, and by MAX_MOVE at most.
+    """The peak learning rate η of steps that move every weight by a part of D, and by MAX_MOVE at most.
 
     Args:
         rule: `sgd`, `sign` or `adamw`.

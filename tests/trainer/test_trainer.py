@@ -589,6 +589,8 @@ def test_the_rule_and_its_momentum_suit_the_estimator(tmp_path, options, rule, m
         ({"zo_queries": "vision=2,language"}, "zo_queries='vision=2,language': expected one value"),
         ({"zo_estimator": "fzoo", "zo_queries": {"vision": 2}}, r"zo_queries \(language\)=1: zo_estimator='fzoo'"),
         ({"zo_learning_rate": True}, "zo_learning_rate=True: expected a number"),
+        ({"zo_learning_rate": "small"}, "zo_learning_rate='small': expected a number or auto"),
+        ({"zo_momentum": 1.0}, "zo_momentum=1.0: expected less than 1"),
         ({"optim": "lomo"}, "steps within the backward pass"),
     ],
 )
