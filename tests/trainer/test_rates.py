@@ -5,6 +5,7 @@ import torch
 
 from hf_zocl import ZOCLTrainer
 from hf_zocl.trainer.rates import DEFAULT_RATE, chosen_rates
+from hf_zocl.zo import ReplayLog
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
 
@@ -106,3 +107,13 @@ def test_a_training_that_goes_on_keeps_its_rate(tmp_path, schedule):
     trainer.train(resume_from_checkpoint=str(tmp_path / "whole" / "trainer" / "checkpoint-2"))
     assert trainer._estimates.peak_rates == whole._estimates.peak_rates != {None: DEFAULT_RATE}
     assert torch.equal(weights_after(whole), weights_after(trainer))
+
+
+@pytest.mark.parametrize("queries", [1, {"vision": 1, "language": 4}])
+def test_the_log_of_steps_makes_the_same_weights_again(tmp_path, queries):
+    model, again = mini_clip_classifier(), mini_clip_classifier()
+    options = {"zo_layers": "all", "zo_queries": queries, "max_steps": 3, "lr_scheduler_type": "linear"}
+    trainer = train(tmp_path, model, **options)
+    read = ReplayLog.from_tensors(trainer.replay_log.settings, trainer.replay_log.tensors())
+    read.replay(trainer.args.layer_assignment.split(again).zo)
+    assert all(map(torch.equal, model.parameters(), again.parameters()))
