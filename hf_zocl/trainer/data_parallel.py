@@ -257,7 +257,7 @@ def _first_rows(value: Any, size: int, count: int) -> Any:
     if isinstance(value, torch.Tensor):
         return value[:count] if value.dim() and len(value) == size else value
     if isinstance(value, Mapping):
-        return type(value)({name: _first_rows(own, size, count) for name, own in value.items()})
+        return type(value)({name: _first_rows(own, size, count) for name, own in value.items()})  # type: ignore[call-arg]
     if not isinstance(value, (list, tuple)):
         return value
     has_rows = any(isinstance(own, torch.Tensor) and own.dim() and len(own) == size for own in value)
