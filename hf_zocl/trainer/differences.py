@@ -96,11 +96,11 @@ class DifferenceWatch:
             RuntimeError: If they differ by more than rounding, and by a part of the differences to be measured.
         """
         estimator = self.estimator
-        drift, value = float(estimator.reduce(wide(again - first)).abs()), float(first)
+        before, after = estimator.reduce(wide(torch.stack([first, again]))).tolist()  # the same in all processes
         parts = [max(0.1 * own.eps * own.slope, 10 * own.noise) for own in estimator.resolutions.values()]
-        if drift > max(min(parts), 16 * torch.finfo(torch.float32).eps * abs(value)):
+        if abs(after - before) > max(min(parts), 16 * torch.finfo(torch.float32).eps * abs(before)):
             raise RuntimeError(
-                f"Two passes at the same weights give losses of {value:.7g} and {float(again):.7g}: a pass leaves "
+                f"Two passes at the same weights give losses of {before:.7g} and {after:.7g}: a pass leaves "
                 "something behind that is not put back before the next one, so that differences of losses would be "
                 "of that, and not of the weights. What is put back are random states and the model's buffers: keep it "
                 "in a buffer of the model (register_buffer), and draw from the global generators."
