@@ -55,11 +55,13 @@ def storage_id(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that a wrapper of others is made of, as torchao's quantised ones are; none of a plain tensor."""
+def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor with its name; in the place of a wrapper, as torchao's quantised ones are, those that it is made of."""
     if not is_traceable_wrapper_subclass(tensor):
-        return {}
-    return {name: getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]}
+        yield name, tensor
+        return
+    for part in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(f"{name}.{part}", getattr(tensor, part))
 
 
 def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:

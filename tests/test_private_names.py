@@ -56,9 +56,11 @@ def test_views_share_a_storage_and_others_do_not_though_both_are_empty():
 
 
 def test_a_wrapper_is_made_of_tensors_and_a_plain_tensor_of_none():
-    one, other = torch.zeros(2), torch.ones(2)
-    assert names.parts_of(TwoTensor(one, other)) == {"a": one, "b": other}
-    assert names.parts_of(one) == names.parts_of(nn.Parameter(other)) == {}
+    one, other, third = torch.zeros(2), nn.Parameter(torch.ones(2)), torch.full((2,), 2.0)
+    wrapped = TwoTensor(TwoTensor(one, third), TwoTensor(third, one))
+    assert dict(names.plain_tensors("w", TwoTensor(one, third))) == {"w.a": one, "w.b": third}
+    assert dict(names.plain_tensors("w", wrapped)) == {"w.a.a": one, "w.a.b": third, "w.b.a": third, "w.b.b": one}
+    assert dict(names.plain_tensors("w", one)) == {"w": one} and dict(names.plain_tensors("", other)) == {"": other}
 
 
 def test_a_buffer_is_seen_and_set_also_where_it_is_none():

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..private_names import parts_of
+from ..private_names import plain_tensors
 from ..zo.assignment import locate
 from .adapter_arguments import AdapterArguments, peft_config
 
@@ -126,18 +126,9 @@ def base_digest(model: PeftModel) -> str:
         if parameter.data_ptr() not in saved and ".modules_to_save." not in name and (not prefix or prefix not in name)
     }
     for name, parameter in sorted(named.items()):
-        for part, tensor in _plain_tensors(name, parameter.detach()):
+        for part, tensor in plain_tensors(name, parameter.detach()):
             tensor = tensor.cpu()
             tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
             digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor with its name; in the place of a wrapper, those that it is made of."""
-    parts = parts_of(tensor)
-    if not parts:
-        yield name, tensor
-    for inner, part in parts.items():
-        yield from _plain_tensors(f"{name}.{inner}", part)

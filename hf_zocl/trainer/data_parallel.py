@@ -13,7 +13,6 @@ import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType, broadcast, honor_type
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..private_names import tree_leaves
@@ -25,7 +24,7 @@ from .compat import (
     leave_out_of_wrapper,
     training_shard,
 )
-from .placement import reshard, shards_of
+from .placement import reshard, shards_of, whole_tensors
 
 
 class DataParallelTrainer(HookedTrainer):
@@ -155,8 +154,7 @@ class DataParallelTrainer(HookedTrainer):
         trained = self._gradient_free_parameters
         if trained and not any(parameter.requires_grad for parameter in model.parameters()):
             # What the wrapper does first: a frozen part may have been drawn by each process for itself.
-            whole = {id(tensor): tensor for tensor in (*trained, *model.parameters(), *model.buffers())}
-            broadcast([t.data for t in whole.values() if not (isinstance(t, DTensor) or t.is_meta)])
+            broadcast(whole_tensors(model))
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         shards = shards_of(model)
         if not shards:

@@ -7,6 +7,7 @@ from copy import copy
 from typing import Any
 
 import torch
+from accelerate.utils import honor_type
 
 from ..private_names import version
 
@@ -31,7 +32,8 @@ class Inputs:
     def again(self) -> Any:
         """For one pass."""
         made = _again(self._kept, self._leaf)
-        self._seen[1:] = [(made, _versions(made))]
+        if self._leaf is _cloned:  # else they are the given tensors
+            self._seen[1:] = [(made, _versions(made))]
         return made
 
     @property
@@ -53,8 +55,7 @@ def _again(value: Any, leaf: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             made[name] = _again(own, leaf)  # type: ignore[index]
         return made
     if isinstance(value, (list, tuple)):
-        items = [_again(own, leaf) for own in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return honor_type(value, (_again(own, leaf) for own in value))
     return value
 
 

@@ -72,9 +72,7 @@ class PendingEstimates:
     @property
     def peak_rates(self) -> dict[str | None, float]:
         """The highest of the schedule: at the start of a warm-up all rates are zero."""
-        return {
-            branch: group.get("initial_lr", group["lr"]) * rate_factor(group) for branch, group in self._groups.items()
-        }
+        return {branch: _scheduled_peak(group) * rate_factor(group) for branch, group in self._groups.items()}
 
     @property
     def _groups(self) -> dict[str | None, dict[str, Any]]:
@@ -84,7 +82,7 @@ class PendingEstimates:
         """Give branches another peak learning rate; the schedule goes on."""
         for branch, rate in rates.items():
             group = self._groups[branch]
-            group[RATE_FACTOR] = rate / group.get("initial_lr", group["lr"])
+            group[RATE_FACTOR] = rate / _scheduled_peak(group)
 
     def figures(self) -> dict[str, float]:
         """The latest step's, for the console and the history."""
@@ -98,3 +96,7 @@ class PendingEstimates:
 
     def _see_gradient(self, moments: dict[Place, Moments], rates: dict[str | None, float]) -> None:
         self._log.see_gradient(moments, rates, self.peak_rates)
+
+
+def _scheduled_peak(group: Mapping[str, Any]) -> float:
+    return group.get("initial_lr", group["lr"])  # some schedules keep none

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+
+from ..private_names import plain_tensors
 
 
 def shards_of(model: nn.Module) -> list[str]:
     """The parameters of which this process holds a part (`fully_shard`), by name."""
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+
+
+def whole_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """The data of all parameters and buffers that this process holds as a whole, each once."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    whole = [t.detach() for t in tensors.values() if not (isinstance(t, DTensor) or t.is_meta)]
+    return [part for tensor in whole for _, part in plain_tensors("", tensor)]
 
 
 def reshard(model: nn.Module) -> None:

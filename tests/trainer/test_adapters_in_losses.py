@@ -23,7 +23,7 @@ def texts() -> list[dict[str, torch.Tensor]]:
 
 
 class Referring(ZOCLTrainer):
-    """Stays near the base model. `frozen` says that the adapter is switched by hand, without its gradients."""
+    """Stays near the base model. `is_by_hand` says that PEFT asks for no gradient meanwhile."""
 
     is_by_hand = False
 

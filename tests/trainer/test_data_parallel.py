@@ -9,10 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import TrainingArguments
 
 from hf_zocl.trainer.data_parallel import DataParallelTrainer, _CountingBatchSampler, _last_round
+from hf_zocl.trainer.placement import whole_tensors
 from tests.helpers import Mlp, arguments, rows
 
 
@@ -215,3 +218,17 @@ def test_a_batch_in_which_nothing_has_a_row_an_example_stays_as_it_is():
     (own, share), (other, same) = last_batch(packed, accepts=False)
     assert own["input_ids"].shape == other["input_ids"].shape == (1, 17)
     assert share == same == 1.0
+
+
+def test_what_processes_begin_with_alike_is_everything_that_they_hold_as_plain_tensors():
+    model, count = Mlp(), torch.zeros(1)
+    model.tied = model.layers[0].weight
+    model.quantised = nn.Parameter(TwoTensor(torch.zeros(2), torch.ones(2)), requires_grad=False)
+    model.elsewhere = nn.Parameter(torch.empty(2, device="meta"))
+    model.register_buffer("count", count)
+    held = {tensor.data_ptr() for tensor in whole_tensors(model)}
+    wrapped = [model.quantised.a, model.quantised.b]
+    plain = [*model.layers.parameters(), *wrapped, count]
+    assert held == {tensor.data_ptr() for tensor in plain} and len(whole_tensors(model)) == len(plain)
+    whole_tensors(model)[0].fill_(3.0)
+    assert bool((model.layers[0].weight == 3.0).all())
