@@ -32,6 +32,8 @@ class Inputs:
     def again(self) -> Any:
         """For one pass."""
         made = _again(self._kept, self._leaf)
+        if made is self._kept:  # an object of a kind of its own
+            made = copy(made)
         if self._leaf is _cloned:  # else they are the given tensors
             self._seen[1:] = [(made, _versions(made))]
         return made

@@ -1,6 +1,7 @@
 """Every pass of a micro-batch sees the inputs that the host handed over, also if a loss writes into them."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,14 @@ def test_containers_are_made_anew_and_keep_their_kind():
     other["a"].add_(1)
     given["nested"]["b"][0].add_(1)
     assert inputs.written == ["nested.b.0", "a"]
+
+
+def test_an_object_of_another_kind_is_another_for_every_pass():
+    given = SimpleNamespace(x=torch.zeros(2), labels=torch.ones(2))
+    inputs = Inputs(given, False)
+    one = inputs.again()
+    del one.labels
+    assert one.x is given.x and inputs.again().labels is given.labels
 
 
 class LossWithin(nn.Module):
