@@ -26,17 +26,19 @@ class Inputs:
     def __init__(self, given: Any, is_written: bool | None):
         self.given = given
         self._leaf = _same if is_written is False else _cloned
-        self._kept = _again(given, self._leaf)
+        self._kept = self._copy(given)
         self._seen = [(given, _versions(given))]
 
     def again(self) -> Any:
         """For one pass."""
-        made = _again(self._kept, self._leaf)
-        if made is self._kept:  # an object of a kind of its own
-            made = copy(made)
+        made = self._copy(self._kept)
         if self._leaf is _cloned:  # else they are the given tensors
             self._seen[1:] = [(made, _versions(made))]
         return made
+
+    def _copy(self, inputs: Any) -> Any:
+        made = _again(inputs, self._leaf)
+        return copy(made) if made is inputs else made  # an object of a kind of its own
 
     @property
     def written(self) -> list[str]:
