@@ -37,6 +37,7 @@ class MicroBatch:
         stack: What is to be undone after the step.
         loss: The host's `compute_loss`.
         backward: The accelerator's.
+        scale: What the estimate counts in the step's.
 
     Attributes:
         estimate: None until it is made.
@@ -48,8 +49,9 @@ class MicroBatch:
         stack: ExitStack,
         loss: Callable[..., Any],
         backward: Callable[..., None],
+        scale: float,
     ):
-        self.trainer, self.stack = trainer, stack
+        self.trainer, self.stack, self.scale = trainer, stack, scale
         self.estimate: Estimate | None = None
         self._loss, self._backward = loss, backward
         self._objective: Objective | None = trainer.zo_objective

@@ -32,7 +32,7 @@ from .micro_batch import MicroBatch
 from .objective import Objective, ObjectiveWatch, check_objective
 from .pending import PendingEstimates
 from .placement import check_placement
-from .rates import chosen_rates, first_rates
+from .rates import check_schedule, chosen_rates, first_rates
 from .replay_file import earlier_log, save_replay_log
 from .resumable import ResumableTrainer
 
@@ -193,6 +193,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             first_order = self._first_order_optimizer(model)
             # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
             parts = [first_order, zo] if any(group["params"] for group in first_order.param_groups) else [zo]
+            check_schedule(args, is_alone=len(parts) == 1)
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
         module = self.accelerator.unwrap_model(self.model)
         self._estimator = ZOEstimator(
@@ -252,13 +253,15 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if not self.has_zo_parameters:
             return super().training_step(model, inputs, num_items_in_batch)
         with ExitStack() as stack:
-            micro_batch = MicroBatch(self, stack, self.compute_loss, self.accelerator.backward)
+            scale = self._estimate_scale(num_items_in_batch)
+            micro_batch = MicroBatch(self, stack, self.compute_loss, self.accelerator.backward, scale)
             stack.enter_context(shadowed(self, compute_loss=micro_batch.compute_loss))
             stack.enter_context(shadowed(self.accelerator, backward=micro_batch.backward))
             loss = super().training_step(model, inputs, num_items_in_batch)
         if micro_batch.estimate is None:
             raise self._no_estimate()
-        self._take(micro_batch.estimate, self._loss_scale(num_items_in_batch))
+        self._watch.see(micro_batch.estimate)
+        self._estimates.add(micro_batch.estimate, scale)
         for parameter in self.split.zo_parameters:
             if parameter.requires_grad:  # PEFT sees to that wherever a loss enables its adapter again
                 parameter.requires_grad_(False)
@@ -276,16 +279,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _measure_differences(self, micro_batch: MicroBatch) -> None:
         micro_batch.measure_differences()
-        rates = chosen_rates(self.args, self._estimator, accumulated_batches(self), not self._has_first_order)
+        count, is_alone = accumulated_batches(self), not self._has_first_order
+        rates = chosen_rates(self.args, self._estimator, count, micro_batch.scale, is_alone)
         self._estimates.set_peak_rates(rates)
-
-    def _take(self, estimate: Estimate, scale: float) -> None:
-        """Keep a micro-batch's estimate until the optimizer's step."""
-        self._watch.see(estimate)
-        # A quotient of losses has no scale of its own, and an objective counts no items.
-        is_as_loss = self._estimator.formula.has_scale and self.zo_objective is None
-        own_scale = scale if is_as_loss else 1.0 / accumulated_batches(self)
-        self._estimates.add(estimate, own_scale)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the zeroth-order figures and a model's own (`TaskAware.extra_logs`) beside the loss."""
@@ -351,9 +347,12 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if self.replay_log is not None:
             self.replay_log = earlier_log(folder / REPLAY_FILE, self._replay_settings())
 
-    def _loss_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
-        """What the Trainer multiplies the loss of a micro-batch by."""
-        return 1.0 if scales_loss(self, num_items_in_batch) else 1.0 / accumulated_batches(self)
+    def _estimate_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
+        """What a micro-batch's estimate counts: as much as the Trainer multiplies its loss by."""
+        # A quotient of losses has no scale of its own, and an objective counts no items.
+        is_as_loss = self._estimator.formula.has_scale and self.zo_objective is None
+        is_summed = is_as_loss and scales_loss(self, num_items_in_batch)
+        return 1.0 if is_summed else 1.0 / accumulated_batches(self)
 
     def _average_over_ranks(self, losses: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(losses, "mean") if self.accelerator.num_processes > 1 else losses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from transformers import SchedulerType
 from transformers.utils import logging
 
 from ..zo import ZOEstimator, balanced_rate
@@ -20,8 +21,29 @@ def first_rates(args: ZeroOrderArguments) -> dict[str | None, float]:
     return {branch: DEFAULT_RATE if rate is None else rate for branch, rate in args.rates_by_branch.items()}
 
 
+def check_schedule(args: ZeroOrderArguments, is_alone: bool) -> None:
+    """Refuse a schedule that ends at a given rate, where it would be that of a rate which is yet to be chosen.
+
+    Args:
+        args: The training's.
+        is_alone: Whether nothing is first-order; else the schedule's numbers are of the first-order rate.
+
+    Raises:
+        ValueError: If `min_lr` or `lr_end` is given beside `zo_learning_rate="auto"`.
+    """
+    kind, given = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
+    names = [name for name in ("min_lr", "lr_end") if given.get(name)]
+    is_absolute = is_alone or kind == SchedulerType.REDUCE_ON_PLATEAU
+    if names and is_absolute and None in args.rates_by_branch.values():
+        raise ValueError(
+            f"lr_scheduler_kwargs={given}: {names[0]} is a learning rate, and zo_learning_rate='auto' is chosen only "
+            "as the training begins: give a number as zo_learning_rate, or a schedule that ends at a part of it "
+            "(cosine_with_min_lr with min_lr_rate)."
+        )
+
+
 def chosen_rates(
-    args: ZeroOrderArguments, estimator: ZOEstimator, micro_batches: int, is_alone: bool
+    args: ZeroOrderArguments, estimator: ZOEstimator, micro_batches: int, scale: float, is_alone: bool
 ) -> dict[str | None, float]:
     """The peak learning rates of the branches for which none is given and the derivatives are known.
 
@@ -29,17 +51,19 @@ def chosen_rates(
         args: The training's.
         estimator: Has taken on what was measured.
         micro_batches: Those of a step; each has directions of its own.
+        scale: What a micro-batch's estimate counts in the step's.
         is_alone: Whether nothing is first-order.
     """
     rates = {}
+    counted = scale * micro_batches  # 1 where the step's loss is the mean of theirs, more where it is the sum
     for branch, own in estimator.resolutions.items():
         if args.rates_by_branch[branch] is None and own.is_seen and own.curvature > 0:
             rates[branch] = balanced_rate(
                 args.zo_rule,
                 args.zo_rule_momentum,
                 estimator.queries[branch] * micro_batches,
-                own.slope,
-                own.curvature,
+                own.slope * counted,
+                own.curvature * counted,
                 is_sign=estimator.sign,
                 has_scale=estimator.formula.has_scale,
                 is_alone=is_alone,

@@ -90,12 +90,13 @@ def build_zo_optimizer(
         branch["params"].extend(group.parameters)
         branch["zo_names"].extend(group.names)
     params = list(branches.values())
+    highest = max(branch["lr"] for branch in params)  # a schedule's least rate is a part of it
     if name == "sgd":
-        return torch.optim.SGD(params, momentum=momentum, weight_decay=weight_decay)
+        return torch.optim.SGD(params, highest, momentum=momentum, weight_decay=weight_decay)
     if name == "sign":
-        return SignSGD(params, momentum=momentum, weight_decay=weight_decay)
+        return SignSGD(params, highest, momentum=momentum, weight_decay=weight_decay)
     if name == "adamw":
-        return torch.optim.AdamW(params, betas=betas, weight_decay=weight_decay)
+        return torch.optim.AdamW(params, highest, betas=betas, weight_decay=weight_decay)
     raise ValueError(f"zo_optim={name!r} is unknown: expected one of {', '.join(ZO_OPTIMIZERS)}.")
 
 

@@ -11,7 +11,8 @@ from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, tra
 
 def chosen(trainer, is_alone: bool = True) -> dict:
     """What the measured derivatives give."""
-    return chosen_rates(trainer.args, trainer._estimator, trainer.args.gradient_accumulation_steps, is_alone)
+    count = trainer.args.gradient_accumulation_steps
+    return chosen_rates(trainer.args, trainer._estimator, count, 1 / count, is_alone)
 
 
 def weights_after(trainer) -> torch.Tensor:
@@ -117,3 +118,48 @@ def test_the_log_of_steps_makes_the_same_weights_again(tmp_path, queries):
     read = ReplayLog.from_tensors(trainer.replay_log.settings, trainer.replay_log.tensors())
     read.replay(trainer.args.layer_assignment.split(again).zo)
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+class CountsItems(Mlp):
+    """A loss that adds up over the micro-batches of a step, as a causal language model's."""
+
+    def forward(self, x, labels=None, num_items_in_batch=None, **kwargs):
+        outputs = super().forward(x, labels)
+        if num_items_in_batch is not None:
+            outputs["loss"] = outputs["loss"] * len(labels) / num_items_in_batch
+        return outputs
+
+
+@pytest.mark.parametrize("rule", ["sgd", "sign", "adamw"])
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "fzoo"])
+def test_the_rate_is_that_of_the_steps_loss_however_its_micro_batches_count(tmp_path, rule, estimator):
+    options = {"zo_layers": "all", "zo_optim": rule, "zo_estimator": estimator, "zo_queries": 2, "max_steps": 1}
+    options |= {"gradient_accumulation_steps": 8, "per_device_train_batch_size": 2}
+    same = rows(1) * 16
+    mean, total = (train(tmp_path, model, data=same, **options) for model in (Mlp(), CountsItems()))
+    assert total.model_accepts_loss_kwargs and not mean.model_accepts_loss_kwargs
+    rates = [trainer._estimates.learning_rates[None] for trainer in (mean, total)]
+    assert rates[0] == pytest.approx(rates[1], rel=0.05)
+    torch.testing.assert_close(weights_after(mean), weights_after(total), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+@pytest.mark.parametrize(
+    ("schedule", "given"),
+    [("cosine_with_min_lr", {"min_lr": 2e-3}), ("polynomial", {"lr_end": 2e-3})],
+)
+def test_a_schedule_ends_at_the_rate_that_is_given(tmp_path, layers, schedule, given):
+    options = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": given, "learning_rate": 1e-2, "max_steps": 4}
+    trainer = train(tmp_path, Mlp(), data=rows(), zo_layers=layers, zo_learning_rate=1e-2, **options)
+    assert trainer._estimates.learning_rates[None] == pytest.approx(2e-3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine_with_min_lr", "polynomial", "reduce_lr_on_plateau"])
+def test_a_rate_to_end_at_needs_one_to_begin_with(tmp_path, schedule):
+    name = "lr_end" if schedule == "polynomial" else "min_lr"
+    options = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": {name: 1e-6}, "zo_layers": "all"}
+    if schedule == "reduce_lr_on_plateau":
+        options |= {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **options), train_dataset=rows(), eval_dataset=rows(8))
+    with pytest.raises(ValueError, match=f"{name} is a learning rate, and zo_learning_rate='auto'"):
+        trainer.train()
