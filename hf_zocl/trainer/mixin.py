@@ -15,7 +15,6 @@ from ..passes import TowerPlan, find_towers, task_aware
 from ..passes.structure import shadowed
 from ..zo import (
     ESTIMATORS,
-    Estimate,
     Evaluation,
     HybridOptimizer,
     ParameterSplit,
