@@ -17,7 +17,7 @@ from ..hub.public import public_recipe
 from ..hub.push import QUEUE_FILE, SCRATCH
 from ..hub.task_info import TASK_FILE, is_task_name, task_folder, task_number
 from ..report.gallery import GALLERY_FILE
-from ..report.predictions import PREDICTIONS_FILE
+from ..report.predictions import PREDICTIONS_FILE, PredictionHistory
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
 
@@ -105,7 +105,7 @@ class RunFolder:
         Raises:
             RunFolderError: If a file is there whose name the run would write.
         """
-        there = next(self._written(tasks, any_task=True), None)
+        there = next((path for path in self._written(tasks, any_task=True) if not _is_of_a_beginning(path)), None)
         if there is not None:
             raise RunFolderError(
                 f"{there} is there already, and no {RESULTS_FILE} says that a run wrote it: move it away, or choose "
@@ -382,6 +382,16 @@ class RunFolder:
         if copies:
             return f"Move it away, and --resume goes on from its copy, {copies[-1]}."
         return "Put it back, or choose another output_dir."
+
+
+def _is_of_a_beginning(path: Path) -> bool:
+    """Tell whether a file holds the untrained model's predictions alone: a run killed before its first results left it."""
+    if path.name != PREDICTIONS_FILE:
+        return False
+    try:
+        return not PredictionHistory.read(path).after
+    except ValueError:
+        return False
 
 
 def _defines_the_run(argument: str) -> bool:

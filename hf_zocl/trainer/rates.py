@@ -6,7 +6,7 @@ from transformers import SchedulerType
 from transformers.utils import logging
 
 from ..zo import ZOEstimator, balanced_rate
-from .arguments import ZeroOrderArguments
+from .arguments import ZeroOrderArguments, ZOCLTrainingArguments
 from .differences import of_branch
 
 
@@ -21,7 +21,7 @@ def first_rates(args: ZeroOrderArguments) -> dict[str | None, float]:
     return {branch: DEFAULT_RATE if rate is None else rate for branch, rate in args.rates_by_branch.items()}
 
 
-def check_schedule(args: ZeroOrderArguments, is_alone: bool) -> None:
+def check_schedule(args: ZOCLTrainingArguments, is_alone: bool) -> None:
     """Refuse a schedule that ends at a given rate, where it would be that of a rate which is yet to be chosen.
 
     Args:

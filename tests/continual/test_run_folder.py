@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import TrainerCallback
 
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.folder_lock import FolderInUseError, FolderLock
-from hf_zocl.continual.run_folder import ResumeError, RunFolderError
+from hf_zocl.continual.run_folder import ResumeError, RunFolder, RunFolderError
 from tests.helpers import small_clip
 
 
@@ -183,6 +184,17 @@ def test_a_run_that_fails_before_its_first_step_leaves_no_folder(tmp_path):
     with pytest.raises(KeyError):
         scheduler(tmp_path / "run", callbacks=[Fails("on_train_begin")]).run()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}], ids=["new", "resume"])
+def test_a_run_that_is_cut_off_before_its_first_results_can_be_given_again(how, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write", lambda *_: sys.exit("cut off"))
+        with pytest.raises(SystemExit, match="cut off"):
+            scheduler(tmp_path).run()
+    assert list(contents(tmp_path)) == ["predictions.safetensors"]
+    scheduler(tmp_path).run(**how)
+    assert (tmp_path / "task-02").is_dir()
 
 
 def test_a_folder_in_use_is_refused_also_with_resume_and_overwrite(done):
