@@ -385,7 +385,7 @@ class RunFolder:
 
 
 def _is_of_a_beginning(path: Path) -> bool:
-    """Tell whether a file holds the untrained model's predictions alone: a run killed before its first results left it."""
+    """Tell whether a file holds no more than the untrained model's predictions: a run was killed before its results."""
     if path.name != PREDICTIONS_FILE:
         return False
     try:
