@@ -385,7 +385,7 @@ class RunFolder:
 
 
 def _is_of_a_beginning(path: Path) -> bool:
-    """Tell whether a file holds no more than the untrained model's predictions: a run was killed before its results."""
+    """Tell whether a file is the untrained model's predictions alone, which a run writes before its first results."""
     if path.name != PREDICTIONS_FILE:
         return False
     try:

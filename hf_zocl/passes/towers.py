@@ -118,7 +118,7 @@ class TowerEvaluation:
         options = self.batch_candidates, self.reuse_layers, self.pack_prompts
         finer = TowerEvaluation(self.plan, forward, self.before, context, *options)
         if self.after is not None:
-            finer.after, finer.draws = self.after, self.draws
+            finer.after, finer.draws, finer.records = self.after, self.draws, {}
             for name, record in self.records.items():
                 outputs = {} if name in towers else {offset: _wide(own) for offset, own in record.outputs.items()}
                 hidden = None if record.hidden is None else wide(record.hidden)
@@ -178,6 +178,9 @@ class TowerEvaluation:
             yield
         self.after = self.before.now()
         self.draws = not self.before.same_random_state(self.after)
+        for name, record in list(self.records.items()):
+            if record.calls == 0 and self.plan.perturbations[name] is None:
+                del self.records[name]  # a loss of features that are there already
         is_dual = all(record.calls == 1 and record.outputs for record in self.records.values())
         if not is_dual or not self.before.same_buffers(self.after):
             self.plain = self._plain_evaluation()

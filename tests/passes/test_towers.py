@@ -2,10 +2,12 @@
 
 import random
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -324,6 +326,38 @@ def test_language_candidates_go_through_their_tower_as_one_batch_and_leave_the_o
     text, vision = (count_calls(tower.encoder.layers[-1]) for tower in (clip.text_model, clip.vision_model))
     gradients(model, inputs, towers(pack_prompts=False), "language", "all", queries=8)
     assert (text, vision) == ([3, 3 * 8], [6])
+
+
+class OfFeatures(nn.Module):
+    """A loss of image features that are there already: one tower alone is run."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, image_embeds, labels):
+        logits = self.classifier.logits(image_embeds, self.classifier.encode("language"))
+        return CLIPClassifierOutput(loss=F.cross_entropy(logits, labels))
+
+
+def finer(model, estimator, forward, before):
+    """As `towers`, of what another evaluation has recorded."""
+    evaluation = towers()(model, estimator, forward, before)
+    with evaluation.recording():
+        forward()
+    return evaluation.finer(forward, nullcontext, ["language"])
+
+
+@pytest.mark.parametrize("layers", ["all", "suffix-2"])
+@pytest.mark.parametrize("make", [towers(), checked, finer])
+def test_a_tower_runs_by_every_shortcut_where_the_other_is_not_asked(make, layers):
+    model, inputs = classifier()
+    inputs["image_embeds"] = model.encode("vision", inputs.pop("pixel_values")).detach()
+    model = OfFeatures(model).double().train()
+    assert_same(model, inputs, "language", layers, make, queries=4)
+    text = count_calls(model.classifier.clip.base_model.model.text_model.encoder.layers[-1])
+    gradients(model, inputs, towers(pack_prompts=False), "language", layers, queries=8)
+    assert text == [3, 3 * 8]
 
 
 def test_layers_below_the_first_perturbed_one_run_once():
