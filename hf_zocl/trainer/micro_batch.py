@@ -178,7 +178,15 @@ class MicroBatch:
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             if self._objective is not None:
                 return self._value(self._loss_and_outputs(module, inputs)[1])
-            loss = _scalar(self._loss(module, inputs, *self._args, **self._kwargs))
+            try:
+                loss = _scalar(self._loss(module, inputs, *self._args, **self._kwargs))
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                raise RuntimeError(
+                    "The loss takes a derivative itself, and a zeroth-order pass runs without autograd: take it under "
+                    "torch.enable_grad()."
+                ) from error
         if loss.dtype.itemsize < 4:
             logger.warning_once(
                 f"The loss is {loss.dtype}, in which small differences vanish, and zeroth-order layers learn from "

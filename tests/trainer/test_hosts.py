@@ -1,13 +1,15 @@
 """`ZeroOrderMixin` beside Trainers with a step, a loss and metrics of their own."""
 
 from collections import defaultdict
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch import nn
 from transformers import Trainer
 
 from hf_zocl import ZeroOrderMixin, ZOCLTrainer
-from tests.helpers import Mlp, arguments, rows, slow_but_for
+from tests.helpers import Mlp, arguments, rows, slow_but_for, train
 
 
 class Host(Trainer):
@@ -135,3 +137,35 @@ def test_a_host_that_loads_checkpoints_in_its_own_way_goes_on(tmp_path):
     again = run("again", resume_from_checkpoint=checkpoint)
     assert again.loaded == [checkpoint]
     assert all(map(torch.equal, whole.model.parameters(), again.model.parameters()))
+
+
+class Slope(nn.Module):
+    """u′ = u with u(0) = 1: the loss takes a derivative itself."""
+
+    def __init__(self, mode):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.mode = nn.ModuleList([nn.Linear(1, 8), nn.Linear(8, 1)]), mode
+
+    def u(self, x):
+        return self.layers[1](self.layers[0](x).tanh())
+
+    def forward(self, x, labels=None):
+        with self.mode():
+            x = x.detach().requires_grad_()
+            u = self.u(x)
+            (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+        return {"loss": (slope - u).square().mean() + (self.u(torch.zeros(1, 1)) - 1).square().mean(), "logits": u}
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_a_loss_that_takes_a_derivative_itself_does_so_with_autograd(tmp_path, layers):
+    data = [{"x": torch.rand(1), "labels": torch.zeros(1)} for _ in range(32)]
+    options = {"data": data, "zo_layers": layers, "max_steps": 1}
+    with pytest.raises(RuntimeError, match=r"takes a derivative itself.*under torch\.enable_grad"):
+        train(tmp_path, Slope(nullcontext), **options)
+    model = Slope(torch.enable_grad)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer = train(tmp_path, model, zo_queries=4, **options)
+    assert trainer._estimates.estimator.resolutions[None].is_seen
+    assert all(not torch.equal(old, new) for old, new in zip(before[:2], model.layers[0].parameters(), strict=True))
