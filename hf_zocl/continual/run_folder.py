@@ -12,7 +12,14 @@ from typing import Any
 from transformers.utils import logging
 
 from ..files import read_json, remove_unfinished, write_json, written_whole
-from ..hub.checkpoint import FIGURE, RESULTS_FILE, checkpoint_parts, read_sealed_task, remove_task_checkpoint
+from ..hub.checkpoint import (
+    FIGURE,
+    RESULTS_FILE,
+    added_files,
+    checkpoint_parts,
+    read_sealed_task,
+    remove_task_checkpoint,
+)
 from ..hub.public import public_recipe
 from ..hub.push import QUEUE_FILE, SCRATCH
 from ..hub.task_info import TASK_FILE, is_task_name, task_folder, task_number
@@ -118,12 +125,17 @@ class RunFolder:
         return self._evidence() is not None
 
     def check_removable(self) -> None:
-        """Check that it is known which files in this folder a run wrote.
+        """Check that it is known which files in this folder a run wrote, and that none is beside its checkpoints'.
 
         Raises:
-            RunFolderError: If it is not.
+            RunFolderError: If it is not, or a file was added that a checkpoint of the next run would be loaded with.
         """
-        self._record()
+        for task in range(1, len(self._record()["tasks"]) + 1):
+            for file in added_files(self.path / task_folder(task)):
+                raise RunFolderError(
+                    f"overwrite_output_dir: {file} is not of the run that is there, and would be taken for a part of "
+                    "the next one's checkpoint: move it away, or choose another output_dir."
+                )
 
     def start(self, results: dict[str, Any], files: Mapping[str, bytes] | None = None) -> None:
         """Remove what an earlier run wrote, if there was one, and write the first results in its place, after `files`.

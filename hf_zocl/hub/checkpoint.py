@@ -150,6 +150,23 @@ def checkpoint_parts(folder: Path) -> list[Path]:
     return sorted(present, key=lambda file: (file.name == TASK_FILE, file))
 
 
+def added_files(folder: Path) -> list[Path]:
+    """The files in a checkpoint's folder that are named as a part of one, but that its `task.json` does not know."""
+    try:
+        info = read_task(folder)
+    except ValueError:
+        return []
+    if not is_sealed(info):
+        return []
+    known = {
+        *info.get("files", {}),
+        *render_eval_results(info),
+        RESULTS_FILE,
+    }  # earlier releases did not seal the last
+    names = {file: file.relative_to(folder).as_posix() for file in checkpoint_parts(folder)}
+    return [file for file, name in names.items() if (_is_sealed(name) or file.parent != folder) and name not in known]
+
+
 def place_task_checkpoint(unfinished: Path, folder: Path) -> None:
     """Let a complete checkpoint take the place of an earlier one; files that are no part of one stay."""
     remove_task_checkpoint(folder)
@@ -164,8 +181,10 @@ def place_task_checkpoint(unfinished: Path, folder: Path) -> None:
 
 def remove_task_checkpoint(folder: Path) -> None:
     """Remove the files of a checkpoint, and its folder if nothing else is in it."""
+    added = added_files(folder)
     for file in checkpoint_parts(folder):
-        file.unlink()
+        if file not in added:
+            file.unlink()
     for path in (folder / EVAL_RESULTS_FOLDER, folder):
         with suppress(OSError):  # something else is in it, or it is not there
             path.rmdir()

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.folder_lock import FolderInUseError, FolderLock
 from hf_zocl.continual.run_folder import ResumeError, RunFolder, RunFolderError
+from hf_zocl.hub.checkpoint import remove_task_checkpoint
 from tests.helpers import small_clip
 
 
@@ -143,6 +144,20 @@ def test_a_file_in_the_way_is_named_and_stays(name, how, tmp_path):
     with pytest.raises(RunFolderError, match=r"is there already, and no results.json says that a run wrote it"):
         built.run(**how)
     assert contents(folder) == {name: hashlib.sha256(f"my {name}".encode()).hexdigest()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["task-01/model.safetensors", "task-02/config.json", "task-02/vocab.json", "task-01/.eval_results/mine.yaml"],
+)
+def test_a_file_that_was_added_to_a_checkpoint_is_named_and_stays(name, done):
+    lay(done, name)
+    before = contents(done)
+    with pytest.raises(RunFolderError, match=f"{name} is not of the run that is there"):
+        scheduler(done, "--seed", "3").run(overwrite_output_dir=True)
+    assert contents(done) == before
+    remove_task_checkpoint(done / name.split("/")[0])
+    assert (done / name).read_text() == f"my {name}"
 
 
 @pytest.mark.parametrize("text", ["mine", "[]", '{"accuracy": 1}'])
