@@ -13,7 +13,7 @@ from PIL import Image
 
 from hf_zocl.commands import train
 from hf_zocl.commands.recipe import parse_recipe
-from hf_zocl.commands.tune import first_task_stream, mark_best
+from hf_zocl.commands.tune import FirstTask, first_task_stream, mark_best
 from hf_zocl.continual.folder_lock import FolderInUseError
 from hf_zocl.continual.run_arguments import build_stream
 from hf_zocl.continual.run_folder import RunFolderError
@@ -125,6 +125,16 @@ def test_tune_judges_every_candidate_by_the_first_task_and_marks_the_best(tmp_pa
     (best,) = (row for row in rows if row["chosen"])
     assert best["score"] == max(row["score"] for row in rows[1:])
     assert sum("| chosen |" in line for line in done.stdout.splitlines()) == 1
+
+
+def test_tune_trains_with_the_plug_ins_of_the_recipe():
+    retention = build_stream(parse_recipe(["--recipe", "quickstart"]).run)
+    judge = FirstTask("quickstart", (0,), 4, retention, 1)
+    more = ["--model_name_or_path", small_clip(), *SMALL_STREAM.split(), "--classifier_alignment", "5"]
+    with judge._scheduler(more) as (scheduler, tasks):
+        assert [each.steps for each in scheduler.callbacks] == [5] and tasks == 2
+        again = judge._over(scheduler.stream, scheduler.args, scheduler)
+        assert again.callbacks == scheduler.callbacks and again.recipe == scheduler.recipe
 
 
 def test_with_a_floor_of_retention_the_fastest_learner_wins():

@@ -32,6 +32,7 @@ from ..continual import ContinualTaskScheduler
 from ..continual.run_arguments import build_stream
 from ..data import TaskStream
 from ..files import write_json
+from ..trainer import ZOCLTrainingArguments
 from .door import Parser, command
 from .recipe import Recipe, build_scheduler, parse_recipe
 
@@ -109,7 +110,7 @@ class FirstTask:
                 for repetition in range(1, self.repetitions or tasks):
                     # Other directions and another data order, as the next task would have.
                     args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
-                    scheduler = ContinualTaskScheduler(scheduler.model, scheduler.processor, scheduler.stream, args)
+                    scheduler = self._over(scheduler.stream, args, scheduler)
                     scheduler.run(overwrite_output_dir=True)
                 retained.append(accuracy(scheduler, self.retention))
         return as_row(candidate, first_task, retained)
@@ -128,8 +129,20 @@ class FirstTask:
             recipe = parse_recipe(["--recipe", self.recipe, *further, "--output_dir", folder, *quiet])
             whole = build_scheduler(recipe)
             stream = first_task_stream(whole.stream, recipe, self.held_out)
-            first = ContinualTaskScheduler(whole.model, whole.processor, stream, recipe.training, recipe.to_dict())
-            yield first, len(whole.stream)
+            yield self._over(stream, recipe.training, whole), len(whole.stream)
+
+    @staticmethod
+    def _over(stream: TaskStream, args: ZOCLTrainingArguments, like: ContinualTaskScheduler) -> ContinualTaskScheduler:
+        """A run of the same model over a stream, with the same plug-ins."""
+        return ContinualTaskScheduler(
+            like.model,
+            like.processor,
+            stream,
+            args,
+            like.recipe,
+            callbacks=like.callbacks,
+            known_classes=like.known_classes,
+        )
 
 
 def mark_best(rows: list[dict[str, Any]], keep: float | None = None) -> dict[str, Any]:

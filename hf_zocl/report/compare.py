@@ -139,7 +139,7 @@ def _differences(group: RunGroup, reference: RunGroup, is_comparable: bool) -> l
 
 
 def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
-    zero_shot = group.first["zero_shot"]
+    zero_shot = group.zero_shot
     return ["zero-shot", "", *(f"{100 * zero_shot[name]:.1f}" if name in zero_shot else "" for name, *_ in figures)]
 
 

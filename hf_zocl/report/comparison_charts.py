@@ -37,7 +37,7 @@ def standings(groups: Sequence[RunGroup]) -> tuple[list[Standing], float]:
     if len(groups) < 2:
         return [], 0.0
     figures = [(group.name, [group.percent(name) for name in ("last", "avg")]) for group in groups]
-    zero_shot = [(100 * groups[0].first["zero_shot"][name], 0.0) for name in ("last", "avg")]
+    zero_shot = [(100 * groups[0].zero_shot[name], 0.0) for name in ("last", "avg")]
     figures = [("zero-shot", zero_shot), *figures]
     top = 10 * np.ceil(max(10.0, max(mean + spread for _, pairs in figures for mean, spread in pairs)) / 10)
     return [

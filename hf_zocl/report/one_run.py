@@ -157,7 +157,7 @@ def _history(folder: Path | None, run: dict[str, Any], group: RunGroup) -> Predi
 
 
 def _head(group: RunGroup) -> list[HeadFigure]:
-    zero_shot = group.first["zero_shot"]
+    zero_shot = group.zero_shot
     rows = zero_shot.get("accuracy_matrix", ())[: group.tasks]
     is_matrix = len(rows) == group.tasks and all(len(row) == n for n, row in enumerate(rows, start=1))
     loss = np.mean(forgotten(rows)) if is_matrix and group.tasks > 1 else None

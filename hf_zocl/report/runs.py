@@ -41,6 +41,16 @@ class RunGroup:
         return min(len(run["accuracy_matrix"]) for run in self.runs)
 
     @property
+    def zero_shot(self) -> dict[str, Any]:
+        """What the first seed's untrained model had; of an unfinished run over the tasks that it has finished."""
+        run = self.first
+        zero_shot, done = run["zero_shot"], len(run["accuracy_matrix"])
+        if self.is_joint or not 0 < done < self.planned_tasks:
+            return zero_shot
+        seen = zero_shot["seen_accuracy"][:done]
+        return {**zero_shot, "last": seen[-1], "avg": sum(seen) / done}
+
+    @property
     def unfinished(self) -> list[str]:
         """The seeds whose stream is not finished: their Last and Avg are those so far."""
         counts = [(run["seed"], len(run["accuracy_matrix"]), len(run.get("tasks") or ())) for run in self.runs]

@@ -158,6 +158,19 @@ def test_a_note_cannot_leave_its_comment(tmp_path):
     assert "evil" in comparison.note and "\n\\evil" not in comparison.latex()
 
 
+def test_zero_shot_is_over_the_tasks_that_a_run_has_finished(tmp_path):
+    untrained = {"seen_accuracy": [0.8, 0.6, 0.1], "last": 0.1, "avg": 0.5}
+    whole = save(tmp_path / "whole", results(tasks=["1", "2"], zero_shot=untrained))
+    unfinished = save(tmp_path / "unfinished", results(tasks=["1", "2", "3"], zero_shot=untrained))
+    for folder, last, avg in ((whole, "10.0", "50.0"), (unfinished, "60.0", "70.0")):
+        (group,) = load_groups([folder])
+        assert group.tasks == 2
+        comparison = compare_runs([folder])
+        row = dict(zip(comparison.headings, comparison.rows[0], strict=True))
+        assert (row["setting"], row["Last"], row["Avg"]) == ("zero-shot", last, avg)
+        assert f"{100 * group.zero_shot['last']:.1f}" == last
+
+
 @pytest.mark.slow
 def test_a_thousand_runs_are_reported_in_seconds(tmp_path):
     folders = [save(tmp_path / f"run-{number}", results()) for number in range(1000)]
