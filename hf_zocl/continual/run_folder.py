@@ -25,6 +25,7 @@ from ..hub.push import QUEUE_FILE, SCRATCH
 from ..hub.task_info import TASK_FILE, is_task_name, task_folder, task_number
 from ..report.gallery import GALLERY_FILE
 from ..report.predictions import PREDICTIONS_FILE, PredictionHistory
+from ..report.setting import defines_run
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
 
@@ -33,39 +34,8 @@ logger = logging.get_logger(__name__)
 
 # The files of a run outside its tasks' folders.
 _FILES = (RESULTS_FILE, FIGURE, PREDICTIONS_FILE, GALLERY_FILE, QUEUE_FILE)
-# The arguments that define a run, by their names and prefixes. Where it is, how it is monitored and how it is saved
-# may change, and a new release of a library may add arguments: the run is still the same.
-_OF_THE_RUN = {
-    *(
-        "model_name_or_path",
-        "merge_into",
-        "dtype",
-        "benchmark",
-        "dataset_name",
-        "datasets",
-        "dataset_config",
-        "dataset_revision",
-    ),
-    *("train_split", "test_split", "image_column", "label_column", "name_column", "class_names", "test_fraction"),
-    *("scenario", "domain_column", "learning", "initial_increment", "increment"),
-    *("class_order", "partial_order", "class_order_seed"),
-    *("max_train_images_per_class", "max_test_images_per_class", "prompt_template"),
-    *("held_out", "evaluate_future", "skip_corrupt"),
-    *("classifier_alignment", "classifier_alignment_learning_rate"),
-    *("adapter", "adapter_config", "target_modules", "frozen_parameters"),
-    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
-    *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
-    *("max_grad_norm", "num_train_epochs", "max_steps"),
-    *("per_device_train_batch_size", "auto_find_batch_size", "gradient_accumulation_steps"),
-    *("average_tokens_across_devices", "label_smoothing_factor", "neftune_noise_alpha", "label_names"),
-    *("bf16", "fp16", "tf32", "torch_compile", "torch_compile_backend", "torch_compile_mode"),
-    *("use_liger_kernel", "liger_kernel_config", "parallelism_config", "fsdp", "deepspeed"),
-    *("seed", "data_seed", "full_determinism", "accelerator_config", "ignore_data_skip"),
-    *("dataloader_drop_last", "train_sampling_strategy", "group_by_length", "length_column_name"),
-}
 # Mappings that releases of transformers fill with keys of their own.
 _OF_RELEASES = ("accelerator_config",)
-_OF_THE_RUN_BY_PREFIX = ("zo_", "lora_", "moe_")
 # The keys of the results that going on reads and adds to.
 _LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
 _NEEDED: dict[str, Any] = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
@@ -212,7 +182,7 @@ class RunFolder:
         different = [
             f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} here"
             for key in sorted(mine.keys() | theirs.keys())
-            if _defines_the_run(key) and not _is_same(key, theirs, mine)
+            if defines_run(key) and not _is_same(key, theirs, mine)
         ]
         if different:
             raise ResumeError(
@@ -404,10 +374,6 @@ def _is_of_a_beginning(path: Path) -> bool:
         return not PredictionHistory.read(path).after
     except ValueError:
         return False
-
-
-def _defines_the_run(argument: str) -> bool:
-    return argument in _OF_THE_RUN or argument.startswith(_OF_THE_RUN_BY_PREFIX)
 
 
 def _is_same(argument: str, there: dict[str, Any], here: dict[str, Any]) -> bool:

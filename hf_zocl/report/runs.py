@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from .setting import base_name, other_setting
 
 
 RESULTS_FILE = "results.json"
@@ -71,14 +72,13 @@ class RunGroup:
         """The evaluation protocol of the figures: benchmark, scenario, classes, test images, base model."""
         run = self.first
         recipe = run.get("recipe", {})
-        model = str(recipe.get("model_name_or_path") or "")
         most = recipe.get("max_test_images_per_class")
         return (
             str(run.get("benchmark") or ""),
             str(run.get("scenario") or "class"),
             tuple(sorted(run.get("classes", ()))),
             most if isinstance(most, int) else None,
-            re.split(r"[\\/]+", model.rstrip("\\/"))[-1],
+            base_name(recipe.get("model_name_or_path")),
         )
 
     def values(self, name: str) -> np.ndarray:
@@ -161,7 +161,7 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
         name: The group's name; default: that of their parent folder.
 
     Raises:
-        ValueError: If a results.json cannot be read, two have the same seed, or they have different benchmarks.
+        ValueError: If a results.json cannot be read, two have the same seed, or they are of different settings.
     """
     read = sorted(((_read(folder / RESULTS_FILE), folder) for folder in folders), key=lambda each: each[0]["seed"])
     read = [(run, folder) for run, folder in read if run["accuracy_matrix"]]
@@ -172,6 +172,13 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
             f"{', '.join(map(str, folders))}: expected one setting with seeds of its own, got seeds "
             f"{', '.join(map(str, seeds))} of {', '.join(benchmarks)}; name the folder of each setting."
         )
+    for run, folder in read[1:]:
+        mine, theirs = (each.get("recipe", {}) for each in (runs[0], run))
+        if (name := other_setting(mine, theirs)) is not None:
+            raise ValueError(
+                f"{read[0][1]} and {folder}: expected one setting with seeds of its own, got {name} "
+                f"{mine[name]!r} and {theirs[name]!r}; name the folder of each setting."
+            )
     own = tuple(folder for _, folder in read)
     return RunGroup(name or folders[0].resolve().parent.name, tuple(runs), own)
 

@@ -10,8 +10,9 @@ from transformers import TrainingArguments
 from hf_zocl import ZOCLTrainingArguments
 from hf_zocl.commands.recipe import parse_recipe
 from hf_zocl.continual.run_arguments import RunArguments
-from hf_zocl.continual.run_folder import ResumeError, RunFolder, _defines_the_run
+from hf_zocl.continual.run_folder import ResumeError, RunFolder
 from hf_zocl.models import AdapterArguments
+from hf_zocl.report.setting import defines_run
 
 
 def recipe(tmp_path, *arguments: str) -> dict:
@@ -101,7 +102,7 @@ FREE = {
 def test_every_argument_of_this_package_defines_the_run_or_is_known_not_to():
     of_transformers = {field.name for field in fields(TrainingArguments)}
     own = {f.name for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments) for f in fields(cls)}
-    assert {name for name in own - of_transformers if not _defines_the_run(name)} == FREE
+    assert {name for name in own - of_transformers if not defines_run(name)} == FREE
 
 
 def test_another_number_of_processes_is_refused_by_name(tmp_path):

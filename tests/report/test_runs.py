@@ -158,6 +158,19 @@ def test_a_note_cannot_leave_its_comment(tmp_path):
     assert "evil" in comparison.note and "\n\\evil" not in comparison.latex()
 
 
+@pytest.mark.parametrize("name", ["zo_branch", "learning_rate", "increment", "max_test_images_per_class"])
+def test_runs_of_several_settings_are_not_taken_for_seeds_of_one(tmp_path, name):
+    for seed, value in ((0, 1), (1, 2)):
+        recipe = {name: value, "seed": seed, "class_order_seed": seed, "output_dir": f"runs/{seed}"}
+        save(tmp_path / f"run-{seed}", results(seed=seed, recipe=recipe))
+    with pytest.raises(ValueError, match=f"got {name} 1 and 2; name the folder of each setting"):
+        load_groups([tmp_path])
+    assert len(load_groups([tmp_path / "run-0", tmp_path / "run-1"])) == 2
+    same = results(seed=1, recipe={name: 1, "seed": 1, "class_order_seed": 1, "output_dir": "elsewhere"})
+    (tmp_path / "run-1" / "results.json").write_text(json.dumps(same))
+    assert [len(group.runs) for group in load_groups([tmp_path])] == [2]
+
+
 def test_zero_shot_is_over_the_tasks_that_a_run_has_finished(tmp_path):
     untrained = {"seen_accuracy": [0.8, 0.6, 0.1], "last": 0.1, "avg": 0.5}
     whole = save(tmp_path / "whole", results(tasks=["1", "2"], zero_shot=untrained))

@@ -1,5 +1,6 @@
 """The traps of a Trainer that mixes zeroth- and first-order layers, one test each."""
 
+import copy
 import logging
 from dataclasses import dataclass
 
@@ -273,6 +274,18 @@ def test_a_tower_may_have_a_learning_rate_of_its_own(tmp_path, estimator):
     read = ReplayLog.from_tensors(trainer.replay_log.settings, trainer.replay_log.tensors())
     read.replay(trainer.args.layer_assignment.split(again).zo)
     assert all(torch.equal(a, b) for a, b in zip(trainable(again).values(), trainable(model).values(), strict=True))
+
+
+@pytest.mark.parametrize(("options", "kept"), [({"zo_momentum": 0.9}, False), ({"zo_momentum": 0.0}, True)])
+def test_a_second_training_has_a_log_only_if_the_rule_keeps_nothing_of_the_first(tmp_path, options, kept):
+    trainer = train(tmp_path, Mlp(), data=rows(), zo_layers="all", zo_optim="sgd", **options)
+    assert len(trainer.replay_log.steps) == 2
+    before = copy.deepcopy(trainer.model)
+    trainer.train()
+    assert (trainer.replay_log is not None) == kept
+    if kept:
+        trainer.replay_log.replay(trainer.args.layer_assignment.split(before).zo)
+        assert all(map(torch.equal, before.parameters(), trainer.model.parameters()))
 
 
 @pytest.mark.slow
