@@ -18,6 +18,8 @@ from .task_aware import task_aware
 
 # Of a buffer of up to so many bytes (statistics, counters, masks), a copy costs nothing.
 SMALL_BYTES = 1 << 20
+# Their kernels write the running statistics without a word to torch's counter.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Buffers:
@@ -44,16 +46,29 @@ class Buffers:
     def is_copied(self, name: str, tensor: torch.Tensor) -> bool:
         return tensor.nbytes <= SMALL_BYTES or name in self.changing
 
+    def changes_unseen(self, name: str, module: nn.Module) -> bool:
+        """Whether a buffer may change without torch counting it: through `.data`, or by batch normalisation."""
+        return name in self.changing or (module.training and isinstance(module, BATCH_NORMS))
+
     def watch(self, devices: Collection[torch.device], run: Callable[[], Any]) -> None:
-        """Find out by a forward pass, `run`, which buffers it changes; whatever it changes is put back."""
-        state = ForwardState(devices, self)
+        """Find out by a forward pass, `run`, which buffers it changes; whatever it changes is put back.
+
+        Raises:
+            RuntimeError: If it changes a large one in a way that torch does not see.
+        """
         self.is_watched = True
+        state = ForwardState(devices, self)
         if not state.tensors:
             return
         with _CopyBeforeWriting(state.tensors) as copies, uncounted(self._model):
             run()
         self.changing.update(copies)
         state.values.update(copies)
+        for name, tensor in state.tensors.items():
+            if name not in state.values:
+                state.see_that_it_holds_the_same(name, tensor, _checksum(tensor))
+            elif not _holds(tensor, state.values[name]):
+                self.changing.add(name)
         state.restore()
         for name in state.tensors.keys() - state.values.keys():
             self.checksum(name, state.tensors[name])
@@ -123,12 +138,14 @@ class ForwardState:
             if own_buffers(module).get(key) is not tensor:  # a pass has put another in its place
                 own_buffers(module)[key] = tensor
                 vars(module).update(self.attributes[module])
-            if tensor is None or (version(tensor) == self.versions[name] and name not in self.buffers.changing):
+            if tensor is None or (
+                version(tensor) == self.versions[name] and not self.buffers.changes_unseen(name, module)
+            ):
                 continue
             if name in self.values:
                 tensor.copy_(self.values[name])
             else:
-                self._see_that_it_holds_the_same(name, tensor)
+                self.see_that_it_holds_the_same(name, tensor, self.buffers.checksum(name, tensor))
             self.versions[name] = version(tensor)
         torch.set_rng_state(self.cpu)
         random.setstate(self.python)
@@ -137,10 +154,9 @@ class ForwardState:
         for device, state in self.accelerators.items():
             torch.get_device_module(device).set_rng_state(state, device)
 
-    def _see_that_it_holds_the_same(self, name: str, tensor: torch.Tensor) -> None:
-        """Of a large buffer that was written to: a broadcast among processes writes what was there."""
-        checksum = self.checksums[name]
-        if checksum is None or self.buffers.checksum(name, tensor) != checksum:
+    def see_that_it_holds_the_same(self, name: str, tensor: torch.Tensor, checksum: int | None) -> None:
+        """Of a large buffer that may have been written to: a broadcast among processes writes what was there."""
+        if checksum is None or checksum != self.checksums[name]:
             raise RuntimeError(
                 f"The buffer {name} ({tuple(tensor.shape)}, {tensor.nbytes >> 20} MB) was changed by a "
                 "forward pass, but not by the first one: it was not copied, and cannot be put back for the passes "
@@ -154,8 +170,7 @@ class ForwardState:
 
     def _same_buffer(self, name: str, other: ForwardState) -> bool:
         is_same = self.tensors[name] is other.tensors.get(name) and self.versions[name] == other.versions[name]
-        # What is written through `.data` is not counted.
-        return is_same and name not in self.buffers.changing
+        return is_same and not self.buffers.changes_unseen(name, self.places[name][0])
 
     def same_random_state(self, other: ForwardState) -> bool:
         if not torch.equal(self.cpu, other.cpu) or self.python != other.python:
@@ -204,6 +219,13 @@ class _CopyBeforeWriting(TorchDispatchMode):
             for name in self._names.get(_address(tensor), ()):
                 if name not in self._copies:
                     self._copies[name] = self._tensors[name].clone()
+
+
+def _holds(tensor: torch.Tensor, values: torch.Tensor) -> bool:
+    try:
+        return torch.equal(tensor, values)
+    except (RuntimeError, NotImplementedError):  # sparse or quantised
+        return True
 
 
 def _address(tensor: torch.Tensor) -> int | None:

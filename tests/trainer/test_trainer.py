@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import (
@@ -426,19 +427,60 @@ def test_an_interrupted_step_leaves_nothing_for_the_next_run(tmp_path):
     assert training_logs(trainer)[-1]["zo_grad_norm"] < 2 * expected
 
 
+class OwnNorm(nn.Module):
+    """Batch normalisation by torch's function, with buffers of a module of its own."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(size))
+        self.register_buffer("running_var", torch.ones(size))
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, training=True)
+
+
+class Normalised(Mlp):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, labels=None):
+        return super().forward(self.norm(x), labels)
+
+
 @pytest.mark.parametrize("layers", [[1], "all"])
-def test_queries_do_not_touch_running_statistics(tmp_path, layers):
-    class Normalised(Mlp):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(4)
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "forward-gradient"])
+@pytest.mark.parametrize("make", [nn.BatchNorm1d, OwnNorm])
+def test_queries_do_not_touch_running_statistics(tmp_path, layers, estimator, make):
+    norms = [make(4) for _ in range(2)]
+    options = {"zo_layers": layers, "zo_estimator": estimator, "zo_queries": 5, "learning_rate": 0.0}
+    options |= {"zo_learning_rate": 0.0, "max_steps": 3}
+    train(tmp_path, Normalised(norms[0]), data=rows(), **options)
+    train(tmp_path, Normalised(norms[1]), data=rows(), zo_branch="none", learning_rate=0.0, max_steps=3)
+    assert not torch.equal(norms[0].running_mean, torch.zeros(4))
+    for (name, mine), theirs in zip(norms[0].named_buffers(), norms[1].buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
 
-        def forward(self, x, labels=None):
-            return super().forward(self.norm(x), labels)
 
-    model = Normalised()
-    train(tmp_path, model, data=rows(), zo_layers=layers, zo_queries=5, max_steps=3)
-    assert model.norm.num_batches_tracked == 3
+def test_running_statistics_that_begin_to_move_later_are_put_back(tmp_path):
+    class Thaws(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            model.norm.training = state.global_step >= 2
+
+    class Frozen(Normalised):
+        def train(self, mode=True):
+            training = self.norm.training
+            super().train(mode)
+            self.norm.train(mode and training)
+            return self
+
+    norms = [nn.BatchNorm1d(4).eval() for _ in range(2)]
+    options = {"data": rows(), "callbacks": [Thaws()], "learning_rate": 0.0, "max_steps": 4}
+    train(tmp_path, Frozen(norms[0]), zo_layers="all", zo_learning_rate=0.0, **options)
+    train(tmp_path, Frozen(norms[1]), zo_branch="none", **options)
+    assert norms[1].num_batches_tracked == 2
+    for (name, mine), theirs in zip(norms[0].named_buffers(), norms[1].buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
