@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ def stackable(
     if any(len(holder) > 1 for holder in holders):  # tied weights
         return None
     found = [(*holder[0], index) for index, holder in enumerate(holders)]
-    # A subclass may have its weight read by another module, as `nn.MultiheadAttention` does.
-    is_able = all(type(module) is nn.Linear or hasattr(module, "stackable") for module, _, _ in found)
+    is_able = all(_stacked_forward(module) or hasattr(module, "stackable") for module, _, _ in found)
     return found if is_able else None
 
 
@@ -45,19 +45,31 @@ def stacked(holders: Sequence[Holder], stacks: Sequence[torch.Tensor]) -> Iterat
     with ExitStack() as stack:
         for module, parameter, index in holders:
             stack.enter_context(shadowed(module, **{parameter: stacks[index]}))
-        for module in {module for module, _, _ in holders if isinstance(module, nn.Linear)}:
-            stack.enter_context(shadowed(module, forward=_StackedForward(module)))
+        for module in {module for module, _, _ in holders}:
+            if (forward := _stacked_forward(module)) is not None:
+                stack.enter_context(shadowed(module, forward=partial(forward, module)))
         yield
 
 
-class _StackedForward:
-    """A linear layer's forward pass while its weights are stacked."""
+def _stacked_forward(module: nn.Module) -> Callable[[Any, torch.Tensor], torch.Tensor] | None:
+    """The forward pass of a module while its weights are stacked, if it is of a kind that has one."""
+    # A subclass may have its weight read by another module, as `nn.MultiheadAttention` does.
+    if type(module) is nn.Linear:
+        return lambda module, inputs: stacked_linear(inputs, module.weight, module.bias)
+    if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
+        return _stacked_layer_norm
+    return None
 
-    def __init__(self, module: nn.Linear):
-        self.module = module
 
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return stacked_linear(inputs, self.module.weight, self.module.bias)
+def _stacked_layer_norm(module: nn.LayerNorm, inputs: torch.Tensor) -> torch.Tensor:
+    """A layer norm with a weight or a bias, or both, of every candidate: `(candidates, width)`."""
+    outputs = nn.functional.layer_norm(inputs, module.normalized_shape, None, None, module.eps)
+    for values, combine in ((module.weight, torch.mul), (module.bias, torch.add)):
+        if values is not None:
+            candidates = len(values) if values.dim() == 2 else 1
+            rows = outputs.view(candidates, -1, outputs.shape[-1])
+            outputs = combine(rows, values.view(candidates, 1, -1)).view_as(inputs)
+    return outputs
 
 
 def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -37,8 +37,8 @@ class TowerPlan:
     A model without towers may have a stack, of whose layers those below the first perturbed one are left out.
 
     Modules may say what they stand, by attributes: `stackable` (its parameters may have a leading dimension of
-    candidates, all of them together; default: a linear layer's may) and `packable` (a row may hold several prompts;
-    default: it may). What the model says of itself is `TaskAware`.
+    candidates, all of them together; default: those of linear layers and layer norms may) and `packable` (a row may
+    hold several prompts; default: it may). What the model says of itself is `TaskAware`.
 
     Args:
         model: The model, unwrapped.

@@ -561,6 +561,17 @@ def test_biases_beside_frozen_weights_are_stacked():
     assert_same(model, inputs, "language", "all", queries=8)
 
 
+@pytest.mark.parametrize("ending", ["", "weight", "bias"])
+def test_layer_norms_are_stacked(ending):
+    model, inputs = dual_encoder("clip")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("text_model" in name and "norm" in name and name.endswith(ending))
+    assert_same(model, inputs, "language", "all", queries=8)
+    text = count_calls(model.base_model.model.text_model.encoder.layers[-1])
+    gradients(model, inputs, towers(), "language", "all", queries=8)
+    assert text == [6, 6 * 8]
+
+
 def test_weights_that_another_module_reads_go_one_by_one():
     model, inputs = dual_encoder("siglip")
     model.base_model.model.vision_model.head.attention.out_proj.weight.requires_grad_(True)
