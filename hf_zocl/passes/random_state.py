@@ -66,7 +66,8 @@ class Buffers:
         state.values.update(copies)
         for name, tensor in state.tensors.items():
             if name not in state.values:
-                state.see_that_it_holds_the_same(name, tensor, _checksum(tensor))
+                if state.checksums[name] is not None:
+                    state.see_that_it_holds_the_same(name, tensor, _checksum(tensor))
             elif not _holds(tensor, state.values[name]):
                 self.changing.add(name)
         state.restore()
@@ -159,8 +160,9 @@ class ForwardState:
         if checksum is None or checksum != self.checksums[name]:
             raise RuntimeError(
                 f"The buffer {name} ({tuple(tensor.shape)}, {tensor.nbytes >> 20} MB) was changed by a "
-                "forward pass, but not by the first one: it was not copied, and cannot be put back for the passes "
-                "that are compared. Have the model change it in every forward pass, or in none."
+                "forward pass. The first one was not seen to change it, so it was not copied, and cannot be put back "
+                "for the passes that are compared. Have the model change it in every forward pass, in place, or in "
+                "none."
             )
 
     def same_buffers(self, other: ForwardState) -> bool:

@@ -64,6 +64,29 @@ def test_what_a_pass_changes_is_put_back_bit_by_bit(change, size):
         before.restore()
 
 
+def normalise(m):
+    """By a kernel that writes statistics without torch's counting it."""
+    torch.nn.functional.batch_norm(torch.randn(4, len(m.buffer)), m.buffer, m.other, training=True)
+
+
+def test_a_small_buffer_that_changes_unseen_is_put_back():
+    model = Changes(normalise, buffer=torch.zeros(8), other=torch.ones(8))
+    buffers = Buffers(model)
+    buffers.watch(CPU, model)
+    before = ForwardState(CPU, buffers)
+    assert model.buffer.tolist() == [0] * 8
+    model()
+    assert model.buffer.tolist() != [0] * 8 and not before.same_buffers(before.now())
+    before.restore()
+    assert model.buffer.tolist() == [0] * 8 and model.other.tolist() == [1] * 8
+
+
+def test_a_large_buffer_that_changes_unseen_is_refused():
+    model = Changes(normalise, buffer=torch.zeros(LARGE), other=torch.ones(LARGE))
+    with pytest.raises(RuntimeError, match="was changed by a forward pass"):
+        Buffers(model).watch(CPU, model)
+
+
 def test_an_attribute_that_goes_with_a_buffer_is_put_back_with_it():
     """As transformers keeps the length for which rotary frequencies were computed."""
 
