@@ -77,7 +77,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
 
     A recipe may `include` another one, by name or by a path from its own folder or the current one, and override it. A
     `preset` sets several arguments at once: one of the recipe's is overridden by the rest of the recipe, one of the
-    command line's overrides the recipe and is overridden by the rest of the command line.
+    command line's takes its place, overrides the recipe and is overridden by the rest of the command line.
 
     Args:
         argv: The command line without the program's name; default: `sys.argv`.
@@ -103,7 +103,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
             file = recipe_file(given.recipe)
         except ValueError as error:
             raise ValueError(f"--recipe {given.recipe}: {error}") from error
-        entries = read_recipe(file, _hints())
+        entries = read_recipe(file, _hints(), with_preset=given.preset is None)
     if given.preset is not None:
         entries |= read_preset(given.preset, f"--preset {given.preset}", _hints())
     words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}

@@ -39,7 +39,9 @@ class Entry:
     place: str
 
 
-def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...] = ()) -> dict[str, Entry]:
+def read_recipe(
+    path: Path, hints: Mapping[str, Any], including: tuple[Path, ...] = (), with_preset: bool = True
+) -> dict[str, Entry]:
     """The arguments of a recipe. They override those of its preset, which override those of an included recipe.
 
     A value is what the argument's annotation makes of its text: `class_names: [yes, no]` are two names, and
@@ -49,6 +51,7 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
         path: The file.
         hints: Argument → annotation.
         including: The recipes that led here.
+        with_preset: Whether the arguments of its preset count; not where another takes its place.
 
     Raises:
         ValueError: If the file is not a mapping, names an argument twice or an unknown one, holds a value of the wrong
@@ -74,9 +77,13 @@ def read_recipe(path: Path, hints: Mapping[str, Any], including: tuple[Path, ...
             raise ValueError(f"{path}, line {key.start_mark.line + 1}: unknown argument {shown(name)}.{did_you_mean}")
         entries[name] = Entry(_value(node, hint, f"{place}: {name}"), place)
     included, preset = entries.pop("include", None), entries.get("preset")
-    below = {} if included is None else _include(included, path, hints, including)
-    if preset is not None and preset.value is not None:
-        below |= read_preset(preset.value, f"{preset.place}: preset={shown(preset.value)}", hints)
+    has_preset = preset is not None and preset.value is not None
+    below = {}
+    if included is not None:  # of two presets nothing of the lower one is left
+        below = _include(included, path, hints, including, with_preset and not has_preset)
+    if has_preset:
+        found = read_preset(preset.value, f"{preset.place}: preset={shown(preset.value)}", hints)
+        below |= found if with_preset else {}
     return below | entries
 
 
@@ -92,7 +99,9 @@ def read_preset(name: str, where: str, hints: Mapping[str, Any]) -> dict[str, En
         raise ValueError(f"{where}: {error}") from error
 
 
-def _include(included: Entry, path: Path, hints: Mapping[str, Any], including: tuple[Path, ...]) -> dict[str, Entry]:
+def _include(
+    included: Entry, path: Path, hints: Mapping[str, Any], including: tuple[Path, ...], with_preset: bool
+) -> dict[str, Entry]:
     where = f"{included.place}: include={included.value!r}"
     try:
         base = recipe_file(included.value, beside=path.parent)
@@ -100,7 +109,7 @@ def _include(included: Entry, path: Path, hints: Mapping[str, Any], including: t
         raise ValueError(f"{where}: {error}") from error
     if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
         raise ValueError(f"{where} leads back to itself.")
-    return read_recipe(base, hints, (*including, path))
+    return read_recipe(base, hints, (*including, path), with_preset)
 
 
 def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:

@@ -28,11 +28,11 @@ PRESETS = {
         "zo_momentum": 0.0, "zo_learning_rate": 2e-2,
     },
     "all-zo": {
-        "zo_branch": "dual", "zo_layers": "all", "zo_estimator": "one-sided", "zo_sign": False, "zo_optim": "sign",
-        "zo_momentum": 0.9, "zo_learning_rate": 5e-3,
+        "zo_branch": "language", "zo_layers": "all", "zo_estimator": "one-sided", "zo_sign": False, "zo_optim": "sign",
+        "zo_momentum": 0.9, "zo_learning_rate": "auto",
     },
 }  # fmt: skip
-QUERIES = {"mozo": (1, 1), "mezo": (1, 1), "fzoo": (8, 8), "zo-adam": (2, 2), "all-zo": (2, 32)}  # vision, language
+QUERIES = {"mozo": (1, 1), "mezo": (1, 1), "fzoo": (8, 8), "zo-adam": (2, 2), "all-zo": (128, 128)}  # vision, language
 FILES = Path(hf_zocl.commands.__file__).parent / "presets"
 
 
@@ -51,7 +51,10 @@ def test_every_preset_sets_the_same_arguments_so_that_nothing_of_another_is_left
     assert {file.stem for file in FILES.glob("*.yaml")} == set(PRESETS)
     texts = [file.read_text(encoding="utf-8").splitlines() for file in FILES.glob("*.yaml")]
     keys = [{line.split(":")[0] for line in text if line and not line.startswith("#")} for text in texts]
-    assert all(each == keys[0] for each in keys)
+    common = set.intersection(*keys)
+    assert {key for key in common if not key.startswith("zo_")} == set()
+    # One preset alone chooses the adapter too; a preset takes the place of another as a whole.
+    assert [each - common for each in keys if each != common] == [{"adapter", "adapter_config", "frozen_parameters"}]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -85,7 +88,27 @@ def test_a_preset_on_the_command_line_overrides_the_whole_recipe_towers_included
 
 def test_a_preset_overrides_what_a_recipe_includes(tmp_path):
     recipe = parse(tmp_path, "include: quickstart\npreset: all-zo\nzo_layers: hop-odd\n")
-    assert (recipe.training.zo_sign, recipe.training.zo_layers, queries(recipe)) == (False, "hop-odd", (2, 32))
+    assert (recipe.training.zo_sign, recipe.training.zo_layers, queries(recipe)) == (False, "hop-odd", (128, 128))
+
+
+@pytest.mark.parametrize("above", ["include", "--preset"])
+def test_of_two_presets_nothing_of_the_lower_one_is_left(above, tmp_path):
+    """Not even its adapter, of which the upper one says nothing."""
+    (tmp_path / "lower.yaml").write_text(f"output_dir: {tmp_path / 'run'}\npreset: all-zo\n")
+    lower = parse_recipe(["--recipe", str(tmp_path / "lower.yaml")])
+    assert (lower.adapter.adapter, lower.adapter.frozen_parameters) == ("ln_tuning", ["vision_model"])
+    text, more = (
+        ("include: lower.yaml\npreset: mezo\n", ())
+        if above == "include"
+        else ("preset: all-zo\n", ("--preset", "mezo"))
+    )
+    upper = parse(tmp_path, text, *more)
+    assert (upper.adapter.adapter, upper.adapter.adapter_config, upper.adapter.frozen_parameters) == (
+        "lora",
+        None,
+        None,
+    )
+    assert (upper.run.preset, upper.training.zo_estimator) == ("mezo", "two-sided")
 
 
 def test_one_value_on_the_command_line_replaces_the_towers_own_in_the_recipe(tmp_path):
@@ -108,13 +131,14 @@ def test_a_wrong_value_beside_a_preset_says_where_both_stand(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_trains(name, tmp_path):
-    training = parse(tmp_path, f"preset: {name}\n").training
-    arguments = {key: getattr(training, key) for key in (*PRESETS[name], "zo_queries", "zo_eps")}
-    model = mini_clip_classifier()
+    recipe = parse(tmp_path, f"preset: {name}\n")
+    arguments = {key: getattr(recipe.training, key) for key in (*PRESETS[name], "zo_queries", "zo_eps")}
+    own = ("adapter", "adapter_config", "frozen_parameters")
+    model = mini_clip_classifier(**{key: getattr(recipe.adapter, key) for key in own})
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = train(tmp_path, model, max_steps=1, data=image_examples(8), **arguments)
     assert trainer.split.fo if name == "mozo" else not trainer.split.fo
     assert torch.isfinite(torch.tensor(training_logs(trainer)[0]["loss"]))
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     for tower in ("vision_model", "text_model"):
-        assert any(tower in key for key in moved)
+        assert any(tower in key for key in moved) == (name != "all-zo" or tower == "text_model")
