@@ -80,9 +80,11 @@ def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None
     clip = CLIPModel(config)
     if int8:
         quantise(clip)
-    clip = add_adapter(clip, AdapterArguments(adapter=adapter, frozen_parameters=[frozen] if frozen else None))
+    more = {"adapter_config": {"target_modules": LAYER_NORMS}} if adapter == "ln_tuning" else {}
+    frozen_parameters = [frozen] if frozen else None
+    clip = add_adapter(clip, AdapterArguments(adapter=adapter, frozen_parameters=frozen_parameters, **more))
     for parameter in clip.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
     names = [f"{colour} {thing}" for thing in THINGS for colour in COLOURS][:classes]
     return CLIPClassifier(clip, tokenizer, names).to(setting.device)
@@ -98,6 +100,7 @@ def quantise(model: nn.Module) -> None:
     )
 
 
+LAYER_NORMS = ["layer_norm1", "layer_norm2"]  # the preset all-zo's
 COLOURS = ("red", "green", "blue", "white", "black", "small", "large", "old", "new", "wooden")
 THINGS = ("cat", "dog", "car", "ship", "bird", "horse", "frog", "truck", "house", "tree")
 

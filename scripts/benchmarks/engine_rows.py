@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 SHAPES = {
@@ -86,6 +86,7 @@ SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
 # When forward passes alone pay: scripts/studies/when_it_pays.py sets these beside the accuracy of cells of the same
 # name, whose queries they have.
 QUERIES = "vision=2,language=32"
+ALL_ZO = Row("all-zo", adapter="ln_tuning", branch="language", queries=128, frozen="vision_model")  # the preset
 PAYS = [
     Row("inference", "inference"),
     Row("FO", "fo"),
@@ -94,7 +95,8 @@ PAYS = [
     Row("dual/hop-even", layers="hop-even", queries=QUERIES),
     Row("vision/all", branch="vision", queries=QUERIES),
     Row("dual/all", queries=QUERIES),
-    Row("dual/all, int8", queries=QUERIES, int8=True),
+    ALL_ZO,
+    replace(ALL_ZO, name="all-zo, int8", int8=True),
 ]
 
 # (name, the row, the row it is compared with, the figure, the greatest ratio)

@@ -193,15 +193,19 @@ def pays_cells(config: CLIPConfig) -> dict[str, Cell]:
         "FO, text tower": assigned("none", "all", "--frozen_parameters", "vision_model"),
         "dual/hop-even": assigned("dual", "hop-even"),
         "vision/all": assigned("vision"),
-        "ZO, text tower": assigned("language", "all", "--frozen_parameters", "vision_model"),
         "dual/all": assigned("dual"),
-        "dual/all, int8": replace(assigned("dual"), int8=True),
+        "all-zo": ALL_ZO,
+        "all-zo, int8": replace(ALL_ZO, int8=True),
     }
 
 
 def assigned(branch: str, layers: str = "all", *more: str) -> Cell:
     return Cell(("--zo_branch", branch, "--zo_layers", layers, *more))
 
+
+ALL_ZO = Cell(
+    ("--preset", "all-zo", "--adapter", "ln_tuning")
+)  # this table's own --adapter would override the preset's
 
 # The rows of a table, the baseline first.
 TABLES: dict[str, Callable[[CLIPConfig], dict[str, Cell]] | None] = {

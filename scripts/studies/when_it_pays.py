@@ -37,7 +37,8 @@ STYLES = {
     "dual/hop-even": ("ZO every second layer", "#CC79A7", "right", -6),
     "vision/all": ("ZO vision, FO text", "#0072B2", "right", 2),
     "dual/all": ("ZO both", "#D55E00", "left", 4),
-    "dual/all, int8": ("ZO both, int8", "#E69F00", "right", -12),
+    "all-zo": ("preset all-zo", "#D55E00", "left", 4),
+    "all-zo, int8": ("preset all-zo, int8", "#E69F00", "right", -12),
 }
 
 
