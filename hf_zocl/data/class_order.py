@@ -16,6 +16,8 @@ from .splits import listed
 
 logger = logging.getLogger(__name__)
 
+MOST_LABELS = 10_000_000  # a table over all ids takes eight bytes for each
+
 
 def draw_class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | None) -> tuple[int, ...]:
     """The label ids in order of arrival: as given, drawn by a seed, or the dataset's own."""
@@ -57,9 +59,18 @@ def task_sizes(classes: int, initial_increment: int | None, increment: int | Lit
 
 
 def arrival_labels(images: datasets.Dataset, class_order: Sequence[int]) -> np.ndarray:
-    """The position in the class order of every label id, -1 for those left out."""
+    """The position in the class order of every label id, -1 for those left out.
+
+    Raises:
+        ValueError: If an id is so large that it is no class number.
+    """
     feature = images.features["label"]
     size = max(class_order) + 1
+    if size > MOST_LABELS:
+        raise ValueError(
+            f"label id {size - 1}: expected class numbers, below {MOST_LABELS:,}; Dataset.class_encode_column numbers "
+            "the values of a column."
+        )
     if isinstance(feature, datasets.ClassLabel):
         size = max(size, feature.num_classes)
     arrival = np.full(size, -1, dtype=np.int64)

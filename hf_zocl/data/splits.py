@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -68,20 +69,25 @@ class Split:
             data = data.rename_columns({image_column: "image", label_column: "label"})
         # Through Arrow: a million labels take a fraction of a second, and the images are left alone.
         column = data.select_columns("label").with_format("arrow")[:]["label"]
+        labels = self._filled(column, f"label in column {label_column!r}")
+        labels = labels if labels.dtype == object else labels.astype(np.int64)
+        return Split(self.name, data, labels, domains, np.arange(len(labels)))
+
+    def _filled(self, column: Any, what: str) -> np.ndarray:
+        """The values of an Arrow column, of which none may be missing."""
         if column.null_count:
             row = int(np.argmax(column.is_null().to_numpy()))
             raise ValueError(
-                f"split {self.name!r}: {column.null_count} of {len(column)} images have no label in column "
-                f"{label_column!r}; the first is row {row}."
+                f"split {self.name!r}: {column.null_count} of {len(column)} images have no {what}; the first is row "
+                f"{row}."
             )
-        labels = column.to_numpy()
-        labels = labels if labels.dtype == object else labels.astype(np.int64)
-        return Split(self.name, data, labels, domains, np.arange(len(labels)))
+        return column.to_numpy()
 
     def _domains(self, column: str) -> np.ndarray:
         usable = [name for name, feature in self.data.features.items() if _holds_labels(feature)]
         _column(self, column, usable, "domain_column", "of class labels, integers or strings")
-        values = self.data.select_columns(column).with_format("arrow")[:][column].to_numpy()
+        values = self.data.select_columns(column).with_format("arrow")[:][column]
+        values = self._filled(values, f"domain in domain_column={column!r}")
         feature = self.data.features[column]
         return np.array(feature.names)[values] if isinstance(feature, datasets.ClassLabel) else values
 

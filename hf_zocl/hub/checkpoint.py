@@ -142,6 +142,11 @@ def is_of_checkpoint(path: str) -> bool:
     return name in (TASK_FILE, FIGURE, "README.md", *REPORT_FILES) or _is_sealed(name)
 
 
+def is_loaded(path: str) -> bool:
+    """True if loading reads a file of this path with the checkpoint beside it."""
+    return "/" not in path and _is_sealed(path)
+
+
 def checkpoint_parts(folder: Path) -> list[Path]:
     """The files in a checkpoint's folder that are parts of it, `task.json` last: with it there is a checkpoint."""
     files = [*folder.glob("*"), *(folder / EVAL_RESULTS_FOLDER).glob("*")]
@@ -150,21 +155,27 @@ def checkpoint_parts(folder: Path) -> list[Path]:
     return sorted(present, key=lambda file: (file.name == TASK_FILE, file))
 
 
+def is_of(path: str, info: dict[str, Any]) -> bool:
+    """True if a file of this path is part of the very checkpoint that has this `task.json`.
+
+    Of the first release's, which had no checksums, the name alone is known.
+    """
+    if not is_of_checkpoint(path):
+        return False
+    if not is_sealed(info) or path == RESULTS_FILE:  # which earlier releases did not seal
+        return True
+    if "/" in path:
+        return path in render_eval_results(info)
+    return path in info.get("files", {}) or not _is_sealed(path)
+
+
 def added_files(folder: Path) -> list[Path]:
     """The files in a checkpoint's folder that are named as a part of one, but that its `task.json` does not know."""
     try:
         info = read_task(folder)
     except ValueError:
         return []
-    if not is_sealed(info):
-        return []
-    known = {
-        *info.get("files", {}),
-        *render_eval_results(info),
-        RESULTS_FILE,
-    }  # earlier releases did not seal the last
-    names = {file: file.relative_to(folder).as_posix() for file in checkpoint_parts(folder)}
-    return [file for file, name in names.items() if (_is_sealed(name) or file.parent != folder) and name not in known]
+    return [file for file in checkpoint_parts(folder) if not is_of(file.relative_to(folder).as_posix(), info)]
 
 
 def place_task_checkpoint(unfinished: Path, folder: Path) -> None:

@@ -9,17 +9,19 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from transformers.utils import logging
 
-from ..files import written_whole
+from ..files import read_json, written_whole
 from ..report.predictions import PREDICTIONS_FILE
 from .checkpoint import (
     ADAPTER_WEIGHTS,
     FIGURE,
     RESULTS_FILE,
+    is_loaded,
+    is_of,
     is_of_checkpoint,
     place_task_checkpoint,
     read_sealed,
@@ -54,13 +56,23 @@ def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes
 
     Returns:
         `pushed`, or `unchanged`.
+
+    Raises:
+        ForeignRepositoryError: If somebody has added a file that would be read with the checkpoint.
     """
     refs = api.list_repo_refs(repo_id)
     tags = {ref.name: ref.target_commit for ref in refs.tags}
-    if tag in tags and not changes(api, repo_id, tags[tag], files, _of_a_task):
+    if tag in tags and not changes(api, repo_id, tags[tag], files, _was_pushed(api, repo_id, tags[tag])):
         return "unchanged"
     head = next(ref.target_commit for ref in refs.branches if ref.name == "main")
-    operations = changes(api, repo_id, head, files, _of_a_task)
+    was_pushed = _was_pushed(api, repo_id, head)
+    tree = _tree(api, repo_id, head)
+    if foreign := [path for path in tree if path not in files and is_loaded(path) and not was_pushed(path)]:
+        raise ForeignRepositoryError(
+            f"{repo_id}: somebody has put {', '.join(foreign[:3])} on main, which would be read with the run's "
+            "checkpoint: remove or rename it there."
+        )
+    operations = _operations(tree, files, was_pushed)
     commit = head  # a commit whose answer was lost is there already
     if operations:
         commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head).oid
@@ -101,14 +113,15 @@ def make_repository(api: HfApi, name: str, private: bool | None) -> str:
 
 
 def _foreign_names(api: HfApi, repo_id: str) -> list[str]:
-    """The checkpoint's files and tasks' tags, by their names, in a repository that holds no run.
+    """What is in the way in a repository: files that would be read with a checkpoint and, if it holds no run, those
+    that pushing would replace, and tasks' tags.
 
-    Loading would take these files for the checkpoint's, and pushing would replace them. A card is no obstacle: the
-    Hub's own form makes one.
+    A card is no obstacle: the Hub's own form makes one.
     """
     names = [entry.path for entry in api.list_repo_tree(repo_id) if isinstance(entry, RepoFile)]
     if TASK_FILE in names:
-        return []
+        was_pushed = _was_pushed(api, repo_id, "main")
+        return [name for name in names if is_loaded(name) and not was_pushed(name)]
     # Within the first task the adapter alone is pushed.
     files = [name for name in names if is_of_checkpoint(name) and name not in ("README.md", ADAPTER_WEIGHTS)]
     return files + [f"the tag {tag}" for tag in _tags(api, repo_id) if is_task_name(tag)]
@@ -123,11 +136,29 @@ def changes(
     repo_type: str = "model",
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
     """The operations that turn the tree at `revision` into `files`, as far as its paths are ours."""
+    return _operations(_tree(api, repo_id, revision, repo_type), files, is_ours)
+
+
+def _tree(api: HfApi, repo_id: str, revision: str, repo_type: str = "model") -> dict[str, RepoFile]:
     tree = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=repo_type)
-    there = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
-    gone = [CommitOperationDelete(path) for path in there if path not in files and is_ours(path)]
-    changed = [(path, content) for path, content in files.items() if not _is_same(content, there.get(path))]
+    return {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
+
+
+def _operations(
+    tree: dict[str, RepoFile], files: dict[str, Path | bytes], is_ours: Callable[[str], bool]
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    gone = [CommitOperationDelete(path) for path in tree if path not in files and is_ours(path)]
+    changed = [(path, content) for path, content in files.items() if not _is_same(content, tree.get(path))]
     return gone + [CommitOperationAdd(path, content) for path, content in changed]
+
+
+def _was_pushed(api: HfApi, repo_id: str, revision: str) -> Callable[[str], bool]:
+    """Tells whether a file at a revision is of the checkpoint there, or of one within a task."""
+    try:
+        info = read_json(Path(api.hf_hub_download(repo_id, TASK_FILE, revision=revision)))
+    except EntryNotFoundError:
+        return lambda path: path.startswith(LAST_CHECKPOINT)
+    return lambda path: is_of(path, info) or path.startswith(LAST_CHECKPOINT)
 
 
 def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **hub_kwargs: Any) -> int:
@@ -199,10 +230,6 @@ def _fetch_task(
 
 def _tags(api: HfApi, repo_id: str) -> dict[str, str]:
     return {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
-
-
-def _of_a_task(path: str) -> bool:
-    return is_of_checkpoint(path) or path.startswith(LAST_CHECKPOINT)
 
 
 def _is_same(content: Path | bytes, entry: RepoFile | None) -> bool:

@@ -105,6 +105,16 @@ def test_a_domain_that_lacks_a_class_is_an_error_that_names_both():
         stream(data, scenario="domain", domain_column="domain")
 
 
+def test_an_image_without_a_domain_is_named():
+    data = dataset()
+    domains = ["photo", None, *data["test"]["domain"][2:]]
+    data["test"] = data["test"].remove_columns("domain").add_column("domain", domains)
+    with pytest.raises(
+        ValueError, match="'test': 1 of .* images have no domain in domain_column='domain'.* row 1"
+    ):
+        stream(data, scenario="domain", domain_column="domain")
+
+
 @pytest.mark.parametrize("options", [{"scenario": "domain"}, {"domain_column": "domain"}])
 def test_a_domain_needs_its_column_and_the_other_way_round(options):
     with pytest.raises(ValueError, match="a domain is a column's value"):

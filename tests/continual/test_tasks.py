@@ -385,6 +385,13 @@ def test_a_null_label_is_an_error_that_names_its_row():
         in_order(dataset(train=[0, 1, None, 2, 3, 4]))
 
 
+@pytest.mark.parametrize("label", [10_000_000, 10**11])
+def test_a_label_that_is_no_class_number_is_refused_and_takes_no_memory(label):
+    data = dataset(train=[0, label, 0, label], test=[0, label], feature=Value("int64"))
+    with pytest.raises(ValueError, match=f"label id {label}: expected class numbers, below 10,000,000"):
+        in_order(data)
+
+
 def test_a_label_outside_the_names_is_an_error_that_names_its_row():
     data = dataset(train=[0, 1, 2], test=[0, 1, 7, 2], feature=Value("int64"))
     with pytest.raises(ValueError, match="split 'test', row 2: label 7 is outside the 3 classes of class_names"):

@@ -578,6 +578,37 @@ def test_what_is_on_main_besides_stays(client, hub, run):
     assert push_all(run) == []  # and again
 
 
+def test_what_others_add_to_a_run_stays_also_with_a_name_that_a_checkpoint_may_have(client, hub, run):
+    first = pusher_of(run)
+    first.push(1)
+    assert first.finish() == []
+    added = {".eval_results/imagenet.yaml": b"mine", "notes/vocab.json": b"mine"}
+    commit(hub, added)
+    assert push_all(run) == []
+    for name, content in added.items():
+        assert hub.repository(REPO).path("main", name).read_bytes() == content
+    assert load_task_checkpoint(REPO)
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "chat_template.jinja", "model-extra.safetensors"])
+def test_what_others_add_to_a_run_is_named_where_it_would_be_read_with_it(client, hub, run, name):
+    first = pusher_of(run)
+    first.push(1)
+    assert first.finish() == []
+    head = commit(hub, {name: b"mine"})
+    pusher = pusher_of(run)
+    with pytest.raises(ValueError, match=rf"holds something else \({name}\)"):
+        pusher.check()
+    pusher = pusher_of(run)
+    pusher.repo_id = REPO  # it was asked before
+    pusher.push(2)
+    assert pusher.finish() == ["task-02"]
+    assert f"somebody has put {name} on main" in PushQueue.read(run).error
+    assert hub.repository(REPO).branches["main"] == head
+    hub.repository(REPO).commit("main", "gone", {name: None})
+    assert push_all(run) == []
+
+
 @pytest.mark.parametrize("name", ["config.json", "model-00001-of-00002.safetensors", "adapter_config.json"])
 def test_a_repository_of_another_model_is_refused_before_any_work(client, hub, run, name):
     client.create_repo("run")
