@@ -96,7 +96,7 @@ PAYS = [
     Row("vision/all", branch="vision", queries=QUERIES),
     Row("dual/all", queries=QUERIES),
     ALL_ZO,
-    replace(ALL_ZO, name="all-zo, int8", int8=True),
+    replace(ALL_ZO, name="all-zo, int8", int8=True, figures={}),
 ]
 
 # (name, the row, the row it is compared with, the figure, the greatest ratio)
