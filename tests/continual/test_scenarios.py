@@ -109,9 +109,7 @@ def test_an_image_without_a_domain_is_named():
     data = dataset()
     domains = ["photo", None, *data["test"]["domain"][2:]]
     data["test"] = data["test"].remove_columns("domain").add_column("domain", domains)
-    with pytest.raises(
-        ValueError, match="'test': 1 of .* images have no domain in domain_column='domain'.* row 1"
-    ):
+    with pytest.raises(ValueError, match="'test': 1 of .* images have no domain in domain_column='domain'.* row 1"):
         stream(data, scenario="domain", domain_column="domain")
 
 
