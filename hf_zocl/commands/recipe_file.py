@@ -82,8 +82,9 @@ def read_recipe(
     if included is not None:  # of two presets nothing of the lower one is left
         below = _include(included, path, hints, including, with_preset and not has_preset)
     if has_preset:
-        found = read_preset(preset.value, f"{preset.place}: preset={shown(preset.value)}", hints)
-        below |= found if with_preset else {}
+        own = read_preset(preset.value, f"{preset.place}: preset={shown(preset.value)}", hints)
+        if with_preset:
+            below |= own
     return below | entries
 
 

@@ -191,7 +191,7 @@ def place_task_checkpoint(unfinished: Path, folder: Path) -> None:
 
 
 def remove_task_checkpoint(folder: Path) -> None:
-    """Remove the files of a checkpoint, and its folder if nothing else is in it."""
+    """Remove the files of a checkpoint, but those that were added to it, and its folder if nothing else is in it."""
     added = added_files(folder)
     for file in checkpoint_parts(folder):
         if file not in added:

@@ -65,14 +65,12 @@ class Buffers:
         self.changing.update(copies)
         state.values.update(copies)
         for name, tensor in state.tensors.items():
-            if name not in state.values:
-                if state.checksums[name] is not None:
-                    state.see_that_it_holds_the_same(name, tensor, _checksum(tensor))
-            elif not _holds(tensor, state.values[name]):
-                self.changing.add(name)
+            if name in state.values:
+                if not _holds(tensor, state.values[name]):
+                    self.changing.add(name)
+            elif state.checksums[name] is not None:
+                state.see_that_it_holds_the_same(name, tensor, _checksum(tensor))
         state.restore()
-        for name in state.tensors.keys() - state.values.keys():
-            self.checksum(name, state.tensors[name])
 
     def checksum(self, name: str, tensor: torch.Tensor) -> int | None:
         """Of a large buffer that is not copied; None before it is known which are changed."""

@@ -49,10 +49,7 @@ def defines_run(argument: str) -> bool:
 def other_setting(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
     """An argument by which two recipes are not seeds of one setting; one that only one of them has is not compared."""
     common = sorted(first.keys() & second.keys() - OF_A_SEED)
-    return next(
-        (name for name in common if defines_run(name) and _plain(name, first) != _plain(name, second)),
-        None,
-    )
+    return next((name for name in common if defines_run(name) and _plain(name, first) != _plain(name, second)), None)
 
 
 def base_name(model: Any) -> str:

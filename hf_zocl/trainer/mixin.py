@@ -212,9 +212,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._estimates = PendingEstimates(self.split, self._estimator, self._hybrid, args.zo_max_grad_norm)
         # What half precision rounds away of a move depends on ε, which a log does not have.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
-        is_replayable = not self._has_first_order and not is_rounded
         # Called once more, `train` goes on with the optimizer's state, of which a new log knows nothing.
-        is_replayable = is_replayable and not self._hybrid.state
+        is_replayable = not (self._has_first_order or is_rounded or self._hybrid.state)
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 

@@ -203,9 +203,8 @@ def assigned(branch: str, layers: str = "all", *more: str) -> Cell:
     return Cell(("--zo_branch", branch, "--zo_layers", layers, *more))
 
 
-ALL_ZO = Cell(
-    ("--preset", "all-zo", "--adapter", "ln_tuning")
-)  # this table's own --adapter would override the preset's
+# With the adapter once more, for the table's own --adapter would override the preset's.
+ALL_ZO = Cell(("--preset", "all-zo", "--adapter", "ln_tuning"))
 
 # The rows of a table, the baseline first.
 TABLES: dict[str, Callable[[CLIPConfig], dict[str, Cell]] | None] = {
