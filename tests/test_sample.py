@@ -119,6 +119,18 @@ def test_pretraining_runs_to_the_end_goes_on_from_its_state_and_its_model_loads(
 
 
 @pytest.mark.slow
+def test_pretraining_goes_on_from_a_finished_model(pretrain, tmp_path):
+    first, more = tmp_path / "tiny-clip", tmp_path / "more"
+    assert pretrain().returncode == 0
+    # At a rate of nothing the model stays what it was.
+    still = ["--learning_rate", "0", "--muon_learning_rate", "0"]
+    done = pretrain("--init_from", str(first), "--work_dir", str(more), "--output_dir", str(tmp_path / "next"), *still)
+    assert done.returncode == 0, done.stderr
+    before, after = (CLIPModel.from_pretrained(folder).state_dict() for folder in (first, tmp_path / "next"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.slow
 def test_pretraining_refuses_a_model_that_is_too_large(pretrain, tmp_path):
     done = pretrain("--width", "256", "--vision_layers", "10")
     assert done.returncode != 0

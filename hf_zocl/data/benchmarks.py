@@ -76,7 +76,7 @@ _TINY_IMAGENET_32 = replace(
     dataset_id=None,
     prompt_template="a photo of a {}.",
     source=(
-        "Le & Yang 2015, resized to 32×32; ten steps of 20; of the training images the half that mini-clip has not "
+        "Le & Yang 2015, resized to 32×32; ten steps of 20; of the training images the fifth that mini-clip has not "
         f"seen (hf_zocl.sample.pretraining); names: the dataset's; {_PYCIL_ORDER}; prompt: CLIP (Radford et al. "
         "2021). A local dataset: give dataset_path"
     ),

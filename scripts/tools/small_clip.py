@@ -164,3 +164,14 @@ class Bridge(nn.Module):
         self.words = nn.Linear(word_width, projection, bias=False)
         nn.init.orthogonal_(self.words.weight)
         self.teacher = nn.Linear(width, teacher_width)
+
+
+@torch.no_grad()
+def fit_linear(layer: nn.Linear, inputs: Tensor, targets: Tensor) -> None:
+    """Set a layer's weight, and bias if it has one, to the least squares fit of `targets` (N, out) by `inputs`."""
+    if layer.bias is not None:
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1)
+    found = torch.linalg.lstsq(inputs, targets).solution.T
+    layer.weight.copy_(found[:, : layer.in_features])
+    if layer.bias is not None:
+        layer.bias.copy_(found[:, -1])

@@ -203,22 +203,22 @@ def test_real_tiny_imagenet_32_has_all_classes_and_the_images_that_the_embedded_
     if not folder.is_dir():
         pytest.skip("the shared datasets are not on this machine")
     stream = get_benchmark("tiny-imagenet-32").stream(folder)
-    assert [len(task.train) for task in stream] == [5000] * 10
+    assert [len(task.train) for task in stream] == [2000] * 10
     assert [len(task.test) for task in stream] == [1000] * 10
     assert stream[0].class_names[0] == "umbrella"
     labels = datasets.load_dataset(str(folder), split="train").with_format("numpy")["label"][:]
     seen = pretraining_rows(labels)
-    assert len(seen) == 50_000
-    assert set(np.bincount(labels[seen])) == {250}
+    assert len(seen) == 80_000
+    assert set(np.bincount(labels[seen])) == {400}
     rows = np.concatenate([task.train_rows for task in stream])
     assert len(np.intersect1d(rows, seen)) == 0
 
 
-def test_the_rows_of_pretraining_are_half_of_every_class_and_always_the_same():
+def test_the_rows_of_pretraining_are_four_fifths_of_every_class_and_always_the_same():
     labels = np.arange(2000) % 4
     rows = pretraining_rows(labels)
-    assert np.bincount(labels[rows]).tolist() == [250] * 4
-    assert rows[:8].tolist() == [3, 4, 5, 6, 8, 9, 10, 15]
+    assert np.bincount(labels[rows]).tolist() == [400] * 4
+    assert np.setdiff1d(np.arange(2000), rows)[:8].tolist() == [11, 14, 17, 19, 25, 31, 36, 46]
 
 
 def test_an_unknown_name_is_an_error_with_the_close_ones_and_all_others():
