@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, default_data_collator
 
 from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
@@ -53,6 +53,9 @@ CASES = {
     "an idle process, all-zo": {**BRANCHES["all-zo"], "examples": 33},
     "a loss that counts items": {"adapter": "gpt2", "examples": 33, "zo_branch": "dual", "zo_layers": "hop-even"},
     "a batch sampler of its own": {**BRANCHES["hybrid"], "examples": 33, "own_sampler": True},
+    "batches as they come out": {**BRANCHES["hybrid"], "accelerator_config": {"even_batches": False}},
+    "batches handed out": {**BRANCHES["hybrid"], "accelerator_config": {"dispatch_batches": True}},
+    "an iterable dataset": {**BRANCHES["hybrid"], "iterable": True},
     "after an evaluation": {**BRANCHES["hybrid"], "evaluate": True},
     "two-sided": {**BRANCHES["all-zo"], "zo_estimator": "two-sided", "zo_queries": 2},
     "conservative": {**BRANCHES["all-zo"], "zo_estimator": "conservative", "zo_queries": 2},
@@ -93,6 +96,16 @@ class InOrder:
         return len(self.batches)
 
 
+class Unsized(IterableDataset):
+    """Examples one after another, whose number nobody knows."""
+
+    def __init__(self, examples: list):
+        self.examples = examples
+
+    def __iter__(self):
+        return iter(self.examples)
+
+
 class WithOwnSampler(ZOCLTrainer):
     """As other projects' trainers do, it makes its dataloader without asking the bases."""
 
@@ -108,6 +121,7 @@ def train(
     examples: int = EXAMPLES,
     evaluate: bool = False,
     own_sampler: bool = False,
+    iterable: bool = False,
     **options,
 ) -> Any:
     """Train the mini CLIP with `GLOBAL_BATCH` examples a step, over however many processes there are.
@@ -115,6 +129,7 @@ def train(
     Args:
         evaluate: Predict before training, as the scheduler does.
         own_sampler: Train in order, by a batch sampler without a `sampler`.
+        iterable: The dataset has no length, and the main process hands its batches out.
 
     Returns:
         The trainer, and the adapter before training.
@@ -124,6 +139,7 @@ def train(
         model, data = small_gpt2(), sentences(examples)
     else:
         model, data = mini_clip_classifier(**ADAPTERS[adapter], **adapter_options), image_examples(examples)
+    data = Unsized(data) if iterable else data
     settings = {
         "per_device_train_batch_size": GLOBAL_BATCH // PROCESSES,
         "learning_rate": 0.05,

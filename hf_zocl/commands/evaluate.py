@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--disable_tqdm", action="store_true")
     parser.add_argument("--output", type=Path, help="a JSON file for what was measured")
     options, further = parser.parse_known_args()
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     measured = evaluate_checkpoint(
         options.checkpoint,
         options.task,

@@ -19,7 +19,7 @@ from ..data.images import DEFAULT_CACHE_GB, PixelCodec, prepare_images
 from ..data.stream import TaskStream
 from ..data.tasks import Task
 from ..hub.checkpoint import FIGURE, complete_tasks, save_task_checkpoint
-from ..hub.load import read_adapter_weights
+from ..hub.load import check_adapter_reloads, read_adapter_weights
 from ..hub.push import HubPusher, PushOnSave
 from ..hub.repository import fetch_run
 from ..hub.task_info import task_folder
@@ -145,6 +145,7 @@ class ContinualTaskScheduler:
         """
         if train:
             check_trained_parameters(self.model.clip)
+            check_adapter_reloads(self.model.clip)
             texts = (*self.model.class_names, *check_templates(self.model.prompt_template))
             check_processor(self.processor, self.model.clip.config.text_config.vocab_size, texts)
             for task in self.stream:

@@ -201,6 +201,8 @@ class _Source:
 
     def cached(self, skip_corrupt: bool, workers: int) -> datasets.Dataset:
         """Decode all images into a memory-mapped file, or open that of an earlier run."""
+        if not len(self.data):  # `map` would give back the source's own file
+            return self.data
         read = self.readable if skip_corrupt else self.decode
 
         def decode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:

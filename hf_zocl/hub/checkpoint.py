@@ -94,7 +94,7 @@ def save_task_checkpoint(
     folder = Path(output_dir) / task_folder(task["task"])
     unfinished = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
-    _save_adapter(model.clip, unfinished)
+    save_adapter(model.clip, unfinished)
     processor.save_pretrained(unfinished)
     write_json(unfinished / TASK_FILE, {"format_version": FORMAT_VERSION, **task})
     if results is not None:
@@ -108,8 +108,12 @@ def save_task_checkpoint(
     return folder
 
 
-def _save_adapter(clip: PeftModel, folder: Path) -> None:
-    """Save the active adapter; PEFT would give one that is not called `default` a folder of its own."""
+def save_adapter(clip: PeftModel, folder: Path) -> None:
+    """Save the active adapter as a checkpoint has it.
+
+    PEFT would give one that is not called `default` a folder of its own, and keep an expression that chose the modules
+    as it is, by which loading searches no stranger's file: their names stand in its place.
+    """
     name = trained_adapter(clip)
     clip.save_pretrained(folder, selected_adapters=[name])
     own = folder / name
@@ -117,6 +121,10 @@ def _save_adapter(clip: PeftModel, folder: Path) -> None:
         for file in own.iterdir():
             file.replace(folder / file.name)
         own.rmdir()
+    config = read_json(folder / ADAPTER_CONFIG)
+    if any(isinstance(config.get(choice), str) for choice in ("target_modules", "exclude_modules")):
+        names = sorted(clip.base_model.targeted_module_names)
+        write_json(folder / ADAPTER_CONFIG, {**config, "target_modules": names, "exclude_modules": None})
 
 
 def write_task_card(

@@ -7,6 +7,7 @@ from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from ..models import (
     freeze,
     in_training_dtype,
     peft_config,
+    trained_adapter,
 )
 from ..models.clip_classifier import check_templates, prompt_tokens, same_prompts
 from ..sample import resolve
@@ -41,6 +43,7 @@ from .checkpoint import (
     find_task_checkpoint,
     read_sealed,
     read_sealed_task,
+    save_adapter,
 )
 from .client import download
 from .task_info import TASK_FILE, is_snapshot
@@ -51,6 +54,7 @@ from .untrusted import (
     check_model_config,
     read_processor,
     refusing,
+    saved_on_trial,
 )
 
 
@@ -110,6 +114,41 @@ def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -
     tokens = prompt_tokens(processor.tokenizer, names, templates, length)
     repeated = {number for _, number, _ in same_prompts(tokens, len(names), templates)}
     return [name for number, name in enumerate(names) if number not in repeated]
+
+
+def load_base_model(folder: Path, **hub_kwargs: Any) -> CLIPModel:
+    """Load the base model of a task's checkpoint by itself, as it is without the adapter.
+
+    Args:
+        folder: The checkpoint's folder.
+        hub_kwargs: As for `load_task_checkpoint`.
+
+    Raises:
+        ValueError: As `load_task_checkpoint`.
+    """
+    info = read_sealed(folder)
+    config = _read_adapter_config(folder, info)
+    options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
+    base = _base_model_of(folder, info, config)
+    return _load_base_model(folder, base, config, info["recipe"].get("dtype", "auto"), options).eval()
+
+
+def check_adapter_reloads(model: PeftModel) -> None:
+    """Check that a checkpoint of the active adapter can be loaded again, before any is trained.
+
+    Raises:
+        ValueError: If its configuration says what loading refuses, or PEFT cannot build the adapter from it alone.
+        OSError: If there is no room for a temporary copy.
+    """
+    what = f"no checkpoint of the adapter {trained_adapter(model)!r} could be loaded again"
+    with saved_on_trial(partial(save_adapter, model), what) as folder:
+        config = _read_adapter_config(folder, None)
+        check_adapter(folder, model.get_base_model().config, config)
+        if str(begun := getattr(config, "init_lora_weights", None)).startswith("pissa_niter"):
+            raise ValueError(
+                f"init_lora_weights={begun!r} takes a random part of the base model's weights out, and loading would "
+                "draw another: expected 'pissa'."
+            )
 
 
 def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
+from transformers import CLIPModel
 
 from ..files import read_json
-from ..models import CLIPClassifier, trained_adapter
+from ..models import CLIPClassifier, gives_base_back, trained_adapter
 from .checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,7 +27,7 @@ from .checkpoint import (
     read_sealed,
 )
 from .client import answered, persistently
-from .load import load_task_checkpoint
+from .load import load_base_model, load_task_checkpoint
 from .task_info import TASK_FILE, is_task_name, read_task, task_folder, task_number
 from .untrusted import check_finite, refusing
 
@@ -58,10 +60,18 @@ class TaskSeries:
         model: The classifier, with all the classes.
         stages: The stages, the first one before any task.
         info: The `task.json` of the last one.
+        untrained: The base model, where `model` with its adapter switched off is another (`gives_base_back`).
     """
 
-    def __init__(self, model: CLIPClassifier, stages: Sequence[Stage], info: dict[str, Any]):
+    def __init__(
+        self,
+        model: CLIPClassifier,
+        stages: Sequence[Stage],
+        info: dict[str, Any],
+        untrained: CLIPModel | None = None,
+    ):
         self.model, self.stages, self.info = model, tuple(stages), info
+        self._untrained = None if untrained is None else CLIPClassifier(untrained, model.tokenizer, model.class_names)
         self.classes = model.class_names
         self._texts: dict[int, torch.Tensor] = {}
         self._lock = threading.Lock()  # the stages take turns in one model
@@ -87,7 +97,9 @@ class TaskSeries:
         ]
         stages.append(_stage(last, tasks[-1], last, model))
         before = Stage(0, stages[-1].known, (), None, last.info["prompt_template"], None)
-        return cls(model, [before, *stages], last.info)
+        is_apart = gives_base_back(model.clip.peft_config[trained_adapter(model.clip)])
+        untrained = None if is_apart else load_base_model(folders[-1], **hub_kwargs)
+        return cls(model, [before, *stages], last.info, untrained)
 
     @torch.no_grad()
     def probabilities(self, images: Sequence[Any]) -> torch.Tensor:
@@ -106,27 +118,31 @@ class TaskSeries:
             pixels = self.model._pixel_values(list(images))
             found = torch.zeros(len(pixels), len(self.stages), len(self.classes))
             for place, stage in enumerate(self.stages):
-                self._switch(stage)
                 known = list(stage.known)
-                if stage.weights is None:
-                    with self.model.clip.disable_adapter():
-                        logits = self._logits(place, stage, pixels)
-                else:
-                    logits = self._logits(place, stage, pixels)
+                with self._model_at(stage) as model:
+                    logits = self._logits(model, place, pixels)
                 found[:, place, known] = logits[:, known].softmax(dim=-1).cpu()
         return found
 
-    def _switch(self, stage: Stage) -> None:
+    @contextmanager
+    def _model_at(self, stage: Stage) -> Iterator[CLIPClassifier]:
+        """The model as it was at a stage."""
         if stage.weights is not None:
             name = trained_adapter(self.model.clip)
             set_peft_model_state_dict(self.model.clip, stage.weights, adapter_name=name)
+            yield self.model
+        elif self._untrained is not None:
+            yield self._untrained
+        else:
+            with self.model.clip.disable_adapter():
+                yield self.model
 
-    def _logits(self, place: int, stage: Stage, pixels: torch.Tensor) -> torch.Tensor:
+    def _logits(self, model: CLIPClassifier, place: int, pixels: torch.Tensor) -> torch.Tensor:
         if place not in self._texts:  # the classes' features are those of the stage, whatever the image
-            self.model.set_classes(self.classes, stage.prompt_template)
-            self._texts[place] = self.model._encode_prompts()
-        images = torch.cat([self.model.encode("vision", part) for part in pixels.split(64)])
-        return self.model.logits(images, self._texts[place])
+            model.set_classes(self.classes, self.stages[place].prompt_template)
+            self._texts[place] = model._encode_prompts()
+        images = torch.cat([model.encode("vision", part) for part in pixels.split(64)])
+        return model.logits(images, self._texts[place])
 
 
 def tasks_of(path: str | Path, **hub_kwargs: Any) -> list[int]:

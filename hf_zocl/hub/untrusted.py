@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -174,23 +174,35 @@ def check_processor(processor: ProcessorMixin, vocabulary: int, texts: Sequence[
         OSError: If there is no room for a temporary copy.
     """
     what = "with the base model's processor no checkpoint could be loaded again"
-    with TemporaryDirectory() as folder:
-        try:
-            processor.save_pretrained(folder)
-        except Exception as error:  # tokenizers has none of its own for want of room
-            cause = room_error(Path(folder), error)
-            if cause is None:
-                raise
-            raise OSError(cause.errno, cause.strerror, folder) from error
-        try:
-            read = read_processor(Path(folder), vocabulary)
-        except ValueError as error:
-            reason = str(error).replace(f"{folder}/", "")
-            raise ValueError(f"{what}: {reason}") from error
+    with saved_on_trial(processor.save_pretrained, what) as folder:
+        read = read_processor(folder, vocabulary)
     for text in texts:
         ours, theirs = (each.tokenizer(text)["input_ids"] for each in (processor, read))
         if ours != theirs:
             raise ValueError(f"{what}: {shown(text)} has the tokens {shown(ours)}; expected CLIP's, {shown(theirs)}.")
+
+
+@contextmanager
+def saved_on_trial(save: Callable[[Path], Any], what: str) -> Iterator[Path]:
+    """Save a part of a checkpoint into a temporary folder; what is refused there begins with `what`.
+
+    Raises:
+        OSError: If there is no room for it.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            save(folder)
+        except Exception as error:  # tokenizers has none of its own for want of room
+            cause = room_error(folder, error)
+            if cause is None:
+                raise
+            raise OSError(cause.errno, cause.strerror, name) from error
+        try:
+            yield folder
+        except ValueError as error:
+            reason = str(error).replace(f"{folder}/", "")
+            raise ValueError(f"{what}: {reason}") from error
 
 
 def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:

@@ -7,7 +7,9 @@ from .adapters import (
     base_digest,
     check_trained_parameters,
     freeze,
+    gives_base_back,
     trained_adapter,
+    unsaved_parameters,
 )
 from .clip_classifier import CLIPClassifier, CLIPClassifierOutput, check_templates, in_training_dtype
 from .moe_adapter import MoEAdapterConfig, MoEAdapterModel
@@ -28,7 +30,9 @@ __all__ = [
     "check_trained_parameters",
     "configured",
     "freeze",
+    "gives_base_back",
     "in_training_dtype",
     "peft_config",
     "trained_adapter",
+    "unsaved_parameters",
 ]

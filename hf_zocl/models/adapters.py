@@ -112,6 +112,27 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
     return get_peft_model_state_dict(model, adapter_name=trained_adapter(model))
 
 
+def unsaved_parameters(model: PeftModel, trained: dict[str, nn.Parameter]) -> list[str]:
+    """The names of those of `trained` that PEFT would not give back from a checkpoint of all adapters.
+
+    Of prompts that an encoder makes, as p-tuning's and a projected prefix, PEFT saves what it has made of them alone.
+    """
+    encoders = getattr(model, "prompt_encoder", {})
+    given_back = [encoder.embedding.weight for encoder in encoders.values() if len(list(encoder.parameters())) == 1]
+    for name, config in model.peft_config.items():
+        if not config.is_prompt_learning:
+            given_back += get_peft_model_state_dict(model, adapter_name=name).values()
+    pointers = {tensor.data_ptr() for tensor in given_back}
+    return [name for name, parameter in trained.items() if parameter.data_ptr() not in pointers]
+
+
+def gives_base_back(config: PeftConfig) -> bool:
+    """Whether a model whose adapter is switched off is the base model: not if biases of it are trained, or a part of
+    its weights has become the adapter's beginning, as PiSSA's."""
+    begins_apart = getattr(config, "init_lora_weights", True) in (True, False, "gaussian", "eva")
+    return getattr(config, "bias", "none") == "none" and begins_apart
+
+
 def base_digest(model: PeftModel) -> str:
     """SHA-256 of the weights under the active adapter: all parameters but those that its checkpoint holds.
 

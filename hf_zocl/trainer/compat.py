@@ -24,7 +24,7 @@ import datasets
 import pyarrow as pa
 import torch
 from accelerate import Accelerator
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -213,6 +213,21 @@ def training_shard(trainer: Trainer) -> BatchSamplerShard | None:
     """
     sampler = getattr(trainer.callback_handler.train_dataloader, "batch_sampler", None)
     return sampler if isinstance(sampler, BatchSamplerShard) else None
+
+
+def dispatched_examples(trainer: Trainer) -> int:
+    """The examples of an epoch's last batch over all processes, where the main process hands them out; else 0.
+
+    `remainder` is written beside the batch, and counts no example that is repeated to give all as many.
+    """
+    is_dispatched = isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
+    return max(trainer.accelerator.gradient_state.remainder, 0) if is_dispatched else 0
+
+
+def repeats_uncounted(trainer: Trainer) -> bool:
+    """Whether the last batch of an epoch may hold repeated examples, and nothing says how many."""
+    dataset = getattr(trainer.callback_handler.train_dataloader, "dataset", None)
+    return isinstance(dataset, IterableDatasetShard) and dataset.num_processes > 1 and not dataset.drop_last
 
 
 def gradient_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:

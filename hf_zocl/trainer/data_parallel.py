@@ -14,17 +14,23 @@ from accelerate.data_loader import BatchSamplerShard
 from accelerate.utils import DistributedType, broadcast, honor_type
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils import logging
 
 from ..private_names import tree_leaves
 from .compat import (
     HookedTrainer,
     asks_for_items,
+    dispatched_examples,
     forget_prepared,
     is_sharded,
     leave_out_of_wrapper,
+    repeats_uncounted,
     training_shard,
 )
 from .placement import reshard, shards_of, whole_tensors
+
+
+logger = logging.get_logger(__name__)
 
 
 class DataParallelTrainer(HookedTrainer):
@@ -60,6 +66,11 @@ class DataParallelTrainer(HookedTrainer):
         shard = self._shard = training_shard(self)
         if shard is not None and not hasattr(shard.batch_sampler, "sampler"):
             shard.batch_sampler = _CountingBatchSampler.of(shard.batch_sampler)
+        if repeats_uncounted(self):
+            logger.warning_once(
+                "dispatch_batches=False: in an epoch's last batch examples of an iterable dataset are repeated, and "
+                "count. Leave dispatch_batches out, or set dataloader_drop_last=True."
+            )
         own_examples = partial(self._own_examples, items_of_all=self.args.average_tokens_across_devices)
         batches, items = super().get_batch_samples(map(own_examples, epoch_iterator), num_batches, device)
         if self._uncounted:  # of the epoch's last batch; a mean over no label at all would not be finite
@@ -115,18 +126,18 @@ class DataParallelTrainer(HookedTrainer):
     ) -> dict[str, torch.Tensor | Any]:
         """A micro-batch without repeated examples; what it counts is noted.
 
-        `BatchSamplerShard` fills the last batch of an epoch, process after process, with examples from the epoch's
-        beginning. A process for which none but these are left keeps one, which counts nothing: the others wait for its
+        accelerate fills the last batch of an epoch, process after process, with examples from the epoch's beginning. A
+        process for which none but these are left keeps one, which counts nothing: the others wait for its
         part in the means.
 
         Args:
             items_of_all: Whether a loss that counts items is divided by those of all processes.
         """
         share, count = 1.0, self.accelerator.num_processes
-        is_last = self._shard is not None and self.accelerator.gradient_state.end_of_dataloader
-        own_counts = _last_round(self._shard) if is_last else []
+        is_last = self.accelerator.gradient_state.end_of_dataloader
+        own_counts, given = self._last_round() if is_last else ([], 0)
         own = own_counts[self.accelerator.process_index] if own_counts else 0
-        size = _rows(inputs, _batch_size(self._shard) or own) if own_counts else None
+        size = _rows(inputs, given or own) if own_counts else None
         if size is not None:  # else nothing is known to have a row for every example
             inputs = _first_rows(inputs, size, max(own, 1))
             # The Trainer counts items where there are labels and the loss asks for their number.
@@ -141,6 +152,20 @@ class DataParallelTrainer(HookedTrainer):
                 inputs.update({name: torch.full_like(inputs[name], -100) for name in names})
         self._shares.append(share)
         return inputs
+
+    def _last_round(self) -> tuple[list[int], int]:
+        """How many examples of their own the processes have in an epoch's last batch; empty where none is repeated.
+
+        Returns:
+            Those, and how many examples each process was given; 0 where these are its own alone.
+        """
+        if self._shard is not None:
+            return _last_round(self._shard), (_batch_size(self._shard) or 0) if self._shard.even_batches else 0
+        count, examples = self.accelerator.num_processes, dispatched_examples(self)
+        if examples % count == 0:
+            return [], 0
+        part = examples // count + 1
+        return [min(max(examples - part * process, 0), part) for process in range(count)], part
 
     def _before_wrapping(self, model: nn.Module) -> nn.Module:
         """The model, to be prepared anew, as it must be for training after an evaluation.

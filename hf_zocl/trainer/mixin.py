@@ -102,6 +102,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._is_detached = False
         self._estimates: PendingEstimates | None = None  # and what it is made of: once there is an optimizer
         self.replay_log: ReplayLog | None = None
+        put_first(self, _InstallEstimate(self))  # what looks at the gradients is to see the estimate
         if args.zo_branch == "none":
             self._check_objective()
             return
@@ -118,7 +119,6 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             self._assign_layers()  # fail before any work
             self._check_objective()
-        put_first(self, _InstallEstimate(self))  # what looks at the gradients is to see the estimate
 
     @property
     def _has_many_zo_parameters(self) -> bool:
@@ -174,11 +174,13 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         From here on the zeroth-order parameters require no gradient, so that the first-order pass keeps no activation
         for them and data-parallel wrappers leave them alone.
         """
-        if self.args.zo_branch == "none":
-            self._check_objective()
-            return super().create_optimizer(model)
         if self._is_detached:  # called anew within `train`, for example with a smaller batch
             self._detach_zo_parameters(False)
+        self.args._check_zero_order()  # a search sets arguments, and numbers as text where "auto" was
+        if self.args.zo_branch == "none":
+            self.split = self._estimates = self.replay_log = None  # of an earlier trial of the search
+            self._check_objective()
+            return super().create_optimizer(model)
         if not self._split_is_current():
             self._assign_layers()
             self.optimizer = None
@@ -377,7 +379,8 @@ class _InstallEstimate(TrainerCallback):
             self.trainer._estimates.clear()  # what an interrupted step may have left
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer._install_estimates()
+        if self.trainer.has_zo_parameters:
+            self.trainer._install_estimates()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._clear_foreign_gradients()

@@ -22,6 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import NO_ROOM, existing_folder, fingerprint, room_error, written_whole
+from ..models import unsaved_parameters
 from ..passes.task_aware import task_aware
 from .compat import HookedTrainer, continue_logging, is_sharded, last_logged_step, pending_loss
 
@@ -114,7 +115,8 @@ class ResumableTrainer(HookedTrainer):
         Raises:
             SaveError: If a checkpoint cannot be written.
             ResumeError: If the last one is asked for, and none is whole; if the given one is damaged; or if it was
-                saved by another number of processes, or with another number of examples a step.
+                saved by another number of processes, or with another number of examples a step; or if it lacks
+                something that is trained.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -127,6 +129,7 @@ class ResumableTrainer(HookedTrainer):
             if problem := _damage(self._checkpoint):
                 raise ResumeError(f"resume_from_checkpoint={resume_from_checkpoint!r}: {problem}.")
             self._check_processes(self._checkpoint)
+        self._check_saved()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     @property
@@ -154,6 +157,25 @@ class ResumableTrainer(HookedTrainer):
                 f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}, {_count(processes)}): expected "
                 f"{examples}, or the data would go on elsewhere."
             )
+
+    def _check_saved(self) -> None:
+        """Refuse to go on from a PEFT model's checkpoint that lacks something trained; warn where one would be saved.
+
+        Raises:
+            ResumeError: If it lacks something.
+        """
+        if not isinstance(self.model, PeftModel) or is_sharded(self):
+            return
+        frozen = self._frozen_names()
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if name not in frozen}
+        lost = unsaved_parameters(self.model, trained)
+        if not lost:
+            return
+        reason = f"PEFT does not save {lost[0]} (and {len(lost) - 1} more), which is trained"
+        if self._checkpoint is not None:
+            raise ResumeError(f"{self._checkpoint}: {reason}, so that the training cannot go on from a checkpoint.")
+        if self.args.save_strategy != "no":
+            logger.warning(f"No training can go on from the checkpoints of this one: {reason}.")
 
     def _processes_of(self, checkpoint: Path) -> int:
         """How many processes have saved the checkpoint of another Trainer, as far as its random states tell."""

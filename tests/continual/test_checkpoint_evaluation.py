@@ -119,12 +119,12 @@ def test_the_command_prints_and_writes_what_was_measured(run, tmp_path):
         "--task",
         "2",
         "--output",
-        str(tmp_path / "e.json"),
+        str(tmp_path / "new" / "e.json"),
     ]
     done = subprocess.run([*command, "--disable_tqdm"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"accuracy          {100 * results['seen_accuracy'][1]:.1f} %" in done.stdout
-    assert json.loads((tmp_path / "e.json").read_text())["accuracy_row"] == results["accuracy_matrix"][1]
+    assert json.loads((tmp_path / "new" / "e.json").read_text())["accuracy_row"] == results["accuracy_matrix"][1]
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,14 @@ def test_a_damaged_cache_is_made_anew(processor, damage, caplog):
     assert "made anew" not in caplog.text
 
 
+def test_a_stream_that_is_only_tested_on_warns_of_no_damage(processor, caplog):
+    logging.getLogger("hf_zocl").propagate = True
+    tested = on_disk().map_tasks(lambda task: replace(task, train=task.train.select([]), train_rows=None))
+    after, _ = prepare_images(tested, PixelCodec(processor.image_processor))
+    assert [len(task.train) for task in after] == [0, 0]
+    assert "damaged" not in caplog.text
+
+
 def test_the_digest_of_a_stream_sees_images_and_labels_and_not_where_they_lie(tmp_path):
     one = stream_digest(stream())
     assert stream_digest(stream()) == one

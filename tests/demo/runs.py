@@ -20,10 +20,12 @@ NAMES[6] = "a ${1+1} {{2*2}} name that is long enough to need more room than a p
 CLASSES = [NAMES[label] for label in ORDER]
 
 
-def save_run(folder: Path, tasks: int = 3, adapter: str = "lora", **recipe) -> Path:
+def save_run(
+    folder: Path, tasks: int = 3, adapter: str = "lora", adapter_config: dict | None = None, **recipe
+) -> Path:
     """Checkpoints whose adapters differ, of the embedded sample."""
     processor = AutoProcessor.from_pretrained(sample_path("mini-clip"))
-    model = mini_clip_classifier(CLASSES, adapter=adapter)
+    model = mini_clip_classifier(CLASSES, adapter=adapter, adapter_config=adapter_config)
     for task in range(1, tasks + 1):
         with torch.no_grad():
             for parameter in model.parameters():

@@ -50,6 +50,11 @@ def test_before_any_task_it_is_the_base_model(run):
     torch.testing.assert_close(TaskSeries.load(run).probabilities(pictures())[:, 0], expected)
 
 
+@pytest.mark.parametrize("config", [{"bias": "all"}, {"init_lora_weights": "pissa"}], ids=["biases", "PiSSA"])
+def test_before_any_task_it_is_the_base_model_also_where_the_adapter_changes_that(config, tmp_path):
+    test_before_any_task_it_is_the_base_model(save_run(tmp_path / "run", adapter_config=config))
+
+
 @pytest.mark.slow
 def test_tasks_of_another_run_are_refused(tmp_path):
     run = save_run(tmp_path / "run")

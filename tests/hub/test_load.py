@@ -16,7 +16,8 @@ from transformers import AutoProcessor, BertConfig, BertModel, BertTokenizer, CL
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.hub.load import load_pretrained
+from hf_zocl.hub.checkpoint import save_task_checkpoint
+from hf_zocl.hub.load import check_adapter_reloads, load_pretrained
 from hf_zocl.hub.untrusted import check_processor
 from hf_zocl.models import AdapterArguments, base_digest, check_trained_parameters, trained_adapter
 from hf_zocl.sample import sample_path
@@ -384,6 +385,42 @@ def test_a_processor_that_no_checkpoint_could_be_loaded_with_is_refused_before_t
         built.run()
     assert not (tmp_path / "run").exists()
     assert built.run(train=False)["accuracy_matrix"]  # measured alone, it leaves no checkpoint
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"target_modules": r"vision_model.*\.(q_proj|v_proj)"},
+        {"target_modules": ["q_proj", "v_proj"], "exclude_modules": "text_model.*"},
+    ],
+    ids=["expression", "but for an expression"],
+)
+def test_modules_that_an_expression_has_chosen_are_loaded_again(chosen, tmp_path):
+    adapted = changed(get_peft_model(clip(), LoraConfig(r=4, **chosen)))
+    processor = AutoProcessor.from_pretrained(sample_path("mini-clip"))
+    model = CLIPClassifier(adapted, processor.tokenizer, CLASSES)
+    check_adapter_reloads(adapted)
+    folder = save_task_checkpoint(tmp_path, model, processor, task_info())
+    loaded, _ = load_task_checkpoint(folder)
+    assert torch.equal(logits(loaded), logits(model))
+    modules = json.loads((folder / "adapter_config.json").read_text())["target_modules"]
+    assert len(modules) == 2 * clip().config.vision_config.num_hidden_layers
+    assert all(name.startswith("vision_model.") for name in modules)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "config", "message"),
+    [
+        ("boft", {"target_modules": ["q_proj"], "boft_block_size": 4}, "adapter_config.json does not fit its base"),
+        ("lora", {"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' takes a random part .*: expected 'pissa'"),
+    ],
+)
+def test_an_adapter_that_could_not_be_loaded_again_is_refused_before_training(adapter, config, message, tmp_path):
+    more = ["--adapter", adapter, "--adapter_config", json.dumps(config)]
+    built = scheduler(tmp_path / "run", sample_path("mini-clip"), *more)
+    with pytest.raises(ValueError, match=f"no checkpoint of the adapter 'default' could be loaded again: .*{message}"):
+        built.run()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_that_would_read_prompts_otherwise_once_loaded_is_refused():

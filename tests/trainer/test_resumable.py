@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_zocl import ZOCLTrainer
 from hf_zocl.trainer.resumable import MANIFEST_FILE, ResumeError, SaveError, _write_manifest, last_checkpoint
@@ -239,3 +240,45 @@ def test_the_checkpoint_before_is_removed_once_the_next_one_is_whole(tmp_path, m
     train(tmp_path, Mlp(), data=rows(), **SAVING, save_total_limit=1)
     assert whole == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
     assert [path.name for path in (tmp_path / "trainer").glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def prompted(config):
+    """A language model that learns virtual tokens, and what it learns from."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 20, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16, "bos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, eos_token_id=0, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0))
+    ids = [torch.arange(6).roll(number) for number in range(32)]
+    return get_peft_model(model, config), [{"input_ids": each, "labels": each} for each in ids]
+
+
+TOKENS = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PromptEncoderConfig(**TOKENS, encoder_hidden_size=8), PrefixTuningConfig(**TOKENS, prefix_projection=True)],
+    ids=["p-tuning", "projected prefix"],
+)
+def test_a_training_whose_adapter_peft_saves_in_part_cannot_go_on(config, tmp_path, caplog):
+    logging.getLogger("hf_zocl").propagate = True
+    model, data = prompted(config)
+    options = {**SAVING, "zo_layers": "all"}
+    train(tmp_path, model, data=data, **options)
+    assert "No training can go on from the checkpoints of this one: PEFT does not save prompt_encoder" in caplog.text
+    model, data = prompted(config)
+    again = ZOCLTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=data)
+    with pytest.raises(
+        ResumeError, match="checkpoint-2: PEFT does not save prompt_encoder.*which is trained, so that"
+    ):
+        again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+
+
+def test_a_training_of_virtual_tokens_goes_on_to_the_same_weights(tmp_path, caplog):
+    logging.getLogger("hf_zocl").propagate = True
+    options = {**SAVING, "zo_layers": "all"}
+    (model, data), (other, _) = (prompted(PromptTuningConfig(**TOKENS)) for _ in range(2))
+    train(tmp_path, model, data=data, **options)
+    again = ZOCLTrainer(model=other, args=arguments(tmp_path, **options), train_dataset=data)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert "PEFT does not save" not in caplog.text
