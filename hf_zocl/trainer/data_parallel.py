@@ -135,7 +135,7 @@ class DataParallelTrainer(HookedTrainer):
         """
         share, count = 1.0, self.accelerator.num_processes
         is_last = self.accelerator.gradient_state.end_of_dataloader
-        own_counts, given = self._last_round() if is_last else ([], 0)
+        own_counts, given = _last_batch(self) if is_last else ([], 0)
         own = own_counts[self.accelerator.process_index] if own_counts else 0
         size = _rows(inputs, given or own) if own_counts else None
         if size is not None:  # else nothing is known to have a row for every example
@@ -152,20 +152,6 @@ class DataParallelTrainer(HookedTrainer):
                 inputs.update({name: torch.full_like(inputs[name], -100) for name in names})
         self._shares.append(share)
         return inputs
-
-    def _last_round(self) -> tuple[list[int], int]:
-        """How many examples of their own the processes have in an epoch's last batch; empty where none is repeated.
-
-        Returns:
-            Those, and how many examples each process was given; 0 where these are its own alone.
-        """
-        if self._shard is not None:
-            return _last_round(self._shard), (_batch_size(self._shard) or 0) if self._shard.even_batches else 0
-        count, examples = self.accelerator.num_processes, dispatched_examples(self)
-        if examples % count == 0:
-            return [], 0
-        part = examples // count + 1
-        return [min(max(examples - part * process, 0), part) for process in range(count)], part
 
     def _before_wrapping(self, model: nn.Module) -> nn.Module:
         """The model, to be prepared anew, as it must be for training after an evaluation.
@@ -225,6 +211,22 @@ class _CountingBatchSampler:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.batch_sampler, name)
+
+
+def _last_batch(trainer: DataParallelTrainer) -> tuple[list[int], int]:
+    """How many examples of their own the processes have in an epoch's last batch; empty where none is repeated.
+
+    Returns:
+        Those, and how many examples each process was given; 0 where these are its own alone.
+    """
+    shard, count = trainer._shard, trainer.accelerator.num_processes
+    if shard is not None:
+        return _last_round(shard), (_batch_size(shard) or 0) if shard.even_batches else 0
+    examples = dispatched_examples(trainer)
+    if examples % count == 0:
+        return [], 0
+    part = examples // count + 1
+    return [min(max(examples - part * process, 0), part) for process in range(count)], part
 
 
 def _last_round(shard: BatchSamplerShard) -> list[int]:

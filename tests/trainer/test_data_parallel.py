@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.data_loader import BatchSamplerShard
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.data import BatchSampler, SequentialSampler
@@ -105,6 +105,40 @@ def test_without_a_count_of_items_an_idle_process_counts_nothing(accepts, labels
     (first, share), (second, nothing) = last_batch(inputs, accepts)
     assert first["x"].tolist() == [0, 1] and len(second["x"]) == 1
     assert (share, nothing) == (2.0, 0.0)
+
+
+def last_batches(examples: int, loaders: list) -> list[tuple[dict, float]]:
+    """What two processes keep of the last batch that their loaders give them, and what it counts."""
+    found = []
+    for rank, (shard, loader, inputs) in enumerate(loaders):
+        ends = SimpleNamespace(end_of_dataloader=True, remainder=examples)
+        trainer = SimpleNamespace(
+            _shard=shard,
+            _shares=[],
+            accelerator=SimpleNamespace(num_processes=2, process_index=rank, gradient_state=ends),
+            callback_handler=SimpleNamespace(train_dataloader=loader),
+            model_accepts_loss_kwargs=False,
+            compute_loss_func=None,
+        )
+        own = DataParallelTrainer._own_examples(trainer, inputs)
+        found.append((own, trainer._shares[0]))
+    return found
+
+
+def test_batches_that_are_not_evened_out_count_by_their_examples():
+    shards = [BatchSamplerShard(regular(13, 4), 2, rank, even_batches=False) for rank in range(2)]
+    given = [{"x": torch.arange(8.0, 12.0)}, {"x": torch.tensor([12.0])}]
+    (first, share), (second, other) = last_batches(5, [(s, None, x) for s, x in zip(shards, given, strict=True)])
+    assert first["x"].tolist() == [8, 9, 10, 11] and second["x"].tolist() == [12]
+    assert (share, other) == (1.6, 0.4)
+
+
+def test_batches_that_the_main_process_hands_out_count_by_their_own_examples():
+    loader = DataLoaderDispatcher(rows(13), batch_size=4)
+    given = [{"x": torch.tensor([8.0, 9.0, 10.0])}, {"x": torch.tensor([11.0, 12.0, 0.0])}]
+    (first, share), (second, other) = last_batches(5, [(None, loader, x) for x in given])
+    assert first["x"].tolist() == [8, 9, 10] and second["x"].tolist() == [11, 12]
+    assert (share, other) == (1.2, 0.8)
 
 
 @pytest.mark.parametrize("labels", [torch.zeros(4, dtype=torch.long), torch.zeros(4)], ids=["classes", "numbers"])
