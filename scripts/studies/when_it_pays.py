@@ -33,7 +33,7 @@ CHECKPOINTING = "FO, gradient checkpointing"
 STYLES = {
     "FO": ("FO", "#000000", "right", 6),
     CHECKPOINTING: (CHECKPOINTING, "#555555", "left", 6),
-    "FO, text tower": ("FO, text tower alone", "#009E73", "left", -52),
+    "FO, text tower": ("FO, text tower alone", "#009E73", "left", -16),
     "dual/hop-even": ("ZO every second layer", "#CC79A7", "right", -6),
     "vision/all": ("ZO vision, FO text", "#0072B2", "right", 2),
     "dual/all": ("ZO both", "#8C510A", "left", 4),
