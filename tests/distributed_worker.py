@@ -280,7 +280,7 @@ def stream_recipe(output_dir: Path, *arguments: str) -> list[str]:
 def run_aligned_stream(output_dir: Path) -> dict[str, Any]:
     """The same with classifier alignment, where text layers are of both kinds; and the adapter after it."""
     # Adam's first steps go by signs, which make much of the last bit.
-    options = ["--classifier_alignment", "3", "--zo_layers", "hop-even", "--optim", "sgd"]
+    options = ["--classifier_alignment", "3", "--zo_layers", "hop-even", "--optim", "sgd", "--zo_eps", "0.03"]
     scheduler = build_scheduler(parse_recipe(stream_recipe(output_dir, *options)))
     results = scheduler.run()
     adapter = torch.cat([p.detach().flatten() for p in scheduler.model.parameters() if p.requires_grad])

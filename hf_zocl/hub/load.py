@@ -94,7 +94,7 @@ def load_task_checkpoint(
     folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
     with _hinting_at_download(folder):
         info = read_sealed(folder)
-    options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
+    options = _download_options(hub_kwargs)
     # In the run's own dtype, so that it predicts as it did there.
     dtype = info["recipe"].get("dtype", "auto")
     clip, _ = _load_adapted(folder, info, dtype, base_model, options)
@@ -103,6 +103,11 @@ def load_task_checkpoint(
     model = CLIPClassifier(clip, processor.tokenizer, classes, info["prompt_template"])
     model.image_processor = processor.image_processor
     return model.eval(), processor
+
+
+def _download_options(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Those of `hub_kwargs` that loading the base model takes, too."""
+    return {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
 
 
 def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -> list[str]:
@@ -128,7 +133,7 @@ def load_base_model(folder: Path, **hub_kwargs: Any) -> CLIPModel:
     """
     info = read_sealed(folder)
     config = _read_adapter_config(folder, info)
-    options = {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
+    options = _download_options(hub_kwargs)
     base = _base_model_of(folder, info, config)
     return _load_base_model(folder, base, config, info["recipe"].get("dtype", "auto"), options).eval()
 

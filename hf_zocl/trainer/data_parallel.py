@@ -226,7 +226,7 @@ def _last_batch(trainer: DataParallelTrainer) -> tuple[list[int], int]:
     if examples % count == 0:
         return [], 0
     part = examples // count + 1
-    return [min(max(examples - part * process, 0), part) for process in range(count)], part
+    return _in_turn(examples, part, count), part
 
 
 def _last_round(shard: BatchSamplerShard) -> list[int]:
@@ -240,7 +240,12 @@ def _last_round(shard: BatchSamplerShard) -> list[int]:
         return [*sizes[len(sizes) - left :], *[0] * (count - left)]
     tail = _tail(shard)
     part = size // count if shard.split_batches else size
-    return [min(max(tail - part * process, 0), part) for process in range(count)] if tail else []
+    return _in_turn(tail, part, count) if tail else []
+
+
+def _in_turn(examples: int, part: int, processes: int) -> list[int]:
+    """How many of `examples` each process has, if one after another takes `part` of them."""
+    return [min(max(examples - part * process, 0), part) for process in range(processes)]
 
 
 def _tail(shard: BatchSamplerShard) -> int:
