@@ -29,11 +29,17 @@ class Tower:
     layers: nn.ModuleList | None
 
     def first_layer_of(self, perturbation: Perturbation) -> int | None:
-        """The index of the first layer with a parameter of `perturbation`; None if one lies outside the layers."""
+        """The index of the first layer with a parameter of `perturbation`, or None where one lies in front of them.
+
+        What stands behind the layers (the last norm, a head) counts as one more layer.
+        """
         mine = {id(parameter) for parameter in perturbation.parameters} & {id(p) for p in self.module.parameters()}
         if self.layers is None:
             return None
+        children = list(_children(self.module).values())  # in their order: embeddings, encoder, last norm
+        behind = children[children.index(self.module.get_submodule("encoder")) + 1 :]
         of_layer = [{id(p) for p in layer.parameters()} & mine for layer in self.layers]
+        of_layer.append({id(p) for module in behind for p in module.parameters()} & mine)
         if len(set().union(*of_layer)) < len(mine):
             return None
         return next(index for index, parameters in enumerate(of_layer) if parameters)

@@ -368,6 +368,33 @@ def test_layers_below_the_first_perturbed_one_run_once():
     assert (sum(below), sum(above)) == (6, 6 + 4 * 6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "branch", "behind"),
+    [
+        ("clip", "vision", "vision_model.post_layernorm"),
+        ("clip", "language", "text_model.final_layer_norm"),
+        ("siglip", "vision", r"vision_model.(post_layernorm|head)"),
+        ("siglip", "language", r"text_model.(final_layer_norm|head)"),
+    ],
+)
+def test_no_layer_runs_again_for_what_stands_behind_all_of_them(kind, branch, behind):
+    model, inputs = dual_encoder(kind)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(behind, name) is not None)
+    assert_same(model, inputs, branch, "all", queries=4)
+    tower = {"vision": "vision_model", "language": "text_model"}[branch]
+    calls = count_calls(model.base_model.model.get_submodule(tower).encoder.layers[-1])
+    gradients(model, inputs, towers(), branch, "all", queries=4)
+    assert sum(calls) == 6
+
+
+def test_layers_run_for_what_stands_in_front_of_them():
+    model, inputs = dual_encoder("clip")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layrnorm" in name or "post_layernorm" in name)  # the first is CLIP's own spelling
+    assert_same(model, inputs, "vision", "all", queries=4)
+
+
 def test_two_sided_dual_needs_two_passes_a_tower():
     model, inputs = classifier()
     clip = model.clip.base_model.model
