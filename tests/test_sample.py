@@ -128,6 +128,28 @@ def test_pretraining_goes_on_from_a_finished_model(pretrain, tmp_path):
     assert done.returncode == 0, done.stderr
     before, after = (CLIPModel.from_pretrained(folder).state_dict() for folder in (first, tmp_path / "next"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
+    card = (tmp_path / "next" / "README.md").read_text(encoding="utf-8")
+    assert card.count("48 images seen in 3 steps of 16") == 2  # one paragraph a run
+
+
+def test_the_augmentation_of_pretraining_sharpens_what_its_crop_has_blurred(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "tools"))
+    from images import load_images, random_crop_flip, random_sharpness
+
+    torch.manual_seed(0)
+    images = load_images(str(sample_path("cifar10-sample")), "test", 100).images / 255
+    flat, edge = torch.full((2, 3, 8, 8), 0.25), torch.zeros(1, 3, 4, 4)
+    edge[..., 2:] = 1
+    torch.testing.assert_close(random_sharpness(flat), flat)
+    torch.testing.assert_close(random_sharpness(images, 0, 0), images)
+    torch.testing.assert_close(random_sharpness(edge, -1, -1)[0, 0, 0], torch.tensor([0, 0.25, 0.75, 1]))
+
+    def detail(images):
+        return images.diff(dim=-1).square().mean().item()
+
+    cropped = random_crop_flip(images)
+    assert detail(cropped) < 0.7 * detail(images)  # bilinear resampling blurs
+    assert 0.75 * detail(images) < detail(random_sharpness(cropped)) < 1.25 * detail(images)
 
 
 @pytest.mark.slow

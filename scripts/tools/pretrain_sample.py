@@ -70,6 +70,7 @@ TEMPLATES = (
     *("a blurry photo of a {}.", "a small photo of the {}.", "a photo of one {}.", "a {}.", "{}", "{}"),
 )
 
+RUNS_HEADING = "## Training"
 CARD = """---
 library_name: transformers
 pipeline_tag: zero-shot-image-classification
@@ -85,19 +86,20 @@ to its first 4,000 merges. The weights are stored in float16 and load as float32
 Made by `scripts/tools/pretrain_sample.py`: the vision tower learned from labels and from the soft labels and \
 features of EfficientNet-lite0, the text tower from MiniLM's embeddings of WordNet's nouns. The images are four \
 fifths of the training images of Tiny-ImageNet's 200 classes at 32×32 (the rows are `hf_zocl.sample.pretraining`'s); \
-the last fifth, and CIFAR-10, it has never seen. {seen:,} images seen in {steps:,} steps of {batch_size}, \
-{hours:.1f} hours on {device}, seed {seed}.
+the last fifth, and CIFAR-10, it has never seen. The training images are for research use (Stanford CS231n, from \
+ImageNet).
 
 Zero-shot top-1 (prompt "{prompt}") and a linear probe:
 
 {table}
 CIFAR-10 by class: {by_class}.
 
-The curve, on 2,000 held-out images of Tiny-ImageNet's pretraining images and on CIFAR-10's training images:
+{runs_heading}
 
-{curve}
-The training images are for research use (Stanford CS231n, from ImageNet).
-"""
+Each run went on from the one before it. Its curve is on 2,000 held-out images of Tiny-ImageNet's pretraining images \
+and on CIFAR-10's training images.
+
+{runs}"""
 
 
 class Pretraining:
@@ -298,13 +300,33 @@ class Pretraining:
         return self.average.module
 
 
-def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_class: str) -> None:
-    """Write the model card, its figures taken from the model and the run."""
-    vision, text, args = model.config.vision_config, model.config.text_config, run.args
+def describe_run(run: Pretraining) -> str:
+    """Return a run's paragraph and curve for the card."""
+    args = run.args
+    device = "two shared CPU cores" if args.device == "cpu" else torch.cuda.get_device_name()
     rows = ["| images seen | Tiny-ImageNet | CIFAR-10 | probe |", "|---|---|---|---|"]
-    every = max(1, len(run.curve) // 12)
-    points = run.curve[::-1][::every][::-1]
+    points = run.curve[::-1][:: max(1, len(run.curve) // 12)][::-1]
     rows += [f"| {p['seen']:,} | {p['tiny']:.1%} | {p['cifar10']:.1%} | {p['probe']:.1%} |" for p in points]
+    told = (
+        f"{run.step * args.batch_size:,} images seen in {run.step:,} steps of {args.batch_size}, "
+        f"{run.seconds / 3600:.1f} hours on {device}, seed {args.seed}:"
+    )
+    return "\n".join([told, "", *rows, ""])
+
+
+def earlier_runs(folder: Path | None) -> list[str]:
+    """Return what the card of the model that the run went on from says of its own runs."""
+    card = folder / "README.md" if folder else None
+    if card is None or not card.is_file():
+        return []
+    _, _, runs = card.read_text(encoding="utf-8").partition(f"\n{RUNS_HEADING}\n")
+    _, _, runs = runs.strip().partition("\n\n")  # the sentence that every card has
+    return [runs + "\n"] if runs else []
+
+
+def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_class: str) -> None:
+    """Write the model card, its figures taken from the model and its runs."""
+    vision, text, args = model.config.vision_config, model.config.text_config, run.args
     card = CARD.format(
         title=args.output_dir.name,
         parameters=model.num_parameters() / 1e6,
@@ -317,13 +339,8 @@ def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_
         prompt=EVALUATION_TEMPLATE,
         table=table,
         by_class=by_class,
-        curve="\n".join(rows) + "\n",
-        seen=run.step * args.batch_size,
-        steps=run.step,
-        batch_size=args.batch_size,
-        hours=run.seconds / 3600,
-        device="two shared CPU cores" if args.device == "cpu" else torch.cuda.get_device_name(),
-        seed=args.seed,
+        runs_heading=RUNS_HEADING,
+        runs="\n".join([*earlier_runs(args.init_from), describe_run(run)]),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
