@@ -79,23 +79,28 @@ def test_a_batch_sampler_is_not_asked_again_for_what_it_gave():
     assert shard.batch_sampler.drop_last is False
 
 
-def last_batch(inputs: dict, accepts: bool, items_of_all: bool = True) -> list[tuple[dict, float]]:
-    """What two processes make of the last batch of 10 examples in batches of 4."""
+def keep_last_batch(given: list, accepts: bool = False, items_of_all: bool = True, **ends) -> list[tuple[dict, float]]:
+    """What each process keeps of its last batch, and what that counts; given: its shard, its loader and its batch."""
     found = []
-    for rank in range(2):
-        accelerator = SimpleNamespace(
-            num_processes=2, process_index=rank, gradient_state=SimpleNamespace(end_of_dataloader=True)
-        )
+    for rank, (shard, loader, inputs) in enumerate(given):
+        state = SimpleNamespace(end_of_dataloader=True, **ends)
         trainer = SimpleNamespace(
-            _shard=BatchSamplerShard(regular(10, 4), 2, rank),
+            _shard=shard,
             _shares=[],
-            accelerator=accelerator,
+            accelerator=SimpleNamespace(num_processes=2, process_index=rank, gradient_state=state),
+            callback_handler=SimpleNamespace(train_dataloader=loader),
             model_accepts_loss_kwargs=accepts,
             compute_loss_func=None,
         )
         own = DataParallelTrainer._own_examples(trainer, dict(inputs), items_of_all)
         found.append((own, trainer._shares[0]))
     return found
+
+
+def last_batch(inputs: dict, accepts: bool, items_of_all: bool = True) -> list[tuple[dict, float]]:
+    """What two processes make of the last batch of 10 examples in batches of 4."""
+    shards = [BatchSamplerShard(regular(10, 4), 2, rank) for rank in range(2)]
+    return keep_last_batch([(shard, None, inputs) for shard in shards], accepts, items_of_all)
 
 
 @pytest.mark.parametrize("accepts", [False, True])
@@ -107,28 +112,12 @@ def test_without_a_count_of_items_an_idle_process_counts_nothing(accepts, labels
     assert (share, nothing) == (2.0, 0.0)
 
 
-def last_batches(examples: int, loaders: list) -> list[tuple[dict, float]]:
-    """What two processes keep of the last batch that their loaders give them, and what it counts."""
-    found = []
-    for rank, (shard, loader, inputs) in enumerate(loaders):
-        ends = SimpleNamespace(end_of_dataloader=True, remainder=examples)
-        trainer = SimpleNamespace(
-            _shard=shard,
-            _shares=[],
-            accelerator=SimpleNamespace(num_processes=2, process_index=rank, gradient_state=ends),
-            callback_handler=SimpleNamespace(train_dataloader=loader),
-            model_accepts_loss_kwargs=False,
-            compute_loss_func=None,
-        )
-        own = DataParallelTrainer._own_examples(trainer, inputs)
-        found.append((own, trainer._shares[0]))
-    return found
-
-
 def test_batches_that_are_not_evened_out_count_by_their_examples():
     shards = [BatchSamplerShard(regular(13, 4), 2, rank, even_batches=False) for rank in range(2)]
     given = [{"x": torch.arange(8.0, 12.0)}, {"x": torch.tensor([12.0])}]
-    (first, share), (second, other) = last_batches(5, [(s, None, x) for s, x in zip(shards, given, strict=True)])
+    (first, share), (second, other) = keep_last_batch(
+        [(s, None, x) for s, x in zip(shards, given, strict=True)], remainder=5
+    )
     assert first["x"].tolist() == [8, 9, 10, 11] and second["x"].tolist() == [12]
     assert (share, other) == (1.6, 0.4)
 
@@ -136,7 +125,7 @@ def test_batches_that_are_not_evened_out_count_by_their_examples():
 def test_batches_that_the_main_process_hands_out_count_by_their_own_examples():
     loader = DataLoaderDispatcher(rows(13), batch_size=4)
     given = [{"x": torch.tensor([8.0, 9.0, 10.0])}, {"x": torch.tensor([11.0, 12.0, 0.0])}]
-    (first, share), (second, other) = last_batches(5, [(None, loader, x) for x in given])
+    (first, share), (second, other) = keep_last_batch([(None, loader, x) for x in given], remainder=5)
     assert first["x"].tolist() == [8, 9, 10] and second["x"].tolist() == [11, 12]
     assert (share, other) == (1.2, 0.8)
 
