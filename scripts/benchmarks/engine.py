@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from engine_report import format_bars, format_rows, format_sweep, write
-from engine_rows import BARS, GPU_BARS, SHAPES, SWEEP, Row, Setting, choose_rows
+from engine_rows import BARS, GPU_BARS, PRESET, SHAPES, SWEEP, Row, Setting, choose_rows
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -80,7 +80,7 @@ def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None
     clip = CLIPModel(config)
     if int8:
         quantise(clip)
-    more = {"adapter_config": {"target_modules": LAYER_NORMS}} if adapter == "ln_tuning" else {}
+    more = {"adapter_config": PRESET["adapter_config"]} if adapter == PRESET["adapter"] else {}
     frozen_parameters = [frozen] if frozen else None
     clip = add_adapter(clip, AdapterArguments(adapter=adapter, frozen_parameters=frozen_parameters, **more))
     for parameter in clip.parameters():
@@ -100,7 +100,6 @@ def quantise(model: nn.Module) -> None:
     )
 
 
-LAYER_NORMS = ["layer_norm1", "layer_norm2"]  # the preset all-zo's
 COLOURS = ("red", "green", "blue", "white", "black", "small", "large", "old", "new", "wooden")
 THINGS = ("cat", "dog", "car", "ship", "bird", "horse", "frog", "truck", "house", "tree")
 

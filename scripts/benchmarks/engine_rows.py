@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import yaml
+
+from hf_zocl.commands.library import preset_file
+
 
 SHAPES = {
     "vit-b-16": ({"hidden_size": 768, "layers": 12, "heads": 12, "patch_size": 16}, {"hidden_size": 512, "heads": 8}),
@@ -86,7 +90,14 @@ SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
 # When forward passes alone pay: scripts/studies/when_it_pays.py sets these beside the accuracy of cells of the same
 # name, whose queries they have.
 QUERIES = "vision=2,language=32"
-ALL_ZO = Row("all-zo", adapter="ln_tuning", branch="language", queries=128, frozen="vision_model")  # the preset
+PRESET = yaml.safe_load(preset_file("all-zo").read_text(encoding="utf-8"))
+ALL_ZO = Row(
+    "all-zo",
+    adapter=PRESET["adapter"],
+    branch=PRESET["zo_branch"],
+    queries=PRESET["zo_queries"],
+    frozen=PRESET["frozen_parameters"][0],
+)
 PAYS = [
     Row("inference", "inference"),
     Row("FO", "fo"),

@@ -28,11 +28,11 @@ PRESETS = {
         "zo_momentum": 0.0, "zo_learning_rate": 2e-2,
     },
     "all-zo": {
-        "zo_branch": "language", "zo_layers": "all", "zo_estimator": "one-sided", "zo_sign": False, "zo_optim": "sign",
+        "zo_branch": "dual", "zo_layers": "all", "zo_estimator": "one-sided", "zo_sign": False, "zo_optim": "sign",
         "zo_momentum": 0.9, "zo_learning_rate": "auto",
     },
 }  # fmt: skip
-QUERIES = {"mozo": (1, 1), "mezo": (1, 1), "fzoo": (8, 8), "zo-adam": (2, 2), "all-zo": (128, 128)}  # vision, language
+QUERIES = {"mozo": (1, 1), "mezo": (1, 1), "fzoo": (8, 8), "zo-adam": (2, 2), "all-zo": (512, 512)}  # vision, language
 FILES = Path(hf_zocl.commands.__file__).parent / "presets"
 
 
@@ -88,7 +88,7 @@ def test_a_preset_on_the_command_line_overrides_the_whole_recipe_towers_included
 
 def test_a_preset_overrides_what_a_recipe_includes(tmp_path):
     recipe = parse(tmp_path, "include: quickstart\npreset: all-zo\nzo_layers: hop-odd\n")
-    assert (recipe.training.zo_sign, recipe.training.zo_layers, queries(recipe)) == (False, "hop-odd", (128, 128))
+    assert (recipe.training.zo_sign, recipe.training.zo_layers, queries(recipe)) == (False, "hop-odd", (512, 512))
 
 
 @pytest.mark.parametrize("above", ["include", "--preset"])
@@ -96,7 +96,7 @@ def test_of_two_presets_nothing_of_the_lower_one_is_left(above, tmp_path):
     """Not even its adapter, of which the upper one says nothing."""
     (tmp_path / "lower.yaml").write_text(f"output_dir: {tmp_path / 'run'}\npreset: all-zo\n")
     lower = parse_recipe(["--recipe", str(tmp_path / "lower.yaml")])
-    assert (lower.adapter.adapter, lower.adapter.frozen_parameters) == ("ln_tuning", ["vision_model"])
+    assert (lower.adapter.adapter, lower.adapter.frozen_parameters) == ("ln_tuning", ["vision_model.encoder"])
     text, more = (
         ("include: lower.yaml\npreset: mezo\n", ())
         if above == "include"
@@ -140,5 +140,5 @@ def test_a_preset_trains(name, tmp_path):
     assert trainer.split.fo if name == "mozo" else not trainer.split.fo
     assert torch.isfinite(torch.tensor(training_logs(trainer)[0]["loss"]))
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
-    for tower in ("vision_model", "text_model"):
-        assert any(tower in key for key in moved) == (name != "all-zo" or tower == "text_model")
+    assert all(any(tower in key for key in moved) for tower in ("vision_model", "text_model"))
+    assert any("vision_model.encoder" in key for key in moved) == (name != "all-zo")
