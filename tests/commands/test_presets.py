@@ -32,7 +32,7 @@ PRESETS = {
         "zo_momentum": 0.9, "zo_learning_rate": "auto",
     },
 }  # fmt: skip
-QUERIES = {"mozo": (1, 1), "mezo": (1, 1), "fzoo": (8, 8), "zo-adam": (2, 2), "all-zo": (512, 512)}  # vision, language
+QUERIES = {"mozo": (1, 1), "mezo": (1, 1), "fzoo": (8, 8), "zo-adam": (2, 2), "all-zo": (256, 256)}  # vision, language
 FILES = Path(hf_zocl.commands.__file__).parent / "presets"
 
 
@@ -88,7 +88,7 @@ def test_a_preset_on_the_command_line_overrides_the_whole_recipe_towers_included
 
 def test_a_preset_overrides_what_a_recipe_includes(tmp_path):
     recipe = parse(tmp_path, "include: quickstart\npreset: all-zo\nzo_layers: hop-odd\n")
-    assert (recipe.training.zo_sign, recipe.training.zo_layers, queries(recipe)) == (False, "hop-odd", (512, 512))
+    assert (recipe.training.zo_sign, recipe.training.zo_layers, queries(recipe)) == (False, "hop-odd", (256, 256))
 
 
 @pytest.mark.parametrize("above", ["include", "--preset"])
