@@ -106,6 +106,8 @@ PAYS = [
     Row("dual/hop-even", layers="hop-even", queries=QUERIES),
     Row("vision/all", branch="vision", queries=QUERIES),
     Row("dual/all", queries=QUERIES),
+    replace(ALL_ZO, name="FO, norms", kind="fo", queries=1, figures={}),
+    replace(ALL_ZO, name="vision/all, norms", branch="vision", figures={}),
     ALL_ZO,
     replace(ALL_ZO, name="all-zo, int8", int8=True, figures={}),
 ]

@@ -37,6 +37,8 @@ STYLES = {
     "dual/hop-even": ("ZO every second layer", "#CC79A7", "right", -6),
     "vision/all": ("ZO vision, FO text", "#0072B2", "right", 2),
     "dual/all": ("ZO both", "#8C510A", "left", 4),
+    "FO, norms": ("FO, norms", "#56B4E9", "left", 4),
+    "vision/all, norms": ("norms: ZO vision, FO text", "#332288", "right", 8),
     "all-zo": ("all-zo", "#D55E00", "left", 4),
     "all-zo, int8": ("all-zo, int8", "#E69F00", "right", 2),
 }
