@@ -194,8 +194,8 @@ def pays_cells(config: CLIPConfig) -> dict[str, Cell]:
         "dual/hop-even": assigned("dual", "hop-even"),
         "vision/all": assigned("vision"),
         "dual/all": assigned("dual"),
-        "FO, norms": replace(ALL_ZO, arguments=(*ALL_ZO.arguments, "--zo_branch", "none", *NORMS_RATE)),
-        "vision/all, norms": replace(ALL_ZO, arguments=(*ALL_ZO.arguments, "--zo_branch", "vision", *NORMS_RATE)),
+        "FO, norms": norms("none"),
+        "vision/all, norms": norms("vision"),
         "all-zo": ALL_ZO,
         "all-zo, int8": replace(ALL_ZO, int8=True),
     }
@@ -207,7 +207,12 @@ def assigned(branch: str, layers: str = "all", *more: str) -> Cell:
 
 # With the adapter once more, for the table's own --adapter would override the preset's.
 ALL_ZO = Cell(("--preset", "all-zo", "--adapter", "ln_tuning"))
-NORMS_RATE = ("--learning_rate", "1e-2")  # of its norms, first-order; the notebook has the others that were tried
+
+
+def norms(branch: str) -> Cell:
+    """The preset's norms, zeroth-order in `branch` alone; the notebook has the other first-order rates tried."""
+    return replace(ALL_ZO, arguments=(*ALL_ZO.arguments, "--zo_branch", branch, "--learning_rate", "1e-2"))
+
 
 # The rows of a table, the baseline first.
 TABLES: dict[str, Callable[[CLIPConfig], dict[str, Cell]] | None] = {

@@ -314,14 +314,14 @@ def describe_run(run: Pretraining) -> str:
     return "\n".join([told, "", *rows, ""])
 
 
-def earlier_runs(folder: Path | None) -> list[str]:
-    """Return what the card of the model that the run went on from says of its own runs."""
+def earlier_runs(folder: Path | None) -> str:
+    """Return what the card of the model that the run went on from says of its own runs; nothing without a card."""
     card = folder / "README.md" if folder else None
     if card is None or not card.is_file():
-        return []
+        return ""
     _, _, runs = card.read_text(encoding="utf-8").partition(f"\n{RUNS_HEADING}\n")
     _, _, runs = runs.strip().partition("\n\n")  # the sentence that every card has
-    return [runs + "\n"] if runs else []
+    return f"{runs}\n\n" if runs else ""
 
 
 def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_class: str) -> None:
@@ -340,7 +340,7 @@ def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_
         table=table,
         by_class=by_class,
         runs_heading=RUNS_HEADING,
-        runs="\n".join([*earlier_runs(args.init_from), describe_run(run)]),
+        runs=earlier_runs(args.init_from) + describe_run(run),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 

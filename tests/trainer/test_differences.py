@@ -91,11 +91,10 @@ def test_a_number_that_bf16_hides_is_seen_in_float32(tmp_path, warnings):
 @pytest.mark.slow
 def test_two_sided_differences_of_a_bf16_tower_stay_in_bf16(tmp_path):
     model = randomised()
-    trainer = one_step(tmp_path, model, bf16=True, zo_layers="all", zo_queries=12, zo_estimator="two-sided")
+    # A correlation of few differences is one of chance: of 12 it was 0.85, 0.96 and 0.98 with three seeds.
+    trainer = one_step(tmp_path, model, bf16=True, zo_layers="all", zo_queries=96, zo_estimator="two-sided")
     assert not trainer._estimator.resolutions["vision"].finer
-    found = correlations(trainer, model)
-    # Of twelve differences. With the present embedded model the text tower's are 0.85, which is yet to be explained.
-    assert found["vision"] >= 0.95 and found["language"] >= 0.8
+    assert min(correlations(trainer, model).values()) >= 0.95
 
 
 @pytest.mark.slow
