@@ -172,6 +172,20 @@ def test_features_are_drawn_around_the_means_with_the_common_covariance():
     assert not torch.equal(other, features)
 
 
+def test_features_that_are_drawn_do_not_hang_on_the_last_bit_of_the_statistics():
+    """Processes add up in another order; eigenvectors turn with the last bit where eigenvalues are alike, or zero."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(40, 64, generator=generator)  # fewer than dimensions: the covariance is singular
+    other = images * (1 + 6e-8 * torch.randn(40, 64, generator=generator))
+    drawn = []
+    for features in (images, other):
+        alignment = ClassifierAlignment()
+        alignment.add(features, torch.arange(40) % 2)
+        drawn.append(alignment.draw(500, seed=0)[0])
+    assert not torch.equal(images, other)
+    assert (drawn[0] - drawn[1]).norm() < 1e-6 * drawn[0].norm()  # by the eigenvectors alone 1e-4
+
+
 MIXES = {
     "first-order": ("--zo_branch", "none"),
     "zeroth-order in the other tower": ("--zo_branch", "vision", "--zo_layers", "hop-odd"),

@@ -74,7 +74,8 @@ class ClassifierAlignment(TaskPlugin):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self._means = state.get("means", torch.empty(0, 0))
-        self._scatter = state.get("scatter", torch.empty(0, 0))
+        # In double precision, for the root of a singular matrix makes 3e-4 of a rounding of 1e-7.
+        self._scatter = state.get("scatter", torch.empty(0, 0)).double()
         self._images = state.get("images", torch.empty(0, dtype=torch.int64))
 
     def end_task(self, task: Task, trainer: ZOCLTrainer) -> None:
@@ -99,7 +100,7 @@ class ClassifierAlignment(TaskPlugin):
         means = torch.stack([features[labels == label].mean(dim=0) for label in classes])
         around = features - means[labels - known]
         scatter = around.T @ around
-        self._scatter = (scatter + self._scatter.double() if known else scatter).float()
+        self._scatter = scatter + self._scatter if known else scatter
         self._means = torch.cat([self._means, means.float()]) if known else means.float()
         self._images = torch.cat([self._images, torch.bincount(labels - known)])
 
@@ -107,9 +108,10 @@ class ClassifierAlignment(TaskPlugin):
         """Draw features of all classes known, of unit length, `(count, dim)`, and their labels, `(count,)`."""
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(self._means), (count,), generator=generator)
-        values, vectors = torch.linalg.eigh(self._scatter.double() / self._images.sum())
-        root = (vectors * values.clamp(min=0).sqrt()).float()
-        noise = torch.randn(count, len(root), generator=generator) @ root.T
+        values, vectors = torch.linalg.eigh(self._scatter / self._images.sum())
+        # The symmetric root: eigenvectors by themselves have a sign that hangs on the last bit.
+        root = (vectors * values.clamp(min=0).sqrt() @ vectors.T).float()
+        noise = torch.randn(count, len(root), generator=generator) @ root
         return F.normalize(self._means[labels] + noise, dim=-1), labels
 
     def _align(self, task: Task, trainer: ZOCLTrainer, prompts: _PromptClassifier, zero_order: list[str]) -> None:
