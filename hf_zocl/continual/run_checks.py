@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import get_scheduler
@@ -86,4 +88,23 @@ def check_fingerprints(here: dict[str, str], there: dict[str, str], output_dir: 
             raise ResumeError(
                 f"resume: the {name.replace('_', ' ')} {'have' if name == 'images' else 'has'} changed since the "
                 f"run in {output_dir} began: it goes on with what it began with, or not at all."
+            )
+
+
+def check_measuring(here: Mapping[str, Any], there: Mapping[str, Any], output_dir: Path) -> None:
+    """Check that a run goes on being measured as it began: by the same prompts, among the same classes.
+
+    Args:
+        here: How this run would be measured.
+        there: What `results.json` says of it, by the same names; that of an earlier release may lack some.
+
+    Raises:
+        ResumeError: If it does not, naming the first difference.
+    """
+    for name, value in here.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if there.get(name, value) != value:
+            raise ResumeError(
+                f"resume: {name}={value!r}, but the run in {output_dir} began with {there[name]!r}: it goes on with "
+                "what it began with, or not at all."
             )

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel, set_peft_model_state_dict
 from transformers import ProcessorMixin, TrainerCallback
 from transformers.utils import logging
@@ -24,7 +25,15 @@ from ..hub.push import HubPusher, PushOnSave
 from ..hub.repository import fetch_run
 from ..hub.task_info import task_folder
 from ..hub.untrusted import check_processor
-from ..models import CLIPClassifier, base_digest, check_templates, check_trained_parameters, trained_adapter
+from ..models import (
+    CLIPClassifier,
+    adapter_digest,
+    adapter_weights,
+    base_digest,
+    check_templates,
+    check_trained_parameters,
+    trained_adapter,
+)
 from ..passes import task_aware
 from ..report import plot_accuracy_matrix
 from ..trainer import ZOCLTrainer
@@ -38,7 +47,7 @@ from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retent
 from .plugins import load_plugins, plugin_file, task_plugins
 from .processes import by_main_process
 from .report_files import ReportFiles
-from .run_checks import check_batches, check_fingerprints, check_measurable
+from .run_checks import check_batches, check_fingerprints, check_measurable, check_measuring
 from .run_folder import RESULTS_FILE, ResumeError, RunFolder
 from .run_monitor import RunMonitor
 from .task_record import task_info
@@ -105,6 +114,7 @@ class ContinualTaskScheduler:
         self._codec, self._monitor = PixelCodec(processor.image_processor), RunMonitor(args, stream)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
         self._fingerprints: dict[str, str] = {}  # known to the main process, which writes
+        self._untrained: dict[str, torch.Tensor] | None = None  # the adapter that a run begins with
         for each in (stream, *self.held_out.values()):
             for evaluation in each.evaluations(len(each)):
                 model.check_classes(evaluation.class_names, evaluation.prompt_template)
@@ -119,6 +129,8 @@ class ContinualTaskScheduler:
         self, resume: bool | str | Path = False, train: bool = True, overwrite_output_dir: bool = False
     ) -> dict[str, Any]:
         """Run the stream; meanwhile no other run may use `output_dir`.
+
+        A run that begins anew begins with the adapter that the model had when `run` was first called to train it.
 
         Args:
             resume: Go on where the run in `output_dir` stopped: after its last complete task, and within the next one
@@ -153,6 +165,10 @@ class ContinualTaskScheduler:
             check_batches(self.args, self.stream)
             for plugin in task_plugins(self.callbacks):
                 plugin.begin_run(self.stream, self.model)
+            if self._untrained is None:
+                self._untrained = {
+                    name: t.detach().cpu().clone() for name, t in adapter_weights(self.model.clip).items()
+                }
         with ExitStack() as stack:
             results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
             stack.enter_context(self._monitor)
@@ -171,6 +187,7 @@ class ContinualTaskScheduler:
         self._fingerprints = {"images": stream_digest(self.stream)}
         if isinstance(self.model.clip, PeftModel):
             self._fingerprints["base_model"] = base_digest(self.model.clip)
+            self._fingerprints["adapter"] = adapter_digest(self.model.clip)
         results = self._read_results(None if isinstance(resume, bool) else resume) if resume else None
         if results is None:
             if overwrite and self.folder.holds_run:
@@ -187,6 +204,8 @@ class ContinualTaskScheduler:
         self._prepare_images()
         checkpoint, begin = None, None
         if results is None or not train:
+            if train:
+                self._set_adapter(self._untrained)  # an earlier run of this scheduler has trained it
             results = self._start()
             load_plugins(task_plugins(self.callbacks), None)
             begin = partial(self._begin, results)
@@ -255,6 +274,8 @@ class ContinualTaskScheduler:
             "tasks": [task.title or task.name for task in self.stream],
             "classes": list(self.stream.class_names),
             **({"known_classes": list(self.known_classes)} if self.known_classes else {}),
+            "prompt_template": self.model.prompt_template,
+            "evaluate_future": self.evaluate_future,
             "fingerprints": self._fingerprints,
             "assignment": self._assignment,
             "zero_shot": zero_shot,
@@ -281,8 +302,7 @@ class ContinualTaskScheduler:
     def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
         """Restore the adapter of the last complete task, and return the checkpoint within the next one, if any."""
         done = len(results["accuracy_matrix"])
-        if done:
-            self._load_adapter(done)
+        self._set_adapter(self._saved_adapter(done) if done else self._untrained)
         load_plugins(task_plugins(self.callbacks), self.output_dir / task_folder(done) if done else None)
         if self.args.should_save:
             self._kept.go_on(self._images, done)
@@ -390,12 +410,22 @@ class ContinualTaskScheduler:
             logger.warning(f"resume: there is no run in {self.output_dir}, so it starts from the beginning.")
             return None
         check_fingerprints(self._fingerprints, results.get("fingerprints", {}), self.output_dir)
+        here = {
+            "prompt_template": self.model.prompt_template,
+            "known_classes": list(self.known_classes),
+            "held_out": sorted(self.held_out),
+            "evaluate_future": self.evaluate_future,
+        }
+        there = {"known_classes": [], **results, "held_out": sorted(results["held_out"])}
+        check_measuring(here, there, self.output_dir)
         self.folder.check_tasks(len(results["accuracy_matrix"]))
         return results
 
-    def _load_adapter(self, task: int) -> None:
+    def _saved_adapter(self, task: int) -> dict[str, torch.Tensor]:
         try:
-            weights = read_adapter_weights(self.output_dir / task_folder(task))
+            return read_adapter_weights(self.output_dir / task_folder(task))
         except ValueError as error:
             raise ResumeError(f"resume: {error}") from error
+
+    def _set_adapter(self, weights: dict[str, torch.Tensor]) -> None:
         set_peft_model_state_dict(self.model.clip, weights, adapter_name=trained_adapter(self.model.clip))

@@ -45,9 +45,12 @@ class TaskCheck(TrainerCallback):
         self._epoch_began = state.global_step
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        """A callback asked to stop; also asked as a Trainer logs and saves, which it does after an epoch's end."""
         # A Trainer whose data have run out stops too, but has taken no step.
         stops = control.should_training_stop or control.should_epoch_stop
         self._was_asked_to_stop |= stops and state.global_step > self._epoch_began
+
+    on_log = on_save = on_evaluate = on_epoch_end
 
     def finish(self) -> None:
         """Check the training after its end.

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..data.stream import TaskStream
 from ..data.tasks import Task
-from ..models import CLIPClassifier, adapter_name, trained_adapter
+from ..models import CLIPClassifier, adapter_name, base_dtype, trained_adapter
 
 
 def task_info(
@@ -43,6 +43,7 @@ def task_info(
         "base_model": base_model,
         "base_model_is_local": Path(model.config.name_or_path).exists(),
         "base_model_sha256": results.get("fingerprints", {}).get("base_model"),
+        "dtype": base_dtype(model.clip),
         "adapter": adapter_name(model.clip.peft_config[trained_adapter(model.clip)]),
         "classes": list(stream.seen_class_names(task.index)),
         **({"known_classes": known} if known else {}),

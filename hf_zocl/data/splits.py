@@ -177,10 +177,11 @@ def _type_name(feature) -> str:
     return feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
 
 
-def encode_strings(train: Split, test: Split) -> tuple[Split, Split]:
+def encode_strings(train: Split, test: Split, renumbers: bool = True) -> tuple[Split, Split]:
     """Replace string labels by ids, in the order of `in_order` over both splits; other labels stay.
 
-    Label names that are numbers in alphabetical order, as of folders 1 to 12, are put in numeric order.
+    Label names that are numbers in alphabetical order, as of folders 1 to 12, are put in numeric order, if it
+    `renumbers`: whoever has loaded the dataset has seen its ids, and names the classes by them.
     """
     for split, other in ((train, test), (test, train)):
         feature, expected = split.data.features["label"], other.data.features["label"]
@@ -198,7 +199,7 @@ def encode_strings(train: Split, test: Split) -> tuple[Split, Split]:
             for split in (train, test)
         )
     own = feature.names if isinstance(feature, datasets.ClassLabel) else []
-    names = in_order(own) if own == sorted(own) else own
+    names = in_order(own) if renumbers and own == sorted(own) else own
     if names == own or test.data.features["label"] != feature:
         return train, test
     moved = np.array([names.index(name) for name in own])

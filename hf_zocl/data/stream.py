@@ -228,8 +228,9 @@ class TaskStream(Sequence[Task]):
             test_split: Default: the first there is of `test`, `validation`, `valid`, `val`.
             image_column: Default: the column of type `Image`.
             label_column: Default: the column of type `ClassLabel`, else one named `label` or `labels`. Strings are
-                encoded in alphabetical order, or by their value if all are whole numbers, and so are label names
-                that come in alphabetical order; integers are the ids, and their own names.
+                encoded in alphabetical order, or by their value if all are whole numbers; integers are the ids, and
+                their own names. A dataset in memory keeps the ids of its `ClassLabel`; of one that is loaded by name
+                or from a folder, label names in alphabetical order are put in that order too.
             name_column: A column of strings that names every image's class, if the labels themselves do not.
             test_fraction: Share of each class's training images that become the test images instead of a test split,
                 for datasets with one split only; drawn at random from seed 1993, the same for every run.
@@ -279,12 +280,12 @@ class TaskStream(Sequence[Task]):
             find_image_column(test, image_column), find_label_column(test, label_column), domain_column
         )
 
-        train, test = encode_strings(train, test)
-        if excluded_train_rows is not None:
-            train = train.rows(np.setdiff1d(np.arange(len(train.labels)), excluded_train_rows(train.labels)))
+        train, test = encode_strings(train, test, renumbers=is_path or is_hub_id)
         lists_synonyms = bool(dataset_id and LISTS_SYNONYMS.fullmatch(dataset_id.rpartition("/")[2]))
         if class_names is None and name_column is not None:
             class_names = names_from_column(named, name_column, train.labels, lists_synonyms)
+        if excluded_train_rows is not None:
+            train = train.rows(np.setdiff1d(np.arange(len(train.labels)), excluded_train_rows(train.labels)))
         if test_fraction is not None:
             train, test = split_off(train, test_fraction)
         names = read_class_names(train, test, class_names, lists_synonyms)

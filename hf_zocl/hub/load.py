@@ -95,9 +95,7 @@ def load_task_checkpoint(
     with _hinting_at_download(folder):
         info = read_sealed(folder)
     options = _download_options(hub_kwargs)
-    # In the run's own dtype, so that it predicts as it did there.
-    dtype = info["recipe"].get("dtype", "auto")
-    clip, _ = _load_adapted(folder, info, dtype, base_model, options)
+    clip, _ = _load_adapted(folder, info, _dtype(info), base_model, options)
     processor = read_processor(folder, clip.config.text_config.vocab_size)
     classes = (*_classes(info, clip, processor), *info.get("known_classes", ()))
     model = CLIPClassifier(clip, processor.tokenizer, classes, info["prompt_template"])
@@ -135,7 +133,12 @@ def load_base_model(folder: Path, **hub_kwargs: Any) -> CLIPModel:
     config = _read_adapter_config(folder, info)
     options = _download_options(hub_kwargs)
     base = _base_model_of(folder, info, config)
-    return _load_base_model(folder, base, config, info["recipe"].get("dtype", "auto"), options).eval()
+    return _load_base_model(folder, base, config, _dtype(info), options).eval()
+
+
+def _dtype(info: dict[str, Any]) -> str:
+    """The run's own dtype, so that the model predicts as it did there. A run in Python has no recipe that says it."""
+    return info["recipe"].get("dtype") or info.get("dtype") or "auto"
 
 
 def check_adapter_reloads(model: PeftModel) -> None:

@@ -197,6 +197,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_model": (lambda value: _is_text(value) and value != "", "the name of a model"),
     "base_model_is_local": (_is_flag, "true or false"),
     "base_model_sha256": (_optional(_or_none(_is_text)), "a checksum"),
+    "dtype": (_optional(_or_none(_is_text)), "a dtype"),
     "adapter": (_is_text, "text"),
     "classes": (_list(_is_text, least=1), "a list of names"),
     "known_classes": (_optional(_list(_is_text)), "a list of names"),

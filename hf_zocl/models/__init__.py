@@ -2,9 +2,11 @@
 
 from .adapter_arguments import AdapterArguments, adapter_arguments, adapter_name, configured, peft_config
 from .adapters import (
+    adapter_digest,
     adapter_weights,
     add_adapter,
     base_digest,
+    base_dtype,
     check_trained_parameters,
     freeze,
     gives_base_back,
@@ -22,10 +24,12 @@ __all__ = [
     "MoEAdapterConfig",
     "MoEAdapterModel",
     "adapter_arguments",
+    "adapter_digest",
     "adapter_name",
     "adapter_weights",
     "add_adapter",
     "base_digest",
+    "base_dtype",
     "check_templates",
     "check_trained_parameters",
     "configured",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -14,6 +17,17 @@ from transformers import PreTrainedModel
 from ..private_names import plain_tensors
 from ..zo.assignment import locate
 from .adapter_arguments import AdapterArguments, peft_config
+
+
+# What says where an adapter came from, or how it began, and not what it computes. `rank_pattern` AdaLoRA changes.
+_OF_ITS_ORIGIN = (
+    "inference_mode",
+    "base_model_name_or_path",
+    "auto_mapping",
+    "revision",
+    "peft_version",
+    "rank_pattern",
+)
 
 
 def add_adapter(model: PreTrainedModel, args: AdapterArguments, num_tasks: int = 1) -> PeftModel:
@@ -138,18 +152,54 @@ def base_digest(model: PeftModel) -> str:
 
     Half-precision weights are hashed as float32, quantised ones as what they are made of.
     """
-    saved = {tensor.data_ptr() for tensor in adapter_weights(model).values()}
-    prefix = getattr(model.base_model, "prefix", None)
     digest = hashlib.sha256()
-    named = {
-        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
-        for name, parameter in model.get_base_model().named_parameters()
-        if parameter.data_ptr() not in saved and ".modules_to_save." not in name and (not prefix or prefix not in name)
-    }
-    for name, parameter in sorted(named.items()):
+    for name, parameter in sorted(_base_parameters(model).items()):
         for part, tensor in plain_tensors(name, parameter.detach()):
             tensor = tensor.cpu()
             tensor = tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
             digest.update(f"{part} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def base_dtype(model: PeftModel) -> str | None:
+    """The dtype of the weights under the active adapter, such as `bfloat16`; None if they have several."""
+    found = {p.dtype for p in _base_parameters(model).values() if p.is_floating_point()}
+    return str(found.pop()).removeprefix("torch.") if len(found) == 1 else None
+
+
+def _base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """All parameters but those that the active adapter's checkpoint holds, as the base model names them."""
+    saved = {tensor.data_ptr() for tensor in adapter_weights(model).values()}
+    prefix = getattr(model.base_model, "prefix", None)
+    return {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): parameter
+        for name, parameter in model.get_base_model().named_parameters()
+        if parameter.data_ptr() not in saved and ".modules_to_save." not in name and (not prefix or prefix not in name)
+    }
+
+
+def adapter_digest(model: PeftModel) -> str:
+    """SHA-256 of the shape of the active adapter: its tensors' names and shapes, and what its configuration sets."""
+    name = trained_adapter(model)
+    config = model.peft_config[name]
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    given = {
+        key: _plain(value)
+        for key, value in config.to_dict().items()
+        # Modules are told by the tensors' names; another release may choose them by other words.
+        if key not in _OF_ITS_ORIGIN and not key.startswith("init_") and not key.endswith("modules")
+        if value != defaults.get(key) and value not in (None, {}, [])
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in sorted(adapter_weights(model).items())}
+    return hashlib.sha256(json.dumps([given, shapes], sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """A value of a configuration as JSON has it; of what JSON has not, its type alone."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        each = [_plain(each) for each in value]
+        return sorted(each, key=str) if isinstance(value, (set, frozenset)) else each
+    return value if isinstance(value, (str, int, float, bool)) or value is None else type(value).__name__

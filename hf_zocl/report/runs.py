@@ -78,7 +78,7 @@ class RunGroup:
             str(run.get("scenario") or "class"),
             tuple(sorted(run.get("classes", ()))),
             most if isinstance(most, int) else None,
-            base_name(recipe.get("model_name_or_path")),
+            _base_model(run),
         )
 
     def values(self, name: str) -> np.ndarray:
@@ -173,7 +173,7 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
             f"{', '.join(map(str, seeds))} of {', '.join(benchmarks)}; name the folder of each setting."
         )
     for run, folder in read[1:]:
-        mine, theirs = (each.get("recipe", {}) for each in (runs[0], run))
+        mine, theirs = (_setting(each) for each in (runs[0], run))
         if (name := other_setting(mine, theirs)) is not None:
             raise ValueError(
                 f"{read[0][1]} and {folder}: expected one setting with seeds of its own, got {name} "
@@ -181,6 +181,19 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
             )
     own = tuple(folder for _, folder in read)
     return RunGroup(name or folders[0].resolve().parent.name, tuple(runs), own)
+
+
+def _base_model(run: Mapping[str, Any]) -> str:
+    """The base model's name or, of a run in Python, whose recipe has none, the beginning of its checksum."""
+    named = base_name(run.get("recipe", {}).get("model_name_or_path"))
+    digest = run.get("fingerprints", {}).get("base_model")
+    return named or (f"base {digest[:8]}" if digest else "")
+
+
+def _setting(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The run's arguments, and its base model, if anything tells it."""
+    base_model = _base_model(run)
+    return run.get("recipe", {}) | ({"model_name_or_path": base_model} if base_model else {})
 
 
 def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> list[RunGroup]:

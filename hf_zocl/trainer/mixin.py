@@ -58,7 +58,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     it trains as the host does.
 
     Parameters that a subclass's optimizer trains and the model lacks, such as a loss's own classifier, are first-order
-    whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with.
+    whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with. Which parameters are
+    zeroth-order is settled as a training begins: none of them requires a gradient then, so that freezing one in the
+    midst of it (`requires_grad_(False)` in a callback) does not stop it. Leave it to first-order, or train twice.
 
     What has no gradient can be learned as well: with `zo_objective` the zeroth-order layers learn by its values, and
     first-order layers, if any, by the loss. It is called beside the loss in every pass, without gradient, and returns

@@ -183,11 +183,15 @@ def test_strings_of_digits_are_in_numeric_order():
     assert list(stream[0].train["label"]) == [3, 2, 1, 0]
 
 
-def test_an_order_that_the_dataset_states_is_kept():
-    stream = TaskStream.from_dataset(
-        dataset((0, 1, 2), ClassLabel(names=["10", "2", "1"])), increment=3, class_order_seed=None
-    )
-    assert stream.class_names == ("10", "2", "1")
+@pytest.mark.parametrize("names", [["10", "2", "1"], ["1", "10", "2"]])
+def test_the_ids_of_a_dataset_in_memory_are_kept(names):
+    """`class_names` and `class_order` go by them, and whoever gives them has seen them."""
+    data = dataset((0, 1, 2), ClassLabel(names=names))
+    assert TaskStream.from_dataset(data, increment=3, class_order_seed=None).class_names == tuple(names)
+    given = [f"flower {name}" for name in names]
+    stream = TaskStream.from_dataset(data, increment=1, class_order=[1, 2, 0], class_names=given)
+    assert stream.class_names == (given[1], given[2], given[0])
+    assert [task.train_rows.tolist() for task in stream] == [[1], [2], [0]]
 
 
 def test_a_comma_cuts_a_name_only_where_names_are_lists_of_synonyms(monkeypatch):

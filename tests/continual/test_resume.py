@@ -299,6 +299,40 @@ def test_another_tasks_checkpoint_is_not_gone_on_from(undisturbed, stopped):
         resume(folder, HYBRID)
 
 
+def test_a_scheduler_that_is_run_again_begins_with_the_untrained_adapter(undisturbed, tmp_path):
+    """In a notebook: stopped within the first task and gone on with, then begun anew, by one scheduler."""
+    built = build_scheduler(recipe(tmp_path, ACCUMULATED, "--save_strategy", "no"))
+    stop = Stop("task-01", 4)
+    built.callbacks.append(stop)
+    with pytest.raises(Crash):
+        built.run()
+    built.callbacks.remove(stop)
+    for how in ({"resume": True}, {"overwrite_output_dir": True}):
+        built.run(**how)
+        assert_same_run(undisturbed(ACCUMULATED), tmp_path)
+
+
+CHANGES = {
+    "prompt_template": lambda built: setattr(built.model, "prompt_template", "a sketch of a {}."),
+    "held_out": lambda built: built.held_out.update(other=built.stream),
+    "evaluate_future": lambda built: setattr(built, "evaluate_future", True),
+    "known_classes": lambda built: setattr(built, "known_classes", ("tram",)),
+    "the adapter has changed": lambda built: setattr(built.model.clip.peft_config["default"], "lora_alpha", 99),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_in_python_goes_on_as_it_began_or_not_at_all(name, stopped):
+    """A recipe would say what differs; a run in Python has none."""
+    folder = stopped(HYBRID)
+    before = outcome(folder)
+    built = build_scheduler(recipe(folder, HYBRID))
+    CHANGES[name](built)
+    with pytest.raises(ResumeError, match=f"resume: {name}.*goes on with what it began with, or not at all"):
+        built.run(resume=True)
+    assert outcome(folder) == before
+
+
 def test_a_run_that_cannot_be_fetched_does_not_begin_anew(tmp_path):
     pushed = ("--push_to_hub", "true", "--hub_model_id", "tester/run")
     with pytest.raises(ResumeError, match=r"tester/run: the run cannot be fetched .* Without --resume"):

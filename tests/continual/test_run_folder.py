@@ -278,10 +278,10 @@ def test_a_damaged_earlier_task_is_named_and_the_run_goes_on(done, caplog):
     assert contents(done) == before
 
 
-@pytest.mark.parametrize("name", ["images", "base_model"])
+@pytest.mark.parametrize("name", ["images", "base_model", "adapter"])
 def test_a_run_does_not_go_on_with_another_base_or_other_images(name, done):
     changed = results(done)
-    assert set(changed["fingerprints"]) == {"images", "base_model"}
+    assert set(changed["fingerprints"]) == {"images", "base_model", "adapter"}
     changed["fingerprints"][name] = "another"
     (done / "results.json").write_text(json.dumps(changed))
     with pytest.raises(ResumeError, match=f"the {name.replace('_', ' ')} ha.* changed since the run"):

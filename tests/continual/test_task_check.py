@@ -108,6 +108,19 @@ def test_a_task_that_a_callback_stops_is_complete(tmp_path):
     assert len(results["accuracy_matrix"]) == 2
 
 
+@pytest.mark.parametrize("event", ["on_log", "on_save"])
+def test_a_task_that_is_stopped_after_an_epochs_end_is_complete(event, tmp_path):
+    """A Trainer logs and saves by epochs after `on_epoch_end`."""
+
+    class StopAt(TrainerCallback):
+        pass
+
+    setattr(StopAt, event, lambda self, args, state, control, **kwargs: setattr(control, "should_training_stop", True))
+    arguments = "--max_steps -1 --num_train_epochs 2 --logging_strategy epoch --save_strategy epoch"
+    results = scheduler(tmp_path, StopAt(), arguments=arguments).run()
+    assert len(results["accuracy_matrix"]) == 2
+
+
 def test_the_means_of_a_task_are_over_what_is_finite():
     history = [
         {"loss": 1.0, "zo_variance": float("inf"), "zo_grad_norm": 2.0},

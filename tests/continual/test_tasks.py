@@ -626,6 +626,15 @@ def test_names_may_come_from_a_column():
     assert stream.class_names == ("great 0 ape", "great 1 ape", "great 2 ape")
 
 
+def test_names_from_a_column_are_the_same_whatever_rows_are_left_out():
+    labels, names = [0, 1, 2] * 2, ["cat", "dog", "ship"] * 2
+    data = {n: split(labels, feature=Value("int64"), title=(names, Value("string"))) for n in ("train", "test")}
+    options = {"name_column": "title", "label_column": "label", "increment": 3}
+    stream = in_order(DatasetDict(data), excluded_train_rows=lambda labels: np.array([0]), **options)
+    assert stream.class_names == ("cat", "dog", "ship")
+    assert stream[0].train_rows.tolist() == [1, 2, 3, 4, 5]
+
+
 def test_a_name_column_of_another_type_is_an_error():
     with pytest.raises(ValueError, match="name_column='image' is not a column of strings"):
         in_order(name_column="image")

@@ -147,6 +147,14 @@ def test_first_order_run_is_not_tagged_zeroth_order(task):
     assert "first-order optimisation" in card.text
 
 
+def test_layers_that_are_zeroth_order_in_part_are_said_to_be(task):
+    task["assignment"]["towers"] = {"vision": {"1": "fo+zo", "2": "fo"}, "language": {"1": "fo+zo"}}
+    text = " ".join(render_task_card(task).text.split())
+    assert "Of the 3 layers of its two towers, 0 were trained by zeroth-order (ZO) optimisation" in text
+    assert "2 in part, and the others as drawn below" in text
+    assert "`ZO` zeroth-order, `fo` first-order, `mix` in part each, `--` frozen." in text
+
+
 def test_accuracy_matrix_is_a_percent_table_with_an_empty_upper_triangle(task):
     rows = table_rows(render_task_card(task))
     start = rows.index(["after task", "task 1", "task 2", "task 3", "all seen", "zero-shot"])

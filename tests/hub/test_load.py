@@ -17,7 +17,7 @@ from transformers import AutoProcessor, BertConfig, BertModel, BertTokenizer, CL
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.hub.checkpoint import save_task_checkpoint
-from hf_zocl.hub.load import check_adapter_reloads, load_pretrained
+from hf_zocl.hub.load import check_adapter_reloads, load_base_model, load_pretrained
 from hf_zocl.hub.untrusted import check_processor
 from hf_zocl.models import AdapterArguments, base_digest, check_trained_parameters, trained_adapter
 from hf_zocl.sample import sample_path
@@ -287,6 +287,17 @@ def test_a_base_model_with_other_weights_is_refused(tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="the base model .*other' has changed: its weights are not those"):
         load_task_checkpoint(folder, base_model=tmp_path / "other")
+
+
+def test_a_base_model_that_was_loaded_in_bfloat16_is_loaded_so_again(tmp_path):
+    """By a run in Python, whose recipe does not say it; the stored weights have another precision."""
+    half = CLIPModel.from_pretrained(sample_path("mini-clip"), dtype=torch.bfloat16)
+    built = stream_of(get_peft_model(half, LORA), tmp_path)
+    del built.recipe["dtype"]
+    built.run()
+    loaded, _ = load_task_checkpoint(tmp_path / "task-02")
+    assert torch.equal(logits(loaded), logits(built.model))
+    assert load_base_model(tmp_path / "task-02").dtype == torch.bfloat16
 
 
 def test_the_digest_of_a_base_model_sees_its_weights_alone():

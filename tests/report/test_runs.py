@@ -171,6 +171,18 @@ def test_runs_of_several_settings_are_not_taken_for_seeds_of_one(tmp_path, name)
     assert [len(group.runs) for group in load_groups([tmp_path])] == [2]
 
 
+def test_runs_in_python_on_two_base_models_are_neither_seeds_nor_of_one_table(tmp_path):
+    """Their recipe does not name the base model; its checksum tells them apart."""
+    small, large = ({"recipe": {}, "fingerprints": {"images": "i", "base_model": name * 64}} for name in "ab")
+    one = [save(tmp_path / f"small/seed-{seed}", results(seed=seed, **small)) for seed in (0, 1)]
+    save(tmp_path / "mixed/seed-0", results(seed=0, **small))
+    other = save(tmp_path / "mixed/seed-1", results(seed=1, **large))
+    assert [len(group.runs) for group in load_groups([tmp_path / "small"])] == [2]
+    with pytest.raises(ValueError, match="got model_name_or_path 'base aaaaaaaa' and 'base bbbbbbbb'"):
+        load_groups([tmp_path / "mixed"])
+    assert len([row for row in compare_runs([one[0], other]).rows if row[1] == "zero-shot"]) == 2
+
+
 def test_zero_shot_is_over_the_tasks_that_a_run_has_finished(tmp_path):
     untrained = {"seen_accuracy": [0.8, 0.6, 0.1], "last": 0.1, "avg": 0.5}
     whole = save(tmp_path / "whole", results(tasks=["1", "2"], zero_shot=untrained))
