@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,19 @@ def test_the_engines_benchmark_measures_every_kind_of_row(tmp_path, capsys, monk
     assert measured["dual, two-sided"]["passes"] == pytest.approx(1.65, abs=0.1)
     assert measured["language, q=8"]["flops"] < measured["  without towers"]["flops"]
     assert (tmp_path / "engine.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("which", ["all", "bars", "pays"])
+def test_every_row_of_the_engines_benchmark_is_counted_in_passes(which, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "benchmarks")
+    from engine import count_passes
+    from engine_rows import BARS, choose_rows
+
+    rows = [
+        replace(row, figures={"flops": 2.0 if row.kind == "inference" else 6.0}) for row in choose_rows(which, BARS)
+    ]
+    count_passes(rows)  # no inference of the preset's adapter is measured
+    assert {row.figures["passes"] for row in rows if row.kind != "inference"} == {3.0}
 
 
 def test_candidates_are_judged_with_the_class_names_of_the_benchmark(tmp_path):

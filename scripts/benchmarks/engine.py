@@ -44,10 +44,7 @@ def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> N
         if which in ("all", "pays") or row.name in compared or row.kind == "inference":
             row.figures.update(measure_apart(row, setting))
     by_name = {row.name: row for row in rows}
-    passes = {row.adapter: row.figures["flops"] for row in rows if row.kind == "inference"}
-    for row in rows:
-        if "flops" in row.figures:
-            row.figures["passes"] = row.figures["flops"] / passes[row.adapter]
+    count_passes(rows)
     sweep = time_rows(SWEEP, replace(setting, batch=max(1, setting.batch // 8))) if which == "all" else {}
     print(format_rows(rows, setting))
     print("\n" + format_bars(bars, by_name))
@@ -55,6 +52,15 @@ def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> N
         print("\n" + format_sweep(sweep))
     if output is not None:
         write(output, setting, rows, sweep)
+
+
+def count_passes(rows: list[Row]) -> None:
+    """Say each row's arithmetic in passes: of inference with its adapter or, where none was measured, the first."""
+    inference = {row.adapter: row.figures["flops"] for row in rows if row.kind == "inference"}
+    for row in rows:
+        if "flops" in row.figures:
+            one = inference.get(row.adapter) or next(iter(inference.values()))
+            row.figures["passes"] = row.figures["flops"] / one
 
 
 # Models and steps.
