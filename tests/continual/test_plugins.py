@@ -199,6 +199,8 @@ MIXES = {
         "sign",
         "--zo_learning_rate",
         "2e-2",
+        "--zo_queries",
+        "16",
     ),
 }
 
@@ -212,7 +214,7 @@ def test_alignment_moves_the_text_tower_alone_and_towards_the_statistics(mix, tm
         def end_task(self, task, trainer):
             before.update(parameters(trainer.model))
 
-    alignment = ClassifierAlignment(steps=30, learning_rate=2e-2, batch_size=32)
+    alignment = ClassifierAlignment(steps=30, learning_rate=2e-2, batch_size=256)
     scheduler = run(tmp_path, *layers, plugins=[Before(), alignment])
     model, after = scheduler.model, parameters(scheduler.model)
     assert after.keys() == before.keys()  # all that was trained still is
@@ -221,7 +223,7 @@ def test_alignment_moves_the_text_tower_alone_and_towards_the_statistics(mix, tm
     assert not [name for name in moved if "text_model" not in name]
 
     def loss() -> float:
-        features, labels = alignment.draw(512, seed=5)
+        features, labels = alignment.draw(4096, seed=5)
         model.set_classes(scheduler.stream.class_names)
         with torch.no_grad():
             return float(F.cross_entropy(model.logits(features, model.encode("language")), labels))
