@@ -165,10 +165,6 @@ class ContinualTaskScheduler:
             check_batches(self.args, self.stream)
             for plugin in task_plugins(self.callbacks):
                 plugin.begin_run(self.stream, self.model)
-            if self._untrained is None:
-                self._untrained = {
-                    name: t.detach().cpu().clone() for name, t in adapter_weights(self.model.clip).items()
-                }
         with ExitStack() as stack:
             results = by_main_process(self.args, lambda: self._take_folder(stack, resume, overwrite_output_dir))
             stack.enter_context(self._monitor)
@@ -203,9 +199,9 @@ class ContinualTaskScheduler:
             return results
         self._prepare_images()
         checkpoint, begin = None, None
+        if train:
+            self._take_untrained()
         if results is None or not train:
-            if train:
-                self._set_adapter(self._untrained)  # an earlier run of this scheduler has trained it
             results = self._start()
             load_plugins(task_plugins(self.callbacks), None)
             begin = partial(self._begin, results)
@@ -302,7 +298,8 @@ class ContinualTaskScheduler:
     def _go_on(self, results: dict[str, Any], chosen: str | Path | None) -> Path | None:
         """Restore the adapter of the last complete task, and return the checkpoint within the next one, if any."""
         done = len(results["accuracy_matrix"])
-        self._set_adapter(self._saved_adapter(done) if done else self._untrained)
+        if done:
+            self._load_adapter(done)
         load_plugins(task_plugins(self.callbacks), self.output_dir / task_folder(done) if done else None)
         if self.args.should_save:
             self._kept.go_on(self._images, done)
@@ -421,11 +418,20 @@ class ContinualTaskScheduler:
         self.folder.check_tasks(len(results["accuracy_matrix"]))
         return results
 
-    def _saved_adapter(self, task: int) -> dict[str, torch.Tensor]:
+    def _take_untrained(self) -> None:
+        """Give the model the untrained adapter, which an earlier run of this scheduler may have trained."""
+        if self._untrained is None:
+            weights = adapter_weights(self.model.clip)
+            self._untrained = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}
+        else:
+            self._set_adapter(self._untrained)
+
+    def _load_adapter(self, task: int) -> None:
         try:
-            return read_adapter_weights(self.output_dir / task_folder(task))
+            weights = read_adapter_weights(self.output_dir / task_folder(task))
         except ValueError as error:
             raise ResumeError(f"resume: {error}") from error
+        self._set_adapter(weights)
 
     def _set_adapter(self, weights: dict[str, torch.Tensor]) -> None:
         set_peft_model_state_dict(self.model.clip, weights, adapter_name=trained_adapter(self.model.clip))

@@ -280,7 +280,7 @@ class TaskStream(Sequence[Task]):
             find_image_column(test, image_column), find_label_column(test, label_column), domain_column
         )
 
-        train, test = encode_strings(train, test, renumbers=is_path or is_hub_id)
+        train, test = encode_strings(train, test, renumbers=is_path)
         lists_synonyms = bool(dataset_id and LISTS_SYNONYMS.fullmatch(dataset_id.rpartition("/")[2]))
         if class_names is None and name_column is not None:
             class_names = names_from_column(named, name_column, train.labels, lists_synonyms)
