@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_zocl.zo import LayerAssignment
+from hf_zocl.zo import LayerAssignment, balanced_rate
 from tests.helpers import image_examples, mini_clip_classifier, train
 
 
@@ -137,3 +137,61 @@ def test_a_settings_forgetting_stands_beside_that_of_zero_shot(script):
         ("zero-shot", "", "62.5", "50.0", "25.0", "25.0"),
         ("FO", "1", "60.0", "50.0", "25.0", "25.0"),
     ]
+
+
+class KnownGradients:
+    """Images whose gradients are given: one common part, and a part of each image's own."""
+
+    def __init__(self, noise: float, images: int = 16):
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(3, 20), (20, 3)]
+        common = [torch.randn(1, *shape, generator=generator) for shape in shapes]
+        own = [torch.randn(images, *shape, generator=generator) for shape in shapes]
+        self.gradients = [c + noise * (o - o.mean(0)) for c, o in zip(common, own, strict=True)]
+        self.inputs_of = [torch.randn(images, 5, 20, generator=generator), None]
+
+
+@pytest.mark.parametrize("kind", ["dense", "low rank", "inputs", "examples", "greedy pool"])
+def test_the_more_queries_the_nearer_an_estimate_is_to_the_gradient(script, kind):
+    module, task = script("directions"), KnownGradients(noise=0.5)
+    few, many = (
+        sum(module["cosines"](task, module["KINDS"][kind], queries, batch=16, seed=seed)[0] for seed in range(5)) / 5
+        for queries in (4, 400)
+    )
+    assert 0.6 < many <= 1 and 1.2 * few < many
+
+
+def test_examples_with_signs_of_their_own_ask_as_many_directions_as_there_are_examples(script):
+    module, task = script("directions"), KnownGradients(noise=0.0)
+    mean = {
+        kind: sum(module["cosines"](task, module["KINDS"][kind], 1, batch=16, seed=seed)[0] for seed in range(20)) / 20
+        for kind in ("dense", "examples")
+    }
+    # √(1/d) and √(n/(n + d)), d = 120 weights and n = 16 examples of one gradient.
+    assert mean["dense"] == pytest.approx(120**-0.5, rel=0.4)
+    assert mean["examples"] == pytest.approx((16 / 136) ** 0.5, rel=0.15)
+
+
+def test_directions_within_the_inputs_have_no_part_outside_their_span(script):
+    module, task = script("directions"), KnownGradients(noise=0.0)
+    basis = torch.linalg.qr(torch.randn(20, 4, generator=torch.Generator().manual_seed(0))).Q
+    task.inputs_of[0] = task.inputs_of[0][..., :4] @ basis.T
+    found, _ = module["inputs"](task, torch.arange(16), 8, torch.Generator().manual_seed(0))
+    assert found.norm() > 0
+    assert torch.allclose(found @ basis @ basis.T, found, atol=1e-4)
+
+
+def test_a_factor_on_auto_multiplies_every_chosen_rate_and_leaves_nothing_behind(script):
+    times = script("rates")["times"]
+    choose = {"rule": "sign", "momentum": 0.9, "queries": 4, "slope": 1.0}
+    free, bound = (balanced_rate(**choose, curvature=curvature) for curvature in (1e3, 1.0))
+    with times(4):
+        assert balanced_rate(**choose, curvature=1e3) == pytest.approx(4 * free, rel=0.05)
+        assert balanced_rate(**choose, curvature=1.0) == pytest.approx(4 * bound)
+        assert balanced_rate(**choose, curvature=1e3, is_alone=False) == pytest.approx(0.8 * free, rel=0.05)
+    assert balanced_rate(**choose, curvature=1e3) == free
+
+
+def test_the_table_of_rates_has_the_mean_of_the_seeds_and_marks_the_best(script):
+    cells = {"all-zo | texts | 1 | 0": [0.5], "all-zo | texts | 1 | 1": [0.6], "all-zo | texts | 4 | 0": [0.4]}
+    assert list(script("rates")["lines"](cells))[2:] == ["| texts | all-zo | accuracy | **55.0** | 40.0 |"]

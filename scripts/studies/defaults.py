@@ -69,7 +69,7 @@ class Job:
 
 def split(rows: Any) -> tuple[Any, Any]:
     held_out = range(PART - 1, len(rows), PART)
-    return rows.select(sorted(set(range(len(rows))) - set(held_out))), rows.select(held_out[:HELD_OUT])
+    return rows.select(sorted(set(range(len(rows))) - set(held_out))), rows.select(held_out)
 
 
 @cache
@@ -153,9 +153,10 @@ def measure(job: Job, options: dict[str, Any], seed: int) -> float:
         warmup_steps=0.1,
         **options,
     )
-    before = trainer.evaluate(job.held_out)["eval_loss"]
+    held_out = job.held_out.select(range(HELD_OUT))
+    before = trainer.evaluate(held_out)["eval_loss"]
     trainer.train()
-    return trainer.evaluate(job.held_out)["eval_loss"] / before
+    return trainer.evaluate(held_out)["eval_loss"] / before
 
 
 def cell(rule: str, rate: float | str, job: str, seed: int) -> str:
