@@ -17,6 +17,7 @@ from ..zo import (
     ESTIMATORS,
     Evaluation,
     HybridOptimizer,
+    LayerAssignment,
     ParameterSplit,
     ReplayLog,
     ReplaySettings,
@@ -92,6 +93,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     _watch: DifferenceWatch
     _plan: TowerPlan
     _hybrid: HybridOptimizer
+    _assignment: LayerAssignment  # that the split is of
 
     def __init__(self, *positional, zo_objective: Objective | None = None, **kwargs):
         super().__init__(*positional, **kwargs)  # a host's own order of arguments
@@ -138,8 +140,11 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         return len(self._hybrid.parts) > 1
 
     def _split_is_current(self) -> bool:
-        """Whether the split is of what this model trains: `model_init` makes a new one, and parameters get frozen."""
-        if self.split is None:
+        """Whether the split is what the arguments say of what this model trains.
+
+        `model_init` makes a new model, parameters get frozen, and arguments change, between two calls of `train`.
+        """
+        if self.split is None or self._assignment != self.args.layer_assignment:
             return False
         mine = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         return mine == {id(parameter) for parameter in [*self.split.fo.values(), *self.split.zo_parameters]}
@@ -159,7 +164,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         args: ZeroOrderArguments = self.args
         # Where ε is to be measured, it is so at the first step.
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
-        self.split = args.layer_assignment.split(self.model, eps)
+        self._assignment = args.layer_assignment
+        self.split = self._assignment.split(self.model, eps)
         check_placement(self.model)
 
     def train(self, *args, **kwargs):
@@ -180,7 +186,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             self._detach_zo_parameters(False)
         self.args._check_zero_order()  # a search sets arguments, and numbers as text where "auto" was
         if self.args.zo_branch == "none":
-            self.split = self._estimates = self.replay_log = None  # of an earlier trial of the search
+            if self.split is not None:  # of an earlier call, or trial of the search
+                self.optimizer = self.split = self._estimates = self.replay_log = None
             self._check_objective()
             return super().create_optimizer(model)
         if not self._split_is_current():

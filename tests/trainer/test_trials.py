@@ -1,5 +1,6 @@
 """`hyperparameter_search`: every trial trains a new model by the arguments that it sets, as a fresh trainer would."""
 
+import pytest
 import torch
 
 from hf_zocl import ZOCLTrainer
@@ -45,3 +46,26 @@ def test_numbers_that_a_search_sets_where_auto_was_are_numbers(tmp_path):
     searched = a_trainer(tmp_path, zo_branch="dual", zo_eps="auto", zo_learning_rate="auto")
     # transformers casts a trial's number to the type of what was there.
     assert_equal(trial(searched, zo_eps="0.01", zo_learning_rate="0.01"), expected)
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"zo_layers": [1]}, {"zo_layers": [2]}),
+        ({"zo_layers": "all"}, {"zo_branch": "none"}),
+        ({"zo_branch": "none"}, {"zo_branch": "dual"}),
+    ],
+)
+def test_a_second_call_of_train_with_other_layers_trains_as_a_new_trainer_of_that_model(tmp_path, first, then):
+    trainer = a_trainer(tmp_path, **first)
+    trial(trainer)
+    trainer.model_init = None  # the same model goes on
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    found = trial(trainer, **then)
+
+    fresh = a_trainer(tmp_path, **{**first, **then})
+    fresh.model_init = None
+    fresh.model.load_state_dict(before)
+    expected = trial(fresh)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert any(not torch.equal(found[name], before[name]) for name in expected)
