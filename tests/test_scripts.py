@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hf_zocl.commands import train
+from hf_zocl.commands import train, tune
 from hf_zocl.commands.recipe import parse_recipe
 from hf_zocl.commands.tune import FirstTask, first_task_stream, mark_best
 from hf_zocl.continual.folder_lock import FolderInUseError
 from hf_zocl.continual.run_arguments import build_stream
 from hf_zocl.continual.run_folder import RunFolderError
+from hf_zocl.data.benchmark import BenchmarkSequence
+from hf_zocl.data.benchmarks import BENCHMARKS
 from hf_zocl.report import RunGroup
 from tests.helpers import small_clip
 
@@ -136,6 +138,46 @@ def test_tune_trains_with_the_plug_ins_of_the_recipe():
         assert [each.steps for each in scheduler.callbacks] == [5] and tasks == 2
         again = judge._over(scheduler.stream, scheduler.args, scheduler)
         assert again.callbacks == scheduler.callbacks and again.recipe == scheduler.recipe
+
+
+def test_tune_has_the_prompts_and_the_image_options_of_the_run(monkeypatch):
+    one = replace(BENCHMARKS["cifar10-sample"], prompt_template=("a satellite photo of {}.", "a sketch of {}."))
+    pair = BenchmarkSequence("pair", (replace(one, name="one"), replace(one, name="two")), source="")
+    monkeypatch.setitem(BENCHMARKS, "pair", pair)
+    recipe = parse_recipe(["--benchmark", "pair", "--max_train_images_per_class", "8", "--output_dir", "x"])
+    stream, _ = build_stream(recipe.run)
+    assert first_task_stream(stream, recipe, 2)[0].prompt_template == stream[0].prompt_template == one.prompt_template
+    judge = FirstTask("quickstart", (0,), 4, stream, 1)
+    more = [
+        "--model_name_or_path",
+        small_clip(),
+        *SMALL_STREAM.split(),
+        "--image_cache_gb",
+        "0",
+        "--skip_corrupt",
+        "true",
+    ]
+    with judge._scheduler(more) as (scheduler, _):
+        for each in (scheduler, judge._over(scheduler.stream, scheduler.args, scheduler)):
+            assert (each.image_cache_gb, each.skip_corrupt) == (0, True)
+
+
+def test_tune_keeps_what_it_measured_if_no_candidate_can_be_chosen(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "retention_stream", lambda *options: None)
+    monkeypatch.setattr(FirstTask, "zero_shot", lambda judge, further: tune.as_row({}, [0.5], [0.5]))
+    monkeypatch.setattr(
+        FirstTask, "measure_all", lambda judge, grid, further: [tune.as_row({"learning_rate": "1e-3"}, [0.6], [0.4])]
+    )
+    file = tmp_path / "rows.json"
+    command = ["tune", "--recipe", "quickstart", "--retention", "x", "--keep", "0.9", "--output", str(file)]
+    monkeypatch.setattr(sys, "argv", [*command, "--grid", "learning_rate=1e-3"])
+    with pytest.raises(SystemExit, match="--keep 0.9: no candidate retains so much"):
+        tune.main()
+    assert "| learning_rate=1e-3 | 60.0 | 40.0 | 49.0 |  |" in capsys.readouterr().out
+    assert [row["first_task"] for row in json.loads(file.read_text())] == [0.5, 0.6]
+    monkeypatch.setattr(sys, "argv", [*command, "--grid", "learning_rate=1e-3", "--grid", "learning_rate=2e-3"])
+    with pytest.raises(SystemExit, match="learning_rate, learning_rate: expected each argument once"):
+        tune.main()
 
 
 def test_with_a_floor_of_retention_the_fastest_learner_wins():

@@ -23,6 +23,14 @@ from .door import Parser, command
 from .recipe import RecipeParser
 
 
+# The arguments of a run that its stream does not have: here they would change nothing.
+OF_TRAINING = {
+    *("preset", "model_name_or_path", "merge_into", "dtype", "held_out", "evaluate_future", "seeds", "num_seeds"),
+    *("vary_class_order", "resume", "overwrite_output_dir"),
+    *("classifier_alignment", "classifier_alignment_learning_rate"),
+}
+
+
 @command
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -56,7 +64,7 @@ def recipe_arguments(argv: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: If one is not an argument of a recipe.
     """
-    known = {*(each.name for each in fields(RunArguments)), *NUMERICS} - {"preset"}  # which is about training
+    known = {*(each.name for each in fields(RunArguments)), *NUMERICS} - OF_TRAINING
     for argument in argv:
         if argument.startswith("--") and argument[2:].split("=")[0] not in known:
             raise ValueError(f"{argument} is no argument of a recipe's stream; there are {', '.join(sorted(known))}.")

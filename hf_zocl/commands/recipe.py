@@ -56,6 +56,10 @@ class Recipe:
     def per_seed(self) -> list[Recipe]:
         """A recipe for every seed, each with its own folder; without `seeds`, this recipe."""
         seeds = self.run.seed_list(self.training.seed)
+        if self.run.vary_class_order and seeds is None:
+            raise ValueError("vary_class_order=True: expected seeds or num_seeds; a single run has class_order_seed.")
+        if self.run.vary_class_order and self.run.class_order is not None:
+            raise ValueError("vary_class_order=True and class_order were both given: pass one.")
         if seeds is None:
             return [self]
         recipes = []

@@ -48,11 +48,13 @@ def main() -> None:
         options.repetitions,
     )
     rows = [judge.zero_shot(further), *judge.measure_all(options.grid, further)]
-    mark_best(rows, options.keep)
-    if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.output, rows)
-    print(markdown_table(rows))
+    try:
+        mark_best(rows, options.keep)
+    finally:  # whether or not one can be chosen, these took hours
+        if options.output is not None:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(options.output, rows)
+        print(markdown_table(rows))
 
 
 def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
@@ -63,6 +65,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     add_judge_arguments(parser)
     parser.add_argument("--output", type=Path, help="Writes the rows as JSON.")
     options, further = parser.parse_known_args()
+    names = [item.partition("=")[0] for item in options.grid]
+    if len(set(names)) < len(names):
+        parser.error(f"--grid: {', '.join(names)}: expected each argument once, with all its values.")
     options.grid = {name: values.split(",") for name, _, values in (item.partition("=") for item in options.grid)}
     return options, further
 
@@ -142,6 +147,8 @@ class FirstTask:
             like.recipe,
             callbacks=like.callbacks,
             known_classes=like.known_classes,
+            image_cache_gb=like.image_cache_gb,
+            skip_corrupt=like.skip_corrupt,
         )
 
 
@@ -175,7 +182,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
     data = stream[0].train if images is None else whole_first_task(recipe)
     train, test = split_by_class(data, held_out, images, seed=recipe.training.data_seed or 0)
     names = dict(zip(stream[0].class_ids, stream[0].class_names, strict=True))
-    return TaskStream.from_dataset(
+    first = TaskStream.from_dataset(
         DatasetDict(train=train, test=test),
         increment=len(names),
         name=f"{stream.name}, first task",
@@ -185,6 +192,7 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
         partial_order=True,
         allow_shared_images=True,  # both are training images, as published
     )
+    return first.map_tasks(lambda task: dataclasses.replace(task, prompt_template=stream[0].prompt_template))
 
 
 def whole_first_task(recipe: Recipe) -> Dataset:
@@ -233,5 +241,5 @@ def markdown_table(rows: list[dict]) -> str:
     for row in rows:
         name = ", ".join(f"{key}={value}" for key, value in row["candidate"].items()) or "zero-shot"
         figures = " | ".join(f"{100 * row[key]:.1f}" for key in ("first_task", "retained", "score"))
-        lines.append(f"| {name} | {figures} | {'chosen' if row['chosen'] else ''} |")
+        lines.append(f"| {name} | {figures} | {'chosen' if row.get('chosen') else ''} |")
     return "\n".join(lines)

@@ -143,6 +143,8 @@ class RunArguments:
         if self.learning == "joint" and (self.scenario not in (None, "class") or self.datasets is not None):
             what = f"scenario={self.scenario!r}" if self.datasets is None else f"datasets={self.datasets}"
             raise ValueError(f"learning=joint has one task; {what} needs several.")
+        if self.test_fraction is not None and self.test_split is not None:
+            raise ValueError("test_fraction and test_split were both given: pass one.")
         if self.class_names is not None and self.datasets is not None:
             raise ValueError("class_names are those of one dataset; datasets have names of their own (name_column).")
         if self.benchmark != "none" and (self.dataset_name or self.datasets) is not None:
@@ -221,6 +223,8 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
     streams = {}
     for entry in args.held_out or ():
         name, _, folder = entry.partition("=")
+        if name in streams:
+            raise ValueError(f"held_out={entry!r}: {name!r} is there twice; expected each benchmark once.")
         benchmark = get_benchmark(name)
         if not isinstance(benchmark, Benchmark):
             raise ValueError(f"held_out={entry!r}: a stream of several datasets; name them one by one.")

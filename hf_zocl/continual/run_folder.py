@@ -197,14 +197,16 @@ class RunFolder:
             )
         if results["classes"] != list(class_names):
             raise ResumeError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
-        if file != self.path / RESULTS_FILE:
-            if after is None:
-                logger.warning(f"resume: {self.path / RESULTS_FILE} is lost; its copy {file} takes its place.")
-            for task in range(len(results["accuracy_matrix"]) + 1, len(results["tasks"]) + 1):
-                if after is not None:  # they are of the tasks that are taken back
-                    self.remove_checkpoints(task_folder(task))
+        if after is None and file != self.path / RESULTS_FILE:
+            logger.warning(f"resume: {self.path / RESULTS_FILE} is lost; its copy {file} takes its place.")
             self.write(results)
         return results
+
+    def take_back(self, results: dict[str, Any]) -> None:
+        """Go back to earlier results, of a run that may go on: later tasks are no longer complete."""
+        for task in range(len(results["accuracy_matrix"]) + 1, len(results["tasks"]) + 1):
+            self.remove_checkpoints(task_folder(task))
+        self.write(results)
 
     def check_tasks(self, done: int) -> None:
         """Check the complete tasks' checkpoints. The run needs the last one; other damaged ones are only named.

@@ -181,6 +181,7 @@ class ContinualTaskScheduler:
         if resume:
             self._fetch_run()
         self._fingerprints = {"images": stream_digest(self.stream)}
+        self._fingerprints |= {f"held_out {name}": stream_digest(each) for name, each in self.held_out.items()}
         if isinstance(self.model.clip, PeftModel):
             self._fingerprints["base_model"] = base_digest(self.model.clip)
             self._fingerprints["adapter"] = adapter_digest(self.model.clip)
@@ -415,7 +416,12 @@ class ContinualTaskScheduler:
         }
         there = {"known_classes": [], **results, "held_out": sorted(results["held_out"])}
         check_measuring(here, there, self.output_dir)
-        self.folder.check_tasks(len(results["accuracy_matrix"]))
+        done = len(results["accuracy_matrix"])
+        self.folder.check_tasks(done)
+        if after is not None:
+            # Only once nothing can refuse the run any more, such as what a plug-in kept.
+            load_plugins(task_plugins(self.callbacks), self.output_dir / task_folder(done) if done else None)
+            self.folder.take_back(results)
         return results
 
     def _take_untrained(self) -> None:

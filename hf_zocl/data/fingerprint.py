@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -45,17 +46,35 @@ def _add(digest: xxhash.xxh3_128, data: datasets.Dataset) -> None:
 
 def _sizes(data: datasets.Dataset) -> np.ndarray:
     """The size in bytes of every image as it is stored, int64; images in a table are not read for this."""
-    column = data.data.column("image")
-    lengths = pc.binary_length(pc.struct_field(column, "bytes"))
-    sizes = pc.fill_null(pc.cast(lengths, pa.int64()), -1).to_numpy()
-    paths = pc.struct_field(column, "path")
-    chosen = rows_in_table(data)
-    rows = np.arange(len(data)) if chosen is None else chosen.to_numpy()
-    sizes = sizes[rows]
-    for place in np.flatnonzero(sizes < 0):
-        path = paths[int(rows[place])].as_py()
-        sizes[place] = os.path.getsize(path) if path is not None and os.path.exists(path) else 0
+    lengths = pc.binary_length(pc.struct_field(data.data.column("image"), "bytes"))
+    sizes = pc.fill_null(pc.cast(lengths, pa.int64()), 0).to_numpy()[_rows(data)]
+    for place, path in _files(data):
+        sizes[place] = os.path.getsize(path)
     return sizes
+
+
+def files_digest(data: datasets.Dataset) -> str:
+    """A hash of the sizes and times of images that are files: a table of their paths does not tell a replaced one."""
+    digest = xxhash.xxh3_128()
+    for place, path in _files(data):
+        status = os.stat(path)
+        digest.update(f"{place} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _files(data: datasets.Dataset) -> Iterator[tuple[int, str]]:
+    """The place and the path of every image that is a file beside the table."""
+    column, rows = data.data.column("image"), _rows(data)
+    is_file, paths = pc.is_null(pc.struct_field(column, "bytes")).to_numpy(), pc.struct_field(column, "path")
+    for place in np.flatnonzero(is_file[rows]):
+        path = paths[int(rows[place])].as_py()
+        if path is not None and os.path.exists(path):
+            yield int(place), path
+
+
+def _rows(data: datasets.Dataset) -> np.ndarray:
+    chosen = rows_in_table(data)
+    return np.arange(len(data)) if chosen is None else chosen.to_numpy()
 
 
 def _content(image: dict | None) -> bytes:

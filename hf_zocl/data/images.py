@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..files import written_whole
 from ..models.pixels import CORRUPT, eight_bits, why_corrupt
 from ..trainer.compat import dataset_fingerprint
-from .fingerprint import file_digest
+from .fingerprint import file_digest, files_digest
 from .stream import TaskStream
 from .tasks import Task
 
@@ -172,7 +172,13 @@ class _Source:
     def __init__(self, data: datasets.Dataset, rows: np.ndarray | None, where: str, codec: PixelCodec):
         self.feature = data.features["image"]
         self.fingerprint = Hasher.hash(
-            (dataset_fingerprint(data), codec.image_processor.to_json_string(), datasets.__version__, PIXELS)
+            (
+                dataset_fingerprint(data),
+                files_digest(data),
+                codec.image_processor.to_json_string(),
+                datasets.__version__,
+                PIXELS,
+            )
         )
         self.data = data.cast_column("image", datasets.Image(decode=False))
         self.rows = np.arange(len(data)) if rows is None else rows

@@ -72,6 +72,12 @@ class TaskStream(Sequence[Task]):
             raise ValueError(f"stream {name!r} has no task.")
         if scenario not in SCENARIOS:
             raise ValueError(f"scenario={scenario!r} is unknown: expected one of {', '.join(SCENARIOS)}.")
+        if any(task.index != index for index, task in enumerate(self._tasks, start=1)):
+            given = [task.index for task in self._tasks]
+            raise ValueError(
+                f"stream {name!r}: tasks {given} in this order; expected 1 to {len(given)}: the labels of each go on "
+                "from those of the one before it."
+            )
         if scenario == "domain":
             _check_same_classes(self._tasks)
         own = self._tasks[:1] if scenario == "domain" else self._tasks
@@ -174,7 +180,9 @@ class TaskStream(Sequence[Task]):
             arrival = task.arrival_labels
             if scenario == "domain":
                 arrival = _by_name(task, streams[0][0])
-                task = replace(task, class_names=streams[0][0].class_names)
+                ids = dict(zip(task.class_names, task.class_ids, strict=True))
+                names = streams[0][0].class_names
+                task = replace(task, class_names=names, class_ids=tuple(ids[name] for name in names))
             title = titles[index - 1] if titles else stream.name
             shifted = np.where(arrival < 0, -1, arrival + first)
             tasks.append(replace(task, index=index, first_label=first, arrival_labels=shifted, title=title))

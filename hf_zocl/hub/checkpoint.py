@@ -352,7 +352,7 @@ def complete_tasks(output_dir: Path) -> list[int]:
 
 
 def _newest(folder: Path) -> Path:
-    folders = [file.parent for file in folder.glob(f"task-[0-9]*/{TASK_FILE}")]
+    folders = [file.parent for file in folder.glob(f"task-*/{TASK_FILE}") if is_task_name(file.parent.name)]
     if not folders:
         raise ValueError(f"task='best': {folder} holds no task checkpoints (task-01, …).")
     return max(folders, key=lambda each: (len(each.name), each.name))

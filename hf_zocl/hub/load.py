@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file, logging
 
-from ..files import read_json, replace_folder
+from ..files import fingerprint, read_json, replace_folder, write_json
 from ..models import (
     AdapterArguments,
     CLIPClassifier,
@@ -60,6 +60,7 @@ from .untrusted import (
 
 logger = logging.get_logger(__name__)
 
+MERGED_FROM = "merged_from.json"  # in the folder of a merged model: the checksums of the adapter
 _DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -305,7 +306,15 @@ def _sorted(value: Any) -> Any:
 
 def _merged(adapter: Path, folder: Path, dtype: str) -> Path:
     """The folder with the base model into which an adapter was merged."""
+    files = [adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (adapter / name).is_file()]
+    origin = {file.name: fingerprint(file)["sha256"] for file in files}
     if (folder / BASE_CONFIG).is_file():
+        # One of an earlier release does not say what it was made of.
+        if (folder / MERGED_FROM).is_file() and read_json(folder / MERGED_FROM) != origin:
+            raise ValueError(
+                f"merge_into={str(folder)!r} holds a model into which another adapter than {adapter} was merged: "
+                "expected that adapter, or a new folder."
+            )
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"merge_into={str(folder)!r} holds something else: expected a merged model, or a new folder.")
@@ -319,6 +328,7 @@ def _merged(adapter: Path, folder: Path, dtype: str) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     merged.save_pretrained(unfinished)
     processor.save_pretrained(unfinished)
+    write_json(unfinished / MERGED_FROM, origin)
     replace_folder(unfinished, folder)
     return folder
 

@@ -20,6 +20,7 @@ from .checkpoint import (
     ADAPTER_WEIGHTS,
     FIGURE,
     RESULTS_FILE,
+    checkpoint_parts,
     is_loaded,
     is_of,
     is_of_checkpoint,
@@ -193,8 +194,9 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
     names = sorted(filter(is_task_name, tags), key=task_number)
     if not names:
         return 0
+    _check_free(output_dir, names)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in names:
+    for name in reversed(names):  # without the first one nothing is taken for a run, so a fetch cut off begins again
         _fetch_task(api, repo_id, name, tags[name], output_dir, token, hub_kwargs)
     for file in (FIGURE, PREDICTIONS_FILE, RESULTS_FILE):  # the results last, for they say that the rest is there
         if not (output_dir / names[-1] / file).is_file():  # earlier releases kept no predictions
@@ -203,6 +205,20 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
             shutil.copyfile(output_dir / names[-1] / file, unfinished)
     logger.info(f"Fetched from {repo_id}: {', '.join(names)}")
     return task_number(names[-1])
+
+
+def _check_free(output_dir: Path, names: list[str]) -> None:
+    """Refuse files that fetching would replace, but for those of a fetch that was cut off."""
+    has_first = (output_dir / names[0] / TASK_FILE).is_file()  # which is fetched last
+    there = [] if has_first else [output_dir / file for file in (FIGURE, PREDICTIONS_FILE)]
+    for folder in (output_dir / name for name in names):
+        there += [] if (folder / TASK_FILE).is_file() else [*checkpoint_parts(folder), *[folder] * folder.is_file()]
+    found = next((path for path in there if path.exists()), None)
+    if found is not None:
+        raise ValueError(
+            f"{found} is there already, and no {RESULTS_FILE} says that a run wrote it: move it away, or fetch into "
+            "another folder."
+        )
 
 
 def _fetch_task(

@@ -140,3 +140,9 @@ def test_the_command_ends_with_one_clear_line(run, arguments, message, monkeypat
     with pytest.raises(SystemExit) as end:
         evaluate.main()
     assert message in str(end.value) and "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("argument", ["dtype", "held_out", "model_name_or_path", "merge_into", "num_seeds"])
+def test_an_argument_that_would_change_nothing_is_refused(argument):
+    with pytest.raises(ValueError, match=f"--{argument} is no argument of a recipe's stream"):
+        evaluate.recipe_arguments([f"--{argument}", "1"])

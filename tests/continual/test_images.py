@@ -217,3 +217,25 @@ def test_the_digest_of_a_stream_sees_images_and_labels_and_not_where_they_lie(tm
     file = tmp_path / "there" / "test" / "d" / "0.png"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     assert stream_digest(TaskStream.from_dataset(str(tmp_path / "there"), increment=2)) != moved[0]
+
+
+def test_images_replaced_under_their_names_are_decoded_anew(tmp_path, processor):
+    codec, rows = PixelCodec(processor.image_processor), "image,label\n"
+    for row in range(6):
+        PILImage.new("RGB", (32, 32), (10, 10, row)).save(tmp_path / f"{row}.png")
+        rows += f"{tmp_path / f'{row}.png'},{'ab'[row % 2]}\n"
+    (tmp_path / "rows.csv").write_text(rows)
+
+    def first_image() -> np.ndarray:
+        data = datasets.load_dataset("csv", data_files=str(tmp_path / "rows.csv"), split="train")
+        data = DatasetDict(train=data, test=data).cast_column("image", Image())
+        tasks = TaskStream.from_dataset(data, increment=2, class_order_seed=None, allow_shared_images=True)
+        prepared, _ = prepare_images(tasks, codec)
+        return np.asarray(prepared[0].train[0]["image"])
+
+    before = first_image()
+    assert np.array_equal(first_image(), before)
+    for row in range(6):
+        PILImage.new("RGB", (32, 32), (200, 10, row)).save(tmp_path / f"{row}.png")
+    after = first_image()
+    assert not np.array_equal(after, before)

@@ -228,6 +228,26 @@ def test_seeds_make_a_recipe_each_with_a_folder_of_its_own(tmp_path):
     assert recipes[0].to_dict()["seeds"] is None
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("vary_class_order: true\nseed: 7\n", "vary_class_order=True: expected seeds or num_seeds"),
+        (
+            "vary_class_order: true\nseeds: 1,2\nclass_order: [1, 0]\n",
+            "vary_class_order=True and class_order were",
+        ),
+    ],
+)
+def test_a_class_order_that_cannot_vary_is_refused(tmp_path, text, said):
+    with pytest.raises(ValueError, match=said):
+        parse(tmp_path, text).per_seed()
+
+
+def test_a_test_split_and_a_share_of_the_training_images_are_not_both_taken(tmp_path):
+    with pytest.raises(ValueError, match="test_fraction and test_split were both given: pass one"):
+        parse(tmp_path, "test_fraction: 0.2\ntest_split: test\n")
+
+
 def test_a_number_of_seeds_counts_up_from_the_seed(tmp_path):
     recipes = parse(tmp_path, "num_seeds: 3\nseed: 5\n").per_seed()
     assert [(recipe.training.seed, recipe.run.class_order_seed) for recipe in recipes] == [

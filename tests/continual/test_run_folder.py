@@ -7,12 +7,16 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
+from PIL import Image as PILImage
 from transformers import TrainerCallback
 
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.folder_lock import FolderInUseError, FolderLock
 from hf_zocl.continual.run_folder import ResumeError, RunFolder, RunFolderError
+from hf_zocl.data import TaskStream
 from hf_zocl.hub.checkpoint import remove_task_checkpoint
 from tests.helpers import small_clip
 
@@ -269,6 +273,16 @@ def test_a_damaged_last_task_is_refused_with_the_way_back_which_is_one(done):
         scheduler(done).run(resume=True)
 
 
+def test_a_way_back_that_is_refused_takes_nothing_back(done, monkeypatch):
+    monkeypatch.setattr("hf_zocl.continual.scheduler.stream_digest", lambda stream: "another")
+    (done / "task-02" / "checkpoint-1").mkdir()
+    (done / "task-02" / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    before = contents(done)
+    with pytest.raises(ResumeError, match="the images have changed"):
+        scheduler(done).run(resume=recipe(done, "--resume_from_checkpoint", str(done / "task-01")).resume)
+    assert contents(done) == before
+
+
 def test_a_damaged_earlier_task_is_named_and_the_run_goes_on(done, caplog):
     logging.getLogger("hf_zocl").propagate = True
     (done / "task-01" / "adapter_model.safetensors").unlink()
@@ -286,3 +300,20 @@ def test_a_run_does_not_go_on_with_another_base_or_other_images(name, done):
     (done / "results.json").write_text(json.dumps(changed))
     with pytest.raises(ResumeError, match=f"the {name.replace('_', ' ')} ha.* changed since the run"):
         scheduler(done).run(resume=True)
+
+
+def pets(seed: int) -> TaskStream:
+    rng = np.random.default_rng(seed)
+    rows = {"image": [PILImage.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(4)]}
+    features = Features({"image": Image(), "label": ClassLabel(names=["cat", "dog"])})
+    data = Dataset.from_dict({**rows, "label": [0, 1, 0, 1]}, features)
+    return TaskStream.from_dataset(DatasetDict(train=data, test=data), increment="all", allow_shared_images=True)
+
+
+def test_a_run_does_not_go_on_with_other_held_out_images(tmp_path):
+    first, same, other = (scheduler(tmp_path) for _ in range(3))
+    first.held_out, same.held_out, other.held_out = ({"pets": pets(seed)} for seed in (0, 0, 1))
+    found = first.run()
+    assert same.run(resume=True)["held_out"] == found["held_out"]
+    with pytest.raises(ResumeError, match="the held out pets has changed since the run"):
+        other.run(resume=True)

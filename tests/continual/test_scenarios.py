@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.continual.run_arguments import build_held_out, build_stream
+from hf_zocl.continual.run_arguments import RunArguments, build_held_out, build_stream
 from hf_zocl.data.stream import TaskStream
 from hf_zocl.report import format_results
 from tests.helpers import slow_but_for, small_clip
@@ -307,3 +307,26 @@ def test_a_held_out_benchmark_that_is_none_is_named(entry, message, tmp_path):
     recipe = parse_recipe(["--output_dir", str(tmp_path), "--held_out", entry])
     with pytest.raises(ValueError, match=message):
         build_held_out(recipe.run)
+
+
+def test_a_held_out_benchmark_that_is_there_twice_is_refused():
+    args = RunArguments(held_out=["cifar10-sample", "cifar10-sample=/another/copy"])
+    with pytest.raises(ValueError, match="held_out='cifar10-sample=/another/copy': 'cifar10-sample' is there twice"):
+        build_held_out(args)
+
+
+def test_domains_that_number_their_classes_otherwise_have_the_ids_of_their_own():
+    streams = [
+        stream(dataset(names=names, domains=["photo"]), increment="all", name=name)
+        for name, names in (("photos", ["cat", "dog"]), ("sketches", ["dog", "cat"]))
+    ]
+    for task in TaskStream.from_streams(streams, "pets", "domain"):
+        feature = task.test.features["label"]
+        assert task.class_names == ("cat", "dog")
+        assert tuple(feature.int2str(own) for own in task.class_ids) == task.class_names
+
+
+def test_tasks_in_another_order_than_their_labels_are_refused():
+    tasks = list(stream())
+    with pytest.raises(ValueError, match=re.escape("stream 'turned': tasks [2, 1] in this order; expected 1 to 2")):
+        TaskStream(tasks[::-1], "turned")

@@ -84,6 +84,8 @@ def test_a_loaded_checkpoint_is_the_model_that_was_saved(tmp_path, options):
 def test_best_is_the_task_with_the_greatest_gain_over_zero_shot(run, hub):
     assert load_task_checkpoint(run, task="best")[0].class_names == CLASSES[:4]
     assert load_task_checkpoint("user/stream", task="best", cache_dir=hub)[0].class_names == CLASSES[:4]
+    shutil.copytree(run / "task-01", run / "task-01-copy")  # a name that is no task's
+    assert load_task_checkpoint(run, task="best")[0].class_names == CLASSES[:4]
 
 
 def test_a_run_folder_says_which_tasks_it_holds(run, tmp_path):

@@ -206,6 +206,17 @@ def test_a_fresh_adapter_on_the_merged_model_has_an_argument_of_its_own(tmp_path
     assert (merged / "model.safetensors").stat().st_mtime_ns == written
 
 
+def test_another_adapter_does_not_train_on_the_model_that_the_first_was_merged_into(tmp_path):
+    first, second = (save_checkpoint(tmp_path / name, task=1, lora_rank=rank) for name, rank in (("a", 2), ("b", 4)))
+    merged = tmp_path / "merged"
+    before = load_pretrained(str(first), AdapterArguments(), merge_into=merged).clip.state_dict()
+    again = load_pretrained(str(first), AdapterArguments(), merge_into=merged).clip.state_dict()
+    name = next(name for name in before if name.endswith("q_proj.base_layer.weight"))
+    assert torch.equal(before[name], again[name])
+    with pytest.raises(ValueError, match=f"merge_into='{merged}' holds a model into which another adapter than"):
+        load_pretrained(str(second), AdapterArguments(), merge_into=merged)
+
+
 def test_what_cannot_be_merged_is_refused(tmp_path):
     moe = save_checkpoint(tmp_path, task=1, adapter="moe")
     with pytest.raises(ValueError, match="cannot be merged .MoE adapters are not linear"):

@@ -21,7 +21,9 @@ from transformers.trainer_utils import HubStrategy
 from hf_zocl import ZOCLTrainingArguments, load_task_checkpoint
 from hf_zocl.commands.recipe import Recipe
 from hf_zocl.continual.run_arguments import RunArguments
+from hf_zocl.continual.run_folder import RunFolder
 from hf_zocl.files import read_json
+from hf_zocl.hub import repository as repository_module
 from hf_zocl.hub.checkpoint import find_task_checkpoint, save_task_checkpoint, seal_task_checkpoint
 from hf_zocl.hub.client import asked_wait
 from hf_zocl.hub.public import public_files, public_recipe, redact
@@ -553,9 +555,40 @@ def test_a_run_that_cannot_be_fetched_is_an_error(client, hub, run, tmp_path, mo
     with pytest.raises(OSError, match="tester/run: the run cannot be fetched"):
         fetch_run(REPO, tmp_path / "fetched")
     hub.order("status", "(HEAD|GET) .*task.json", status=403, times=20)
-    with pytest.raises(OSError, match="task-01"):
+    with pytest.raises(OSError, match="task-03"):
         fetch_run(REPO, tmp_path / "fetched")
-    assert not (tmp_path / "fetched" / "task-01").exists()
+    assert not (tmp_path / "fetched" / "task-03").exists()
+
+
+@pytest.mark.parametrize("fetched", [1, 2])
+def test_a_fetch_that_was_cut_off_is_no_run_and_begins_again(client, hub, run, tmp_path, monkeypatch, fetched):
+    push_all(run)
+    fetch, names = repository_module._fetch_task, []
+
+    def cut_off(api, repo_id, name, *rest):
+        if len(names) == fetched:
+            raise OSError(f"{name}: connection lost")
+        names.append(name)
+        fetch(api, repo_id, name, *rest)
+
+    monkeypatch.setattr(repository_module, "_fetch_task", cut_off)
+    with pytest.raises(OSError, match="connection lost"):
+        fetch_run(REPO, tmp_path / "fetched")
+    assert not RunFolder(tmp_path / "fetched").holds_run
+    monkeypatch.setattr(repository_module, "_fetch_task", fetch)
+    assert fetch_run(REPO, tmp_path / "fetched") == 3
+    assert RunFolder(tmp_path / "fetched").holds_run
+
+
+@pytest.mark.parametrize("name", ["task-01/README.md", "task-03/vocab.json", "accuracy_matrix.png", "task-02"])
+def test_a_run_is_not_fetched_over_files_of_the_users(client, hub, run, tmp_path, name):
+    push_all(run)
+    mine = tmp_path / "fetched" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(ValueError, match=f"{re.escape(str(mine))} is there already"):
+        fetch_run(REPO, tmp_path / "fetched")
+    assert [path.read_text() for path in (tmp_path / "fetched").rglob("*") if path.is_file()] == ["mine"]
 
 
 FOREIGN = {"notes.md": b"mine", "data/train.csv": b"1,2", "pytorch_model.bin": b"weights", "task_list.json": b"[]"}
