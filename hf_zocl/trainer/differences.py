@@ -47,6 +47,11 @@ class DifferenceWatch:
         self._seen: dict[str | None, tuple[torch.Tensor | float, int]] = {}
 
     @property
+    def _of(self) -> list:
+        """What an ε is good for, as it is in a checkpoint."""
+        return [self.estimator.formula.is_two_sided, type(self).__name__]
+
+    @property
     def is_settled(self) -> bool:
         return self.tries == 0
 
@@ -134,7 +139,7 @@ class DifferenceWatch:
         """Write what was measured into a checkpoint, so that a training that goes on keeps it."""
         if self.estimator.resolutions:
             measured = [[branch, self.eps[branch], asdict(own)] for branch, own in self.estimator.resolutions.items()]
-            content = {"tries": self.tries, "measured": measured}
+            content = {"tries": self.tries, "measured": measured, "of": self._of}
             with written_whole(folder / NOISE_FILE) as unfinished:
                 Path(unfinished).write_text(json.dumps(content), encoding="utf-8")
 
@@ -146,7 +151,8 @@ class DifferenceWatch:
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, list):  # of an earlier release, which wrote it once all was settled
             content = {"tries": 0, "measured": content}
-        if {branch: eps for branch, eps, _ in content["measured"]} == self.eps:
+        is_of_this = content.get("of", self._of) == self._of  # earlier releases did not say
+        if is_of_this and {branch: eps for branch, eps, _ in content["measured"]} == self.eps:
             self.estimator.settle({branch: Resolution(**own) for branch, _, own in content["measured"]})
             self.tries = content["tries"]
 

@@ -16,7 +16,7 @@ from ..passes import ForwardState, PlainEvaluation, StackEvaluation, TowerEvalua
 from ..passes.random_state import uncounted
 from ..private_names import without_autocast
 from ..zo import Estimate, Evaluation
-from .compat import gradient_scaler
+from .compat import accumulated_batches, gradient_scaler
 from .differences import why_flat
 from .inputs import Inputs
 from .objective import Objective, value_of
@@ -63,6 +63,11 @@ class MicroBatch:
         """In the place of the host's `compute_loss`."""
         if self._has_begun:
             return self._loss(model, inputs, *args, **kwargs)
+        result = self._first_loss(model, inputs, *args, **kwargs)
+        self._returned = _scalar(result).detach()
+        return result
+
+    def _first_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> Any:
         self._has_begun = True
         self.model, self._args, self._kwargs = model, args, kwargs
         self.inputs = Inputs(inputs, self.trainer._plan.writes_inputs)
@@ -111,12 +116,24 @@ class MicroBatch:
                 "know which loss it is of: one call of each for a micro-batch."
             )
         self._is_passed_back = True
+        self._check_passed(loss.detach())
         if self.trainer._has_first_order:
             self._backward(loss, **kwargs)
             self._recording.close()
             self._make_estimate()
         elif gradient_scaler(self.trainer.accelerator) is not None:
             self._give_scaler_something_to_see(loss)
+
+    def _check_passed(self, loss: torch.Tensor) -> None:
+        """See that what is passed back is the loss of which the estimate is, scaled for accumulation or not."""
+        scales = (1, accumulated_batches(self.trainer))
+        # Above what bfloat16 rounds away.
+        if not any(torch.allclose(loss * scale, self._returned, rtol=1e-2, equal_nan=True) for scale in scales):
+            raise RuntimeError(
+                f"{type(self.trainer).__name__}: its training_step passes back a loss of {float(loss):.5g}, and its "
+                f"compute_loss gave {float(self._returned):.5g}: zeroth-order layers would not learn what was added. "
+                "Compute all of the loss in compute_loss."
+            )
 
     @property
     def device(self) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..zo import (
     ZOEstimator,
     build_zo_optimizer,
 )
-from .arguments import ZeroOrderArguments
+from .arguments import PER_TOWER, ZeroOrderArguments
 from .compat import accumulated_batches, put_first, scales_loss
 from .data_parallel import DataParallelTrainer
 from .differences import DEFAULT_EPS, DifferenceWatch
@@ -104,6 +104,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             self.zo_objective = zo_objective
         self.split: ParameterSplit | None = None
         self._is_detached = False
+        self._rule: tuple | None = None  # that the optimizer is of
         self._estimates: PendingEstimates | None = None  # and what it is made of: once there is an optimizer
         self.replay_log: ReplayLog | None = None
         put_first(self, _InstallEstimate(self))  # what looks at the gradients is to see the estimate
@@ -166,7 +167,18 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
         self._assignment = args.layer_assignment
         self.split = self._assignment.split(self.model, eps)
+        if self.split.zo and all(group.branch is None for group in self.split.zo):
+            self._check_no_towers()
         check_placement(self.model)
+
+    def _check_no_towers(self) -> None:
+        """Refuse a value for each tower, which no layer would have."""
+        for name in PER_TOWER:
+            if isinstance(value := getattr(self.args, name), Mapping):
+                raise ValueError(
+                    f"{name}={dict(value)}: the zeroth-order layers of {type(self.model).__name__} are in no tower; "
+                    "expected one value."
+                )
 
     def train(self, *args, **kwargs):
         """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""
@@ -193,8 +205,11 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if not self._split_is_current():
             self._assign_layers()
             self.optimizer = None
-        self._check_objective()
         args = self.args
+        rule = (args.zo_rule, args.zo_rule_momentum, args.zo_weight_decay, args.rates_by_branch, self.zo_objective)
+        if rule != self._rule:  # arguments change between two calls of train
+            self._rule, self.optimizer = rule, None
+        self._check_objective()
         self._detach_zo_parameters(True)
         if self.optimizer is None:
             zo = build_zo_optimizer(

@@ -54,7 +54,12 @@ def value_of(objective: Objective, model: nn.Module, inputs: dict[str, Any], out
         TypeError: If it is no number.
         ValueError: If it is empty.
     """
-    found = objective(model, inputs, nested_detach(outputs))
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        found = objective(model, inputs, nested_detach(outputs))
+    finally:
+        for module, mode in modes:  # one that generates may have called `eval()`, and the next pass is to be as this
+            module.training = mode
     try:
         value = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):

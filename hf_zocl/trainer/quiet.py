@@ -7,10 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
+
+from ..passes.random_state import SMALL_BYTES
+from ..private_names import version
+
+
+# Nothing is counted in them, and a list of examples is long.
+DATASETS = ("train_dataset", "eval_dataset")
+
 
 @contextmanager
 def leaving_no_trace(host: Any) -> Iterator[None]:
-    """Inside, attributes of `host` may be set, and its lists and dictionaries changed; afterwards all is as before.
+    """Inside, attributes of `host` may be set, and its containers, small tensors and arrays changed; then put back.
 
     A `compute_loss` counts tokens and collects metrics in its Trainer. Attributes that are new are kept.
     """
@@ -23,21 +33,34 @@ def leaving_no_trace(host: Any) -> Iterator[None]:
             _put_back(container, content)
 
 
-def _contents(container: Any) -> list[tuple[Any, Any]]:
-    """Every container below one, and what it holds."""
-    found, waiting, seen = [], list(container.values()), set()
+def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Every container, small tensor and small array below some attributes, and what it holds."""
+    waiting = [value for name, value in attributes.items() if name not in DATASETS]
+    found, seen = [], set()
     while waiting:
         value = waiting.pop()
-        if not isinstance(value, (dict, list, deque, set)) or id(value) in seen:
+        if id(value) in seen:
             continue
         seen.add(id(value))
-        found.append((value, value.copy()))
-        waiting += value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list, deque, set)):
+            found.append((value, value.copy()))
+            waiting += value.values() if isinstance(value, dict) else value
+        elif type(value) is torch.Tensor and value.layout == torch.strided:
+            if value.nbytes <= SMALL_BYTES and not value.is_meta:
+                found.append((value, (version(value), value.detach().clone())))
+        elif isinstance(value, np.ndarray) and value.nbytes <= SMALL_BYTES:
+            found.append((value, value.copy()))
     return found
 
 
 def _put_back(container: Any, content: Any) -> None:
-    if isinstance(container, (dict, set)):
+    if isinstance(container, torch.Tensor):
+        before, values = content
+        if version(container) != before:  # what a graph holds is not to be written to without need
+            container.detach().copy_(values)
+    elif isinstance(container, np.ndarray):
+        container[...] = content
+    elif isinstance(container, (dict, set)):
         container.clear()
         container.update(content)
     elif len(container) != len(content) or any(map(lambda one, other: one is not other, container, content)):

@@ -32,6 +32,11 @@ def check_schedule(args: ZOCLTrainingArguments, is_alone: bool) -> None:
         ValueError: If `min_lr` or `lr_end` is given beside `zo_learning_rate="auto"`.
     """
     kind, given = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
+    if kind == "greedy" and None in args.rates_by_branch.values():
+        raise ValueError(
+            "lr_scheduler_type='greedy' keeps rates between min_lr (1e-3 by default) and max_lr, and "
+            "zo_learning_rate='auto' is chosen only as the training begins: give a number as zo_learning_rate."
+        )
     names = [name for name in ("min_lr", "lr_end") if given.get(name)]
     is_absolute = is_alone or kind == SchedulerType.REDUCE_ON_PLATEAU
     if names and is_absolute and None in args.rates_by_branch.values():

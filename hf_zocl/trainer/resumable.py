@@ -298,7 +298,28 @@ class ResumableTrainer(HookedTrainer):
             **{f"model.{name}": value for name, value in counts.items()},
             **{f"foreign.{number}": value.detach() for number, value in enumerate(self._foreign_parameters)},
         }
+        if (left_out := self._left_out()) is not None:
+            progress["left_out"] = left_out
         save_file(progress, folder / self._progress_file)
+
+    def _left_out(self) -> torch.Tensor | None:
+        """A few numbers of the frozen weights that checkpoints leave out; None where they do not."""
+        if isinstance(self.model, (PreTrainedModel, PeftModel)) or is_sharded(self) or not self._leaves_out_frozen:
+            return None
+        frozen = self._frozen_names()
+        left_out = [value.detach() for name, value in self.model.named_parameters() if name in frozen]
+        counted = [value for value in left_out if value.is_floating_point() and not value.is_meta]
+        return torch.tensor([float(value.double().abs().sum()) for value in counted], dtype=torch.float64)
+
+    def _check_left_out(self, folder: Path, before: torch.Tensor | None) -> None:
+        now = self._left_out()
+        if before is None or now is None:  # earlier releases did not say
+            return
+        if before.shape != now.shape or not torch.allclose(before, now.to(before.dtype), rtol=1e-6):
+            raise ResumeError(
+                f"{folder} leaves out the frozen weights of {type(self.model).__name__}, and they are others now than "
+                "when it was saved: load the same ones (or draw them from the same seed) before it goes on."
+            )
 
     def _restore_progress(self, folder: Path) -> None:
         """As training begins: take what `_save_progress` wrote, where the checkpoint was saved by this class."""
@@ -306,6 +327,7 @@ class ResumableTrainer(HookedTrainer):
         if not file.is_file():
             return
         progress = load_file(file)
+        self._check_left_out(folder, progress.get("left_out"))
         self.earlier_seconds = float(progress["seconds"])
         continue_logging(self, int(progress["last_logged_step"]), progress["pending_loss"])
         for number, parameter in enumerate(self._foreign_parameters):

@@ -85,6 +85,7 @@ def build_zo_optimizer(
             "lr": in_branch(lr, group.branch),
             "zo_branch": group.branch,
             "zo_names": [],
+            "zo_rule": name,
         }
         branch = branches.setdefault(group.branch, fresh)
         branch["params"].extend(group.parameters)
@@ -179,6 +180,12 @@ class HybridOptimizer(torch.optim.Optimizer):
         groups = state_dict["param_groups"]
         if [group.get("zo_names") for group in groups] != [group.get("zo_names") for group in self.param_groups]:
             raise ValueError("The optimizer state was saved under another zo_branch or zo_layers than the present.")
+        for saved, present in zip(groups, self.param_groups, strict=True):
+            if (rule := saved.get("zo_rule", present.get("zo_rule"))) != present.get("zo_rule"):
+                raise ValueError(
+                    f"The optimizer state was saved under another zo_optim than the present: {rule!r}, not "
+                    f"{present['zo_rule']!r}."
+                )
         self.state = defaultdict(dict)
         for part, own in self._by_part(groups):
             numbers = {number for group in own for number in group["params"]}

@@ -169,3 +169,43 @@ def test_a_loss_that_takes_a_derivative_itself_does_so_with_autograd(tmp_path, l
     trainer = train(tmp_path, model, zo_queries=4, **options)
     assert trainer._estimates.estimator.resolutions[None].is_seen
     assert all(not torch.equal(old, new) for old, new in zip(before[:2], model.layers[0].parameters(), strict=True))
+
+
+class AddsToTheLoss(Trainer):
+    """Its loss is more than `compute_loss` gives: a penalty, or that of other inputs."""
+
+    weight = 1.0
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs)
+        loss = loss + self.weight * sum(parameter.square().sum() for parameter in self.model.parameters())
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class ScalesTheLoss(AddsToTheLoss):
+    weight = 0.0
+
+
+class TwoLosses(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        inputs = self._prepare_inputs(inputs)
+        loss = self.compute_loss(model, inputs) + self.compute_loss(model, {**inputs, "labels": -inputs["labels"]})
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+@pytest.mark.parametrize("host", [AddsToTheLoss, TwoLosses])
+def test_a_loss_that_is_more_than_compute_loss_gives_is_refused(tmp_path, host, layers):
+    cls = type("ZOHost", (ZeroOrderMixin, host), {})
+    with pytest.raises(RuntimeError, match="passes back a loss of .* zeroth-order layers would not learn what"):
+        training(tmp_path, cls, zo_layers=layers, gradient_accumulation_steps=1)
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_a_step_of_the_hosts_own_trains_where_it_passes_back_what_compute_loss_gives(tmp_path, layers):
+    cls = type("ZOHost", (ZeroOrderMixin, ScalesTheLoss), {})
+    assert training(tmp_path, cls, zo_layers=layers).state.global_step == 4

@@ -301,3 +301,18 @@ def test_a_training_goes_on_to_the_bit(tmp_path):
     gone_on = train(str(tmp_path / "trainer" / "checkpoint-2"))
     assert same(whole, gone_on)
     assert training_logs(whole)[-1]["zo_eps"] == training_logs(gone_on)[-1]["zo_eps"]
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+def test_an_objective_that_calls_eval_leaves_the_passes_as_they_are(tmp_path, layers):
+    def squares(model, inputs, outputs):
+        return (outputs["logits"] - inputs["labels"]).square()
+
+    def squares_in_eval(model, inputs, outputs):
+        model.eval()  # as before generating
+        return squares(model, inputs, outputs)
+
+    options = {"zo_layers": layers, "zo_eps": 1e-3, "max_steps": 3}
+    one, other = (trained(tmp_path, Mlp(dropout=0.5), each, **options) for each in (squares, squares_in_eval))
+    assert same(one, other)
+    assert max(log["zo_loss_difference"] for log in training_logs(other)) < 0.1

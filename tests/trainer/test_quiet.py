@@ -1,7 +1,9 @@
 from collections import defaultdict, deque
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from hf_zocl.trainer.quiet import leaving_no_trace
 
@@ -37,3 +39,22 @@ def test_containers_that_hold_themselves_end():
     with leaving_no_trace(host):
         host.ring.append(1)
     assert len(host.ring) == 1
+
+
+def test_tensors_and_arrays_that_are_counted_in_are_as_before():
+    host = SimpleNamespace(seen=torch.zeros(2), counts={"rows": np.zeros(2)}, large=torch.zeros(1 << 20))
+    seen, rows = host.seen, host.counts["rows"]
+    with leaving_no_trace(host):
+        host.seen += 1
+        host.counts["rows"] += 1
+    assert host.seen is seen and host.counts["rows"] is rows
+    assert not seen.any() and not rows.any()
+
+
+def test_the_examples_of_a_dataset_are_not_looked_at():
+    class Examples(list):
+        def copy(self):
+            raise AssertionError("an epoch's examples are copied at every step")
+
+    with leaving_no_trace(SimpleNamespace(train_dataset=Examples([1]), eval_dataset={"test": Examples([1])})):
+        pass

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_zocl import ZOCLTrainer
-from hf_zocl.trainer.rates import DEFAULT_RATE, chosen_rates
+from hf_zocl.trainer.rates import DEFAULT_RATE, check_schedule, chosen_rates
 from hf_zocl.zo import ReplayLog
 from tests.helpers import Mlp, arguments, mini_clip_classifier, rows, train, training_logs
 
@@ -163,3 +163,14 @@ def test_a_rate_to_end_at_needs_one_to_begin_with(tmp_path, schedule):
     trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, **options), train_dataset=rows(), eval_dataset=rows(8))
     with pytest.raises(ValueError, match=f"{name} is a learning rate, and zo_learning_rate='auto'"):
         trainer.train()
+
+
+def test_a_schedule_with_bounds_of_its_own_is_refused_beside_auto(tmp_path):
+    with pytest.raises(ValueError, match="lr_scheduler_type='greedy' keeps rates between min_lr"):
+        check_schedule(arguments(tmp_path, lr_scheduler_type="greedy", eval_strategy="steps"), is_alone=False)
+
+
+@pytest.mark.parametrize("name", ["zo_queries", "zo_eps", "zo_learning_rate"])
+def test_a_value_for_each_tower_is_refused_where_there_is_none(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}=.*'vision': 1.*: the zeroth-order layers of Mlp are in no tower"):
+        train(tmp_path, Mlp(), data=rows(), **{name: {"vision": 1, "language": 1}})

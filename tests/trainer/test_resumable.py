@@ -282,3 +282,40 @@ def test_a_training_of_virtual_tokens_goes_on_to_the_same_weights(tmp_path, capl
     again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert "PEFT does not save" not in caplog.text
+
+
+@pytest.mark.parametrize(("before", "now"), [("sgd", "adamw"), ("adamw", "sign"), ("sign", "sgd"), ("sgd", "sign")])
+def test_another_rule_does_not_go_on_with_the_state_of_the_first(tmp_path, before, now):
+    options = {**SAVING, "zo_layers": "all", "zo_learning_rate": 1e-3}
+    train(tmp_path, Mlp(), data=rows(), zo_optim=before, **options)
+    trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, zo_optim=now, **options), train_dataset=rows())
+    with pytest.raises(ValueError, match=f"saved under another zo_optim than the present: '{before}', not '{now}'"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize(("before", "now"), [("one-sided", "two-sided"), ("two-sided", "one-sided")])
+def test_another_estimator_measures_its_own_eps(tmp_path, before, now):
+    options = {**SAVING, "zo_layers": "all", "zo_learning_rate": 1e-3}
+    fresh = train(tmp_path / "fresh", Mlp(), data=rows(), zo_estimator=now, **options)
+    train(tmp_path, Mlp(), data=rows(), zo_estimator=before, **options)
+    trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, zo_estimator=now, **options), train_dataset=rows())
+    trainer.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    expected, found = (training_logs(each)[-1]["zo_eps"] for each in (fresh, trainer))
+    assert found == pytest.approx(expected, rel=0.5)
+
+
+class RandomFeatures(Mlp):
+    """An `nn.Module` with frozen weights, which its checkpoints leave out."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.layers[1].requires_grad_(False)
+        torch.nn.init.normal_(self.layers[1].weight, generator=torch.Generator().manual_seed(seed))
+
+
+def test_other_frozen_weights_than_the_checkpoint_leaves_out_are_refused(tmp_path):
+    whole = train(tmp_path, RandomFeatures(0), data=rows(), **SAVING)
+    again = resumed(tmp_path, RandomFeatures(0), "checkpoint-2")
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
+    with pytest.raises(ResumeError, match="leaves out the frozen weights of RandomFeatures, and they are others now"):
+        resumed(tmp_path, RandomFeatures(1), "checkpoint-2")

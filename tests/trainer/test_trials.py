@@ -54,9 +54,15 @@ def test_numbers_that_a_search_sets_where_auto_was_are_numbers(tmp_path):
         ({"zo_layers": [1]}, {"zo_layers": [2]}),
         ({"zo_layers": "all"}, {"zo_branch": "none"}),
         ({"zo_branch": "none"}, {"zo_branch": "dual"}),
+        ({"zo_layers": "all", "zo_optim": "sgd"}, {"zo_optim": "sign"}),
+        ({"zo_layers": "all", "zo_optim": "sgd", "zo_momentum": 0.0}, {"zo_momentum": 0.9}),
+        ({"zo_layers": "all"}, {"zo_weight_decay": 0.5}),
+        ({"zo_layers": "all"}, {"zo_learning_rate": 1e-4}),
+        ({"zo_layers": "all", "zo_learning_rate": "auto"}, {"zo_learning_rate": 1e-4}),
+        ({"zo_layers": "all", "zo_momentum": None}, {"zo_estimator": "conservative"}),
     ],
 )
-def test_a_second_call_of_train_with_other_layers_trains_as_a_new_trainer_of_that_model(tmp_path, first, then):
+def test_a_second_call_of_train_with_other_arguments_trains_as_a_new_trainer_of_that_model(tmp_path, first, then):
     trainer = a_trainer(tmp_path, **first)
     trial(trainer)
     trainer.model_init = None  # the same model goes on
@@ -69,3 +75,4 @@ def test_a_second_call_of_train_with_other_layers_trains_as_a_new_trainer_of_tha
     expected = trial(fresh)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert any(not torch.equal(found[name], before[name]) for name in expected)
+    assert (trainer.replay_log is None) == (fresh.replay_log is None)
