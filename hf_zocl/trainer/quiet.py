@@ -36,7 +36,8 @@ def leaving_no_trace(host: Any) -> Iterator[None]:
 def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
     """Every container, small tensor and small array below some attributes, and what it holds."""
     waiting = [value for name, value in attributes.items() if name not in DATASETS]
-    found, seen = [], set()
+    found: list[tuple[Any, Any]] = []
+    seen: set[int] = set()
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
