@@ -29,7 +29,8 @@ def check_schedule(args: ZOCLTrainingArguments, is_alone: bool) -> None:
         is_alone: Whether nothing is first-order; else the schedule's numbers are of the first-order rate.
 
     Raises:
-        ValueError: If `min_lr` or `lr_end` is given beside `zo_learning_rate="auto"`.
+        ValueError: If `min_lr` or `lr_end` is given beside `zo_learning_rate="auto"`, or the schedule is `greedy`,
+            which has such bounds of its own.
     """
     kind, given = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     if kind == "greedy" and None in args.rates_by_branch.values():
