@@ -31,15 +31,15 @@ from hf_zocl.report.figures import save_figure
 CHECKPOINTING = "FO, gradient checkpointing"
 # In the picture: the name, the colour, on which side of the mark the name stands, and how far above it, in points.
 STYLES = {
-    "FO": ("FO", "#000000", "right", 6),
+    "FO": ("FO", "#000000", "right", 16),
     CHECKPOINTING: (CHECKPOINTING, "#555555", "left", 6),
     "FO, text tower": ("FO, text tower alone", "#009E73", "left", -24),
     "dual/hop-even": ("ZO every second layer", "#CC79A7", "right", 6),
     "vision/all": ("ZO vision, FO text", "#0072B2", "right", -24),
     "dual/all": ("ZO both", "#8C510A", "left", 4),
     "FO, norms": ("FO, norms", "#56B4E9", "left", 22),
-    "all-zo": ("all-zo", "#D55E00", "right", 18),
-    "all-zo, int8": ("all-zo, int8", "#E69F00", "left", 32),
+    "all-zo": ("all-zo", "#D55E00", "left", 34),
+    "all-zo, int8": ("all-zo, int8", "#E69F00", "right", 44),
 }
 
 
