@@ -171,18 +171,15 @@ class _Source:
 
     def __init__(self, data: datasets.Dataset, rows: np.ndarray | None, where: str, codec: PixelCodec):
         self.feature = data.features["image"]
-        self.fingerprint = Hasher.hash(
-            (
-                dataset_fingerprint(data),
-                files_digest(data),
-                codec.image_processor.to_json_string(),
-                datasets.__version__,
-                PIXELS,
-            )
-        )
+        self.table = dataset_fingerprint(data)
         self.data = data.cast_column("image", datasets.Image(decode=False))
         self.rows = np.arange(len(data)) if rows is None else rows
         self.where, self.codec = where, codec
+
+    def fingerprint(self) -> str:
+        """What the pixels in the cache depend on."""
+        processor = self.codec.image_processor.to_json_string()
+        return Hasher.hash((self.table, files_digest(self.data), processor, datasets.__version__, PIXELS))
 
     def decode(self, image: dict[str, Any], index: int) -> bytes:
         """One image's pixels.
@@ -210,6 +207,7 @@ class _Source:
         if not len(self.data):  # `map` would give back the source's own file
             return self.data
         read = self.readable if skip_corrupt else self.decode
+        fingerprint = f"{self.fingerprint()}{'-skip' if skip_corrupt else ''}"
 
         def decode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
             pixels = [read(image, index) for image, index in zip(batch["image"], indices, strict=True)]
@@ -223,7 +221,7 @@ class _Source:
                 batch_size=256,
                 with_indices=True,
                 features=datasets.Features({"image": datasets.Value("binary"), "label": self.data.features["label"]}),
-                new_fingerprint=f"{self.fingerprint}{'-skip' if skip_corrupt else ''}",
+                new_fingerprint=fingerprint,
                 num_proc=workers or None,
                 desc="Decoding images",
                 **options,

@@ -212,7 +212,10 @@ def _check_free(output_dir: Path, names: list[str]) -> None:
     has_first = (output_dir / names[0] / TASK_FILE).is_file()  # which is fetched last
     there = [] if has_first else [output_dir / file for file in (FIGURE, PREDICTIONS_FILE)]
     for folder in (output_dir / name for name in names):
-        there += [] if (folder / TASK_FILE).is_file() else [*checkpoint_parts(folder), *[folder] * folder.is_file()]
+        if folder.is_file():
+            there.append(folder)
+        elif not (folder / TASK_FILE).is_file():
+            there += checkpoint_parts(folder)
     found = next((path for path in there if path.exists()), None)
     if found is not None:
         raise ValueError(

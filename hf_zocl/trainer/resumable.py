@@ -219,8 +219,7 @@ class ResumableTrainer(HookedTrainer):
     @contextmanager
     def _without_frozen(self) -> Iterator[None]:
         """Inside, the Trainer is not given what a checkpoint leaves out: frozen parameters, and second names."""
-        is_known = isinstance(self.model, (PreTrainedModel, PeftModel))
-        if is_known or is_sharded(self) or not self._leaves_out_frozen:
+        if not self._takes_frozen_out:
             yield
             return
         left_out = self._frozen_names() | self._second_names()
@@ -251,6 +250,12 @@ class ResumableTrainer(HookedTrainer):
     def _leaves_out_frozen(self) -> bool:
         """Whether a checkpoint of a model that is no `PreTrainedModel` holds the trained parameters alone."""
         return task_aware(self.model).reloads_frozen_weights
+
+    @property
+    def _takes_frozen_out(self) -> bool:
+        """Whether it is this class that leaves frozen weights out: PEFT does so itself, and other models hold all."""
+        is_known = isinstance(self.model, (PreTrainedModel, PeftModel))
+        return not is_known and not is_sharded(self) and self._leaves_out_frozen
 
     def _largest_file(self) -> list[torch.Tensor]:
         """The tensors of a checkpoint's largest file: of the weights', or of the optimizer's."""
@@ -304,18 +309,19 @@ class ResumableTrainer(HookedTrainer):
 
     def _left_out(self) -> torch.Tensor | None:
         """A few numbers of the frozen weights that checkpoints leave out; None where they do not."""
-        if isinstance(self.model, (PreTrainedModel, PeftModel)) or is_sharded(self) or not self._leaves_out_frozen:
+        if not self._takes_frozen_out:
             return None
         frozen = self._frozen_names()
         left_out = [value.detach() for name, value in self.model.named_parameters() if name in frozen]
         counted = [value for value in left_out if value.is_floating_point() and not value.is_meta]
-        return torch.tensor([float(value.double().abs().sum()) for value in counted], dtype=torch.float64)
+        sums = [float(torch.linalg.vector_norm(value, ord=1, dtype=torch.float64)) for value in counted]
+        return torch.tensor(sums, dtype=torch.float64)
 
     def _check_left_out(self, folder: Path, before: torch.Tensor | None) -> None:
         now = self._left_out()
         if before is None or now is None:  # earlier releases did not say
             return
-        if before.shape != now.shape or not torch.allclose(before, now.to(before.dtype), rtol=1e-6):
+        if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-6):
             raise ResumeError(
                 f"{folder} leaves out the frozen weights of {type(self.model).__name__}, and they are others now than "
                 "when it was saved: load the same ones (or draw them from the same seed) before it goes on."

@@ -56,7 +56,7 @@ class Task:
         info = read_json(run / "task-01" / "task.json")
         model, processor = load_task_checkpoint(run / "task-01")
         stream, _ = build_stream(run_arguments_of(info["recipe"], {"dataset_path": dataset_path}, is_own=True))
-        task = list(stream)[1]
+        task = stream[1]
         model.set_classes(task.class_names)
         collate = ImageCollator(
             processor, task.arrival_labels, task.first_label, PixelCodec(processor.image_processor)
@@ -98,33 +98,34 @@ def along(gradients: Matrices, directions: Matrices) -> float:
     return sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
 
 
-def dense(task: Task, rows: Tensor, queries: int, generator: torch.Generator, draw: Callable = signs) -> Matrices:
+def estimate(task: Task, rows: Tensor, queries: int, draw: Callable[[], Matrices]) -> Matrices:
     gradients = [g[rows].mean(0) for g in task.gradients]
     total = [torch.zeros_like(g) for g in gradients]
     for _ in range(queries):
-        direction = [draw(g.shape, generator) for g in gradients]
+        direction = draw()
         torch._foreach_add_(total, direction, alpha=along(gradients, direction) / queries)
     return total
+
+
+def dense(task: Task, rows: Tensor, queries: int, generator: torch.Generator) -> Matrices:
+    return estimate(task, rows, queries, lambda: [signs(g.shape[1:], generator) for g in task.gradients])
 
 
 def low_rank(task: Task, rows: Tensor, queries: int, generator: torch.Generator) -> Matrices:
-    def draw(shape: torch.Size, generator: torch.Generator) -> Tensor:
-        return torch.outer(*(torch.randn(size, generator=generator) for size in shape))
+    def draw() -> Matrices:
+        return [torch.outer(*(torch.randn(n, generator=generator) for n in g.shape[1:])) for g in task.gradients]
 
-    return dense(task, rows, queries, generator, draw)
+    return estimate(task, rows, queries, draw)
 
 
 def inputs(task: Task, rows: Tensor, queries: int, generator: torch.Generator) -> Matrices:
-    gradients = [g[rows].mean(0) for g in task.gradients]
     spans = [None if x is None else span(x[rows].flatten(0, 1)) for x in task.inputs_of]
-    total = [torch.zeros_like(g) for g in gradients]
-    for _ in range(queries):
-        direction = [
-            each if basis is None else each @ basis @ basis.T
-            for each, basis in zip([signs(g.shape, generator) for g in gradients], spans, strict=True)
-        ]
-        torch._foreach_add_(total, direction, alpha=along(gradients, direction) / queries)
-    return total
+
+    def draw() -> Matrices:
+        drawn = [signs(g.shape[1:], generator) for g in task.gradients]
+        return [d if basis is None else d @ basis @ basis.T for d, basis in zip(drawn, spans, strict=True)]
+
+    return estimate(task, rows, queries, draw)
 
 
 def span(x: Tensor) -> Tensor:
@@ -179,8 +180,8 @@ def cosines(task: Task, kind: Callable, queries: int, batch: int, seed: int) -> 
     momentum, found = [torch.zeros_like(g[0]) for g in task.gradients], []
     for step in range(STEPS):
         rows = torch.randperm(len(task.gradients[0]), generator=generator)[:batch]
-        estimate = kind(task, rows, queries, generator)
-        momentum = [MOMENTUM * m + e for m, e in zip(momentum, estimate, strict=True)]
+        estimated = kind(task, rows, queries, generator)
+        momentum = [MOMENTUM * m + e for m, e in zip(momentum, estimated, strict=True)]
         if step in (0, STEPS - 1):
             for form in FORMS.values():
                 step_taken = flat([form(m) for m in momentum])

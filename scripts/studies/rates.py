@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,11 +38,14 @@ from hf_zocl.sample.pretraining import pretraining_rows
 from hf_zocl.zo import rates
 
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+from choose_quickstart import write_held_out
+
+
 SETTINGS = ("all-zo", "hop-even")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 STEPS = 60  # of the texts' trainings, as in the examples
 QUERIES = 16  # of these, whose passes are not as cheap as those of CLIP's prompts
-PART = 4
 CLASSES = 80
 # What the preset says of CLIP alone.
 OF_CLIP = ("adapter", "adapter_config", "frozen_parameters", "zo_branch")
@@ -63,19 +67,11 @@ def hold_out(
     `exclude` names, from all labels, the rows that are left out.
     """
     rows = load_dataset(dataset, split="train")
-    (label,) = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
     if exclude is not None:
-        left = np.setdiff1d(np.arange(len(rows)), exclude(np.array(rows[label])))
-        rows = rows.select(left)
-    seen: dict[int, int] = {}
-    chosen: dict[str, list[int]] = {"train": [], "test": []}
-    for row, each in enumerate(rows[label]):
-        number = seen[each] = seen.get(each, 0) + 1
-        if number <= images:
-            chosen["test" if number % PART == 0 else "train"].append(row)
+        (label,) = [name for name, feature in rows.features.items() if hasattr(feature, "names")]
+        rows = rows.select(np.setdiff1d(np.arange(len(rows)), exclude(np.array(rows[label]))))
     folder.mkdir(parents=True)
-    for name, mine in chosen.items():
-        rows.select(mine).to_parquet(folder / f"{name}.parquet")
+    write_held_out(rows, folder, images)
     return folder
 
 
@@ -162,16 +158,15 @@ def build_jobs(cifar10: str, tiny_imagenet: str, folder: Path) -> dict[str, tupl
 
 def lines(cells: dict[str, list[float]]) -> Iterator[str]:
     """The mean over the seeds of every cell; bold: the best of a row."""
-    split = [key.split(" | ") for key in cells]
-    factors = sorted({float(factor) for _, _, factor, _ in split})
+    measured: dict[tuple[str, str], dict[float, list[list[float]]]] = {}
+    for key, values in cells.items():
+        setting, name, factor, _ = key.split(" | ")
+        measured.setdefault((name, setting), {}).setdefault(float(factor), []).append(values)
+    factors = sorted({factor for of_factor in measured.values() for factor in of_factor})
     yield "| job | setting | figure | " + " | ".join(f"× {factor:g}" for factor in factors) + " |"
     yield "|---" * (3 + len(factors)) + "|"
-    for name, setting in dict.fromkeys((name, setting) for setting, name, _, _ in split):
-        measured = {
-            factor: [value for key, value in cells.items() if key.startswith(f"{setting} | {name} | {factor:g} |")]
-            for factor in factors
-        }
-        means = {factor: 100 * np.mean(values, axis=0) for factor, values in measured.items() if values}
+    for (name, setting), of_factor in measured.items():
+        means = {factor: 100 * np.mean(values, axis=0) for factor, values in of_factor.items()}
         figures = ("Avg", "Last") if len(next(iter(means.values()))) == 2 else ("accuracy",)
         for number, figure in enumerate(figures):
             best = max(mean[number] for mean in means.values())

@@ -27,15 +27,15 @@ from hf_zocl.sample import sample_path
 PART = 4
 
 
-def write_training_images(folder: Path) -> None:
-    """Write the sample's training images as a dataset of their own, every fourth of a class as a test image."""
-    images: Dataset = load_dataset(str(sample_path("cifar10-sample")), split="train")
+def write_held_out(images: Dataset, folder: Path, per_class: int | None = None) -> None:
+    """Write training images, or the first of every class, as a dataset, every fourth of a class as a test image."""
     (label_column,) = [name for name, feature in images.features.items() if hasattr(feature, "names")]
     seen: dict[int, int] = {}
     rows: dict[str, list[int]] = {"train": [], "test": []}
     for row, label in enumerate(images[label_column]):
-        seen[label] = seen.get(label, 0) + 1
-        rows["test" if seen[label] % PART == 0 else "train"].append(row)
+        number = seen[label] = seen.get(label, 0) + 1
+        if per_class is None or number <= per_class:
+            rows["test" if number % PART == 0 else "train"].append(row)
     for split, mine in rows.items():
         images.select(mine).to_parquet(folder / f"{split}.parquet")
 
@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "images"
         data.mkdir()
-        write_training_images(data)
+        write_held_out(load_dataset(str(sample_path("cifar10-sample")), split="train"), data)
         common = ["--recipe", options.recipe, "--benchmark", "none", "--dataset_path", str(data)]
         common += ["--prompt_template", "a photo of a {}.", "--increment", "2", "--disable_tqdm", "true", *further]
         for number, chosen in enumerate(tqdm(list(itertools.product(*values)), unit="candidate")):
