@@ -36,7 +36,7 @@ AMONG = {
     "domain": "all classes",
     "cross-dataset": "the classes of its own dataset",
 }
-MARKS = {"zo": "ZO", "fo": "fo", "fo+zo": "mix", "frozen": "--"}
+MARKS = {"zo": "ZO", "fo": "fo", "fo+zo": "mix"}
 
 
 class TaskCardData(ModelCardData):
@@ -170,9 +170,9 @@ class TaskCardData(ModelCardData):
 
     @property
     def towers(self) -> dict[str, dict[str, str]]:
-        """The mode in which each numbered layer was trained, by tower."""
-        towers = self.task["assignment"]["towers"].items()
-        return {tower: {layer: mode for layer, mode in layers.items() if layer.isdigit()} for tower, layers in towers}
+        """The mode in which each layer was trained, by tower; `other` is what stands outside the numbered layers."""
+        towers: dict[str, dict[str, str]] = self.task["assignment"]["towers"]
+        return towers
 
     @property
     def modes(self) -> list[str]:
@@ -183,12 +183,14 @@ class TaskCardData(ModelCardData):
         """One line per tower, one column per layer, below a line of layer numbers."""
         towers = {one_line(tower).replace("`", "'"): layers for tower, layers in self.towers.items()}
         width = max(map(len, [*towers, "layer"]))
-        depth = max(int(layer) for layers in towers.values() for layer in layers)
-        rows = {"layer": [str(layer) for layer in range(1, depth + 1)]}
-        for tower, layers in towers.items():
-            rows[tower] = [MARKS[layers[layer]] if layer in layers else "" for layer in rows["layer"]]
+        names = {layer for layers in towers.values() for layer in layers}
+        depth = max((int(layer) for layer in names if layer.isdigit()), default=0)
+        columns = [*(str(number) for number in range(1, depth + 1)), *(["other"] if "other" in names else [])]
+        rows = {"layer": {column: column for column in columns}}
+        rows |= {tower: {layer: MARKS[mode] for layer, mode in layers.items()} for tower, layers in towers.items()}
         return "\n".join(
-            (name.ljust(width) + "".join(f"{cell:>4}" for cell in row)).rstrip() for name, row in rows.items()
+            (name.ljust(width) + "".join(row.get(c, "").rjust(max(4, len(c) + 2)) for c in columns)).rstrip()
+            for name, row in rows.items()
         )
 
     @property

@@ -16,7 +16,7 @@ from ..files import read_json
 
 TASK_FILE = "task.json"
 FORMAT_VERSION = 2  # 1 had no checksums
-MODES = ("zo", "fo", "fo+zo", "frozen")
+MODES = ("zo", "fo", "fo+zo")
 LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 
 

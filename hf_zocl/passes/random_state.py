@@ -1,4 +1,4 @@
-"""The state that a forward pass reads and changes besides parameters: random generators, and a model's buffers."""
+"""What a forward pass reads and changes besides parameters: random generators, and a model's buffers and modes."""
 
 from __future__ import annotations
 
@@ -43,6 +43,9 @@ class Buffers:
         modules = [(f"{path}." if path else "", module) for path, module in self._model.named_modules()]
         return {prefix + name: (module, name) for prefix, module in modules for name in own_buffers(module)}
 
+    def modules(self) -> Iterator[nn.Module]:
+        return self._model.modules()
+
     def is_copied(self, name: str, tensor: torch.Tensor) -> bool:
         return tensor.nbytes <= SMALL_BYTES or name in self.changing
 
@@ -84,10 +87,11 @@ class Buffers:
 
 
 class ForwardState:
-    """The random generators, and a model's buffers, as they are now.
+    """The random generators, and a model's buffers and modes, as they are now.
 
     The generators are torch's, Python's, and numpy's where it is loaded (SpecAugment draws its masks there). Of the
-    buffers there is a copy of every small one, and of those large ones that a pass changes (see `Buffers`).
+    buffers there is a copy of every small one, and of those large ones that a pass changes (see `Buffers`). A module's
+    mode is training or not: a loss that calls `eval()` would leave the next pass without dropout.
 
     Args:
         devices: Where the model runs: one device, or all that it is spread over. Their generators are kept beside the
@@ -110,6 +114,8 @@ class ForwardState:
         self.tensors = {name: tensor for name, tensor in present.items() if tensor is not None}
         # A module that replaces a buffer may say in an attribute that it has.
         self.attributes = {module: _plain_attributes(module) for module, _ in self.places.values()}
+        modules = self.buffers.modules() if earlier is None else earlier.modes
+        self.modes: dict[nn.Module, bool] = {module: module.training for module in modules}
         # Counted by torch at every change in place; comparing values would wait for the accelerator.
         self.versions = {name: version(tensor) for name, tensor in self.tensors.items()}
         self.values: dict[str, torch.Tensor] = {}
@@ -127,11 +133,13 @@ class ForwardState:
         self.accelerators = {device: torch.get_device_module(device).get_rng_state(device) for device in on}
 
     def now(self) -> ForwardState:
-        """The present state of the same generators and buffers."""
+        """The present state of the same generators, buffers and modules."""
         return ForwardState(self.devices, self.buffers, earlier=self)
 
     @torch.compiler.disable
     def restore(self) -> None:
+        for module, mode in self.modes.items():
+            module.training = mode
         for name, (module, key) in self.places.items():
             tensor = self.tensors.get(name)
             if own_buffers(module).get(key) is not tensor:  # a pass has put another in its place

@@ -22,7 +22,7 @@ from .runs import TRAINING_LOG, RunGroup, class_names
 
 MOST_NUMBERED = 12  # tasks of a matrix whose cells have room for a number
 MOST_LISTED = 10  # classes in a task's title
-MODES = {"zo": "ZO", "fo": "FO", "fo+zo": "mix", "frozen": "–"}
+MODES = {"zo": "ZO", "fo": "FO", "fo+zo": "mix"}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RunView:
         history: What the model said, for the gallery's summaries.
         confusion: What is taken for what; None where there are no predictions.
         charts: Curves of the training.
-        layers: Tower → (number, mode) of every layer.
+        layers: Tower → (name, mode) of every layer.
     """
 
     group: RunGroup
@@ -84,7 +84,7 @@ class RunView:
     history: PredictionHistory | None
     confusion: Confusion | None
     charts: tuple[Chart, ...]
-    layers: Mapping[str, Sequence[tuple[int, str]]]
+    layers: Mapping[str, Sequence[tuple[str, str]]]
 
     @property
     def is_numbered(self) -> bool:
@@ -179,13 +179,18 @@ def _head(group: RunGroup) -> list[HeadFigure]:
     ]
 
 
-def _layers(run: dict[str, Any]) -> dict[str, list[tuple[int, str]]]:
+def _layers(run: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Name and mode of every layer trained, by tower: the numbered ones, then `other`, what is outside them."""
     towers = run.get("assignment", {}).get("towers", {})
-    numbered = {
-        tower: sorted((int(layer), MODES.get(mode, mode)) for layer, mode in layers.items() if layer.isdecimal())
+    named = {
+        tower: [(layer, MODES.get(layers[layer], layers[layer])) for layer in sorted(layers, key=_position)]
         for tower, layers in towers.items()
     }
-    return {tower: layers for tower, layers in numbered.items() if layers}
+    return {tower: layers for tower, layers in named.items() if layers}
+
+
+def _position(layer: str) -> float:
+    return int(layer) if layer.isdecimal() else math.inf
 
 
 def _curves(group: RunGroup, folder: Path | None) -> list[Chart]:

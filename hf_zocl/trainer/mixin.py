@@ -184,6 +184,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """`ResumableTrainer.train`; the zeroth-order parameters take no part in autograd while it runs."""
         try:
             return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if self._is_detached and not self._estimates and "does not require grad" in str(error):
+                raise self._no_estimate() from error
+            raise
         finally:
             if self._is_detached:
                 self._detach_zo_parameters(False)

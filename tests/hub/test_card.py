@@ -51,7 +51,7 @@ def task() -> dict:
             "layers": "hop-even",
             "towers": {
                 "vision": {"1": "fo", "2": "zo", "3": "fo", "4": "zo"},
-                "language": {"1": "fo", "2": "zo", "3": "frozen"},
+                "language": {"1": "fo", "2": "zo"},
             },
         },
         "metrics": {
@@ -150,9 +150,22 @@ def test_first_order_run_is_not_tagged_zeroth_order(task):
 def test_layers_that_are_zeroth_order_in_part_are_said_to_be(task):
     task["assignment"]["towers"] = {"vision": {"1": "fo+zo", "2": "fo"}, "language": {"1": "fo+zo"}}
     text = " ".join(render_task_card(task).text.split())
-    assert "Of the 3 layers of its two towers, 0 were trained by zeroth-order (ZO) optimisation" in text
-    assert "2 in part, and the others as drawn below" in text
-    assert "`ZO` zeroth-order, `fo` first-order, `mix` in part each, `--` frozen." in text
+    assert "Of the 3 layers drawn below, 0 were trained by zeroth-order (ZO) optimisation" in text
+    assert "2 in part, and the others by backpropagation" in text
+    assert "`ZO` zeroth-order, `fo` first-order, `mix` in part each, blank: nothing is trained there." in text
+
+
+def test_what_is_outside_the_numbered_layers_is_drawn_and_counted(task):
+    """The last norms are all that may be zeroth-order, or trained at all."""
+    task["assignment"]["towers"] = {"language": {"2": "fo", "other": "fo"}, "vision": {"other": "zo"}}
+    text = " ".join(render_task_card(task).text.split())
+    assert "Of the 3 layers drawn below, 1 was trained by zeroth-order (ZO) optimisation" in text
+    assert "layer 1 2 other language fo fo vision ZO ```" in text
+    assert "`other` is outside the numbered layers, as the last norm is." in text
+    task["assignment"]["towers"] = {"language": {"other": "zo"}, "vision": {"other": "zo"}}
+    text = " ".join(render_task_card(task).text.split())
+    assert "All 2 layers drawn below were trained by zeroth-order (ZO) optimisation" in text
+    assert "layer other language ZO vision ZO ```" in text
 
 
 def test_accuracy_matrix_is_a_percent_table_with_an_empty_upper_triangle(task):
@@ -214,7 +227,7 @@ def test_layers_are_drawn_in_order_for_each_tower(task):
     drawn = {line.split()[0]: line.split()[1:] for line in render_task_card(task).text.splitlines() if line.strip()}
     assert drawn["layer"] == [str(layer) for layer in range(1, 13)]
     assert drawn["vision"] == ["fo", "ZO"] * 6
-    assert drawn["language"] == ["fo", "ZO", "--"]
+    assert drawn["language"] == ["fo", "ZO"]
 
 
 def test_classes_are_listed_by_task(task):

@@ -69,16 +69,19 @@ def test_a_method_that_lacks_something_says_what():
         adapted("fourierft", {})
 
 
+def stream(tmp_path, adapter: str, config: dict, more: str = "--increment 5"):
+    options = f"--output_dir {tmp_path / 'run'} --model_name_or_path {small_clip()} --adapter {adapter} {more}"
+    options += " --max_train_images_per_class 4 --max_test_images_per_class 2 --max_steps 2 --report_to none"
+    options += " --zo_learning_rate 1e-2 --learning_rate 1e-2 --use_cpu true --disable_tqdm true"
+    return build_scheduler(parse_recipe([*options.split(), "--adapter_config", json.dumps(config)]))
+
+
 @pytest.mark.usefixtures("quick_pictures")
 @pytest.mark.parametrize(
     "adapter", ["ln_tuning", *(pytest.param(name, marks=pytest.mark.slow) for name in ("vera", "fourierft", "ia3"))]
 )
 def test_a_stream_is_learned_saved_and_loaded_again(adapter, tmp_path):
-    options = f"--output_dir {tmp_path / 'run'} --model_name_or_path {small_clip()} --adapter {adapter} --increment 5"
-    options += " --max_train_images_per_class 4 --max_test_images_per_class 2 --max_steps 2 --report_to none"
-    options += " --zo_learning_rate 1e-2 --learning_rate 1e-2 --use_cpu true --disable_tqdm true"
-    recipe = parse_recipe([*options.split(), "--adapter_config", json.dumps(METHODS[adapter])])
-    scheduler = build_scheduler(recipe)
+    scheduler = stream(tmp_path, adapter, METHODS[adapter])
     before = {name: p.detach().clone() for name, p in scheduler.model.named_parameters() if p.requires_grad}
     results = scheduler.run()
     after = {name: p for name, p in scheduler.model.named_parameters() if name in before}
@@ -88,3 +91,12 @@ def test_a_stream_is_learned_saved_and_loaded_again(adapter, tmp_path):
     loaded = dict(model.named_parameters())
     assert all(torch.equal(loaded[name], p) for name, p in after.items())
     assert f"`adapter` | {adapter}" in (tmp_path / "run" / "task-02" / "README.md").read_text()
+
+
+@pytest.mark.usefixtures("quick_pictures")
+def test_a_stream_is_learned_by_the_last_norms_alone(tmp_path):
+    """None of the trained layers has a number."""
+    last = {"target_modules": ["final_layer_norm", "post_layernorm"]}
+    stream(tmp_path, "ln_tuning", last, "--increment 5 --zo_branch dual --zo_layers all --zo_queries 4").run()
+    card = (tmp_path / "run" / "task-01" / "README.md").read_text()
+    assert "All 2 layers drawn below were trained by zeroth-order (ZO) optimisation" in card

@@ -104,6 +104,17 @@ def test_an_attribute_that_goes_with_a_buffer_is_put_back_with_it():
         assert (model.length, model.buffer.tolist()) == (1, [1, 1])
 
 
+def test_a_modules_mode_is_put_back():
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    before = ForwardState(CPU, Buffers(model))
+    model.eval()
+    after = before.now()
+    before.restore()
+    assert [module.training for module in model.modules()] == [True, True, False]
+    after.restore()
+    assert [module.training for module in model.modules()] == [False, False, False]
+
+
 def test_large_buffers_that_no_pass_changes_are_not_copied():
     sizes = {f"weight{i}": torch.zeros(4 * LARGE, dtype=torch.int32) for i in range(16)}  # 64 MB
     model = Changes(lambda m: m.count.add_(1), count=torch.tensor(0), **sizes)

@@ -90,6 +90,13 @@ def test_the_head_has_zero_shot_beside_each_number(tmp_path):
     assert [figure.value for figure in view(group).head][2:] == ["10.0", "-10.0"]
 
 
+def test_layers_are_in_order_and_what_is_outside_them_comes_last(tmp_path):
+    towers = {"language": {"other": "fo", "10": "zo", "2": "fo+zo"}, "vision": {"other": "zo"}}
+    (group,) = load_groups([save_run(tmp_path / "run", 0, more={"assignment": {"towers": towers}})])
+    assert view(group).layers["language"] == [("2", "mix"), ("10", "ZO"), ("other", "FO")]
+    assert view(group).layers["vision"] == [("other", "ZO")]
+
+
 def test_the_report_names_no_local_path_and_no_token(tmp_path):
     run = save_run(
         tmp_path / "run", 0, model_name_or_path="/srv/private/clip", hub_token="hf_secret", output_dir="/srv/x"

@@ -90,6 +90,13 @@ class NoStep(Trainer):
         return torch.zeros(())
 
 
+class OwnStep(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
 class OwnOptimizer(Trainer):
     def create_optimizer(self, model=None):
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
@@ -113,6 +120,34 @@ def test_a_host_that_leaves_no_room_for_the_estimate_is_refused(tmp_path, host, 
     cls = type(f"ZO{host.__name__}", bases, {})
     with pytest.raises(RuntimeError, match=message):
         training(tmp_path, cls, zo_layers="hop-even", gradient_accumulation_steps=1)
+
+
+@pytest.mark.parametrize("layers", ["all", "hop-even"])
+def test_a_step_in_the_place_of_the_mixins_own_is_refused(tmp_path, layers):
+    cls = type("ZOOwnStep", (OwnStep, ZeroOrderMixin), {})
+    with pytest.raises(RuntimeError, match="ZOOwnStep: its training_step made no zeroth-order estimate"):
+        training(tmp_path, cls, zo_layers=layers, gradient_accumulation_steps=1)
+
+
+class CallsEval(Trainer):
+    """Its loss leaves the model in evaluation mode, as after generating for a metric."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        model.eval()
+        return result
+
+
+@pytest.mark.parametrize("layers", ["all", [1]])
+@pytest.mark.parametrize("estimator", slow_but_for(["one-sided"], ["one-sided", "two-sided", "forward-gradient"]))
+def test_a_loss_that_calls_eval_leaves_the_passes_as_they_are(tmp_path, estimator, layers):
+    """Else the pass at θ alone would have dropout, and differences were of the dropout."""
+    options = {"zo_layers": layers, "zo_estimator": estimator, "max_steps": 3}
+    one, other = (
+        train(tmp_path, Mlp(dropout=0.5), type("ZO", bases, {}), data=rows(), **options)
+        for bases in ((ZOCLTrainer,), (ZeroOrderMixin, CallsEval))
+    )
+    assert all(map(torch.equal, one.model.parameters(), other.model.parameters()))
 
 
 def test_a_host_that_loads_checkpoints_in_its_own_way_goes_on(tmp_path):
