@@ -143,8 +143,6 @@ class RunArguments:
         if self.learning == "joint" and (self.scenario not in (None, "class") or self.datasets is not None):
             what = f"scenario={self.scenario!r}" if self.datasets is None else f"datasets={self.datasets}"
             raise ValueError(f"learning=joint has one task; {what} needs several.")
-        if self.test_fraction is not None and self.test_split is not None:
-            raise ValueError("test_fraction and test_split were both given: pass one.")
         if self.class_names is not None and self.datasets is not None:
             raise ValueError("class_names are those of one dataset; datasets have names of their own (name_column).")
         if self.benchmark != "none" and (self.dataset_name or self.datasets) is not None:

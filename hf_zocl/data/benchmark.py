@@ -75,6 +75,8 @@ class Benchmark:
             options["initial_increment"] = None
         if "test_split" in given:
             options["test_fraction"] = None
+        elif "test_fraction" in given or options["test_fraction"] is not None:
+            options["test_split"] = None
         if "class_order_seed" in given:
             options["class_order"] = None
         if "class_order" in given:

@@ -264,6 +264,8 @@ class TaskStream(Sequence[Task]):
                 fit the dataset.
         """
         _check_arguments(class_names, class_order, class_order_seed, seed)
+        if test_split is not None and test_fraction is not None:
+            raise ValueError(f"test_split={test_split!r} and test_fraction={test_fraction} were both given: pass one.")
         caps = {
             "max_train_images_per_class": max_train_images_per_class,
             "max_test_images_per_class": max_test_images_per_class,

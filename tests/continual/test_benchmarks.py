@@ -268,6 +268,11 @@ def test_the_sample_comes_from_the_package_and_has_no_hub_id():
     assert [len(task.test) for task in stream] == [100] * 5
 
 
+def test_a_share_takes_the_place_of_a_benchmarks_test_split():
+    (first, *_) = get_benchmark("cifar10-sample").stream(test_fraction=0.25, max_test_images_per_class=100)
+    assert len(first.test_rows) == 100 * len(first.class_names) and not set(first.test_rows) & set(first.train_rows)
+
+
 def test_without_a_path_the_hub_is_asked(monkeypatch):
     asked = []
 

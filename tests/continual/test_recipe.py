@@ -243,11 +243,6 @@ def test_a_class_order_that_cannot_vary_is_refused(tmp_path, text, said):
         parse(tmp_path, text).per_seed()
 
 
-def test_a_test_split_and_a_share_of_the_training_images_are_not_both_taken(tmp_path):
-    with pytest.raises(ValueError, match="test_fraction and test_split were both given: pass one"):
-        parse(tmp_path, "test_fraction: 0.2\ntest_split: test\n")
-
-
 def test_a_number_of_seeds_counts_up_from_the_seed(tmp_path):
     recipes = parse(tmp_path, "num_seeds: 3\nseed: 5\n").per_seed()
     assert [(recipe.training.seed, recipe.run.class_order_seed) for recipe in recipes] == [

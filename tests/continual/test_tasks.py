@@ -612,6 +612,11 @@ def test_a_class_of_one_image_cannot_be_shared():
         in_order(DatasetDict(train=split([0, 0, 1, 1, 2, 2, 3, 3, 4])), test_fraction=0.5)
 
 
+def test_a_test_split_and_a_share_of_the_training_images_are_not_both_taken():
+    with pytest.raises(ValueError, match="test_split='test' and test_fraction=0.2 were both given: pass one"):
+        in_order(test_split="test", test_fraction=0.2)
+
+
 @pytest.mark.parametrize("fraction", [0, 1, -0.2, 1.5])
 def test_a_share_that_is_none_is_an_error(fraction):
     with pytest.raises(ValueError, match=f"test_fraction={fraction}: expected a share between 0 and 1"):
