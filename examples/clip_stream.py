@@ -1,4 +1,4 @@
-"""A CLIP learns a stream of tasks: five classes of CIFAR-10, then five more; each task ends as a checkpoint.
+"""A CLIP learns a stream of tasks: five classes of CIFAR-10, then five more; each task ends with a checkpoint.
 
 Everything it needs is in the package: a mini CLIP and a sample of CIFAR-10.
 """

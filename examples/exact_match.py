@@ -1,7 +1,7 @@
-"""A small language model learns by exact match of what it generates: sums of two digits, right or wrong.
+"""A small language model learns from exact matches of what it generates: sums of two digits, right or wrong.
 
-It learns them by the usual loss first, for an exact match says nothing of a model that never hits; then by forward
-passes alone, from `zo_objective`. Offline, from random weights.
+It learns by the usual loss first, because exact match says nothing about a model that is never right; then by forward
+passes alone, from `zo_objective`. It runs offline, from random weights.
 """
 
 import tempfile
@@ -16,7 +16,7 @@ PLUS, EQUALS, END = 10, 11, 12  # the tokens; 0 to 9 are the digits
 
 
 def sums() -> list[dict]:
-    """All `a+b=cd`; the loss counts the two digits of the sum."""
+    """All examples `a+b=cd`; the loss is over the two digits of the sum."""
     rows = []
     for a in range(10):
         for b in range(10):
@@ -27,7 +27,7 @@ def sums() -> list[dict]:
 
 
 def misses(model, inputs, outputs) -> torch.Tensor:
-    """1 for every sum that is not answered exactly."""
+    """1 for every sum that is not answered exactly, otherwise 0."""
     prompts = inputs["input_ids"][:, :4]
     mask = torch.ones_like(prompts)
     found = model.generate(prompts, attention_mask=mask, max_new_tokens=2, do_sample=False)

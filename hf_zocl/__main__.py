@@ -29,11 +29,11 @@ def main() -> None:
         if not is_refusal(error):
             raise
         sys.exit(f"error: {one_line(error)}")
-    run()  # in a guard of its own
+    run()  # each command catches its own errors
 
 
 def chosen() -> Callable[[], None]:
-    """The command that the command line names, whose arguments are then all that is left there.
+    """The command that the command line names; `sys.argv` keeps only the command's own arguments.
 
     Raises:
         ValueError: If it names none.

@@ -50,7 +50,7 @@ def check_texts(name: str, values: Any) -> None:
         WrongTypeError: If it is itself a text, or holds anything but texts.
         ValueError: If a text holds half a character (a lone surrogate), which no file can hold.
     """
-    is_list = hasattr(values, "__len__") and hasattr(values, "__getitem__")  # an array is one, too
+    is_list = hasattr(values, "__len__") and hasattr(values, "__getitem__")  # an array counts as one
     if isinstance(values, (str, bytes, dict)) or not is_list:
         raise WrongTypeError(f"{name}={shown(values)}: expected a list of texts, got {type(values).__name__}.")
     for position, value in enumerate(values):
@@ -59,7 +59,7 @@ def check_texts(name: str, values: Any) -> None:
 
 
 def check_writable(name: str, text: str) -> None:
-    """Check that a text is one that a file can hold.
+    """Check that a file can hold a text.
 
     Raises:
         ValueError: If it holds half a character (a lone surrogate).
@@ -71,24 +71,24 @@ def check_writable(name: str, text: str) -> None:
 
 
 def shown(value: Any, limit: int = 80) -> str:
-    """A value as an error shows it: on one line, in ASCII where it is not text, and not longer than `limit`."""
+    """A value as errors show it: on one line, in ASCII if it is not text, and at most `limit` characters long."""
     try:
         text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
-    except Exception as error:  # a number of more digits than Python prints, for one
+    except Exception as error:  # for example, a number with more digits than Python prints
         text = f"<{type(value).__name__}: {error}>"
     text = " ".join(text.split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def check_fields(arguments: Any, names: Collection[str] | None = None, but: Sequence[str] = ()) -> None:
-    """Check what a dataclass of arguments holds against its annotations: texts, numbers, flags, and lists of them.
+    """Check the values of a dataclass of arguments by its annotations: texts, numbers, flags, and lists of them.
 
-    Fields of other types are checked where they are read.
+    Fields of other types are checked where they are used.
 
     Args:
         arguments: The dataclass.
         names: The fields to check; default: all.
-        but: Fields that hold more than their annotation says.
+        but: Fields to leave out.
 
     Raises:
         WrongTypeError: If a value has another type than its field.
@@ -108,7 +108,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def expected(types: Sequence[Any]) -> str:
-    """The name of one of these types, in words."""
+    """These types in words, for an error message."""
     words = [_describe(each) for each in types if each is not type(None)]
     return " or ".join([*dict.fromkeys(words), *(["null"] if type(None) in types else [])])
 

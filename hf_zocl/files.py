@@ -1,4 +1,4 @@
-"""Files (JSON too) and folders that are whole or absent at any moment, and on the disk before their names are."""
+"""Files, also JSON, and folders that are whole or absent at any moment, and flushed before they are named."""
 
 import errno
 import hashlib
@@ -16,23 +16,23 @@ from pathlib import Path
 from typing import Any
 
 
-# The system's numbers for lack of space: on the disk, within a quota, or for a file of that size (ulimit).
+# The system's error numbers for lack of space: on the disk, within a quota, or by the limit on file size (ulimit).
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A disk with less free space than this counts as full: the write that failed has used the rest.
+# A disk with less free space than this counts as full: the failed write has used the rest.
 _LEAST_ROOM = 1 << 20
 
 
 def room_error(folder: Path, error: Exception, needed: int = 0) -> OSError | None:
-    """The system's words for `error`, if a write into `folder` failed for lack of space; otherwise None.
+    """The system's error behind `error`, if a write into `folder` failed for lack of space; otherwise None.
 
-    torch and safetensors raise errors without the system's number, so the disk is asked: for its free space, by
-    writing a small file, and for a file that has reached the size limit.
+    torch and safetensors raise errors without the system's number, so the disk is checked: its free space, whether a
+    small file can be written, and whether a file has reached the size limit.
 
     Args:
         folder: The folder to write into; it need not exist.
         error: The error that was raised.
-        needed: The size in bytes of the largest file. The part that was written may have been removed, and its space
-            freed.
+        needed: The size in bytes of the largest file to write; its unfinished part may already be removed, and the
+            space free again.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error if error.errno in NO_ROOM else None
@@ -62,7 +62,7 @@ def _want_of_room(folder: Path, needed: int) -> int | None:
 
 
 def _greatest_file() -> int:
-    """The greatest size in bytes of a file of this process (`ulimit -f`)."""
+    """The largest size in bytes that this process may give a file (`ulimit -f`)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -75,10 +75,10 @@ def _greatest_file() -> int:
 def written_whole(path: str | os.PathLike) -> Iterator[Path]:
     """Give a file next to `path` to write to. It replaces `path` when the block ends, and is removed if that raises.
 
-    Several processes of a machine may write the same file: the last one wins.
+    Several processes on a machine may write the same file: the last one wins.
 
     Raises:
-        OSError: If there is no space, with the system's number, whatever the block raised.
+        OSError: With the system's number, if there is no space, whatever error the block raised.
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -87,7 +87,7 @@ def written_whole(path: str | os.PathLike) -> Iterator[Path]:
         _flush(unfinished)
         os.replace(unfinished, path)
     except Exception as error:
-        no_room = room_error(path.parent, error)  # asked before what was written makes room again
+        no_room = room_error(path.parent, error)  # before removing the unfinished file frees its space
         if no_room in (None, error):
             raise
         raise no_room from error
@@ -99,7 +99,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, which is whole or absent at any moment.
 
     Raises:
-        ValueError: If a number in it is not finite, which it names: JSON has none.
+        ValueError: If a number is not finite, because JSON has no such numbers; the message names it.
     """
     try:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
@@ -113,7 +113,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def not_finite(content: Any, where: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers in a JSON-like object that are not finite, each with its place."""
+    """The numbers in a JSON-like object that are not finite, each after its place."""
     if isinstance(content, float) and not math.isfinite(content):
         yield where, content
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
@@ -166,6 +166,6 @@ def fingerprint(content: Path | bytes) -> dict[str, Any]:
 
 
 def _flush(file: Path) -> None:
-    """Flush to the medium, so that a power cut never leaves a name without its content."""
+    """Flush a file to the disk, so that a power cut never leaves a name without its content."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())

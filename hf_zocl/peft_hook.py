@@ -1,6 +1,6 @@
-"""Registers with PEFT, once both `hf_zocl` and `peft` are imported, in either order.
+"""Registers MoE adapters, and the placement of offloaded layers' adapters, with PEFT.
 
-That is the MoE adapters, and where the adapters of offloaded layers stand.
+This happens once both `hf_zocl` and `peft` are imported, in either order.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-# Each registers itself.
+# Each module registers itself when it is imported.
 MODULES = ("hf_zocl.models.moe_adapter", "hf_zocl.models.placement")
 
 
 def register_with_peft() -> None:
-    """Import the modules now if PEFT is imported already, otherwise right after PEFT is."""
+    """Import the modules now if PEFT is already imported, otherwise right after PEFT."""
     if "peft" in sys.modules:
         _import()
     else:
@@ -31,7 +31,7 @@ def _import() -> None:
 
 
 class _AfterPeft(MetaPathFinder):
-    """Finds `peft` as the other finders do, and imports the modules once its own code has run."""
+    """Finds `peft` by the other finders, and imports the modules once PEFT's own code has run."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

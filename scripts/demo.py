@@ -1,4 +1,4 @@
-"""Serve a page to try a run with, or push it as a Space: `python scripts/demo.py --help`."""
+"""Serve a page to try a run, or push it as a Space: `python scripts/demo.py --help`."""
 
 from hf_zocl.commands.demo import main
 

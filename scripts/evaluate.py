@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 if __name__ == "evaluate":
-    # A script's own folder comes first on sys.path, where `import evaluate` finds this file: hand over to the library.
+    # A script's folder comes first on sys.path, so `import evaluate` finds this file: hand over to the library.
     searched, here = list(sys.path), Path(__file__).resolve().parent
     sys.path[:] = [folder for folder in searched if Path(folder).resolve() != here]
     del sys.modules["evaluate"]

@@ -1,4 +1,4 @@
-"""Make a task's adapter again from the log of its zeroth-order steps: `python scripts/replay.py --help`."""
+"""Rebuild a task's adapter from the log of its zeroth-order steps: `python scripts/replay.py --help`."""
 
 from hf_zocl.commands.replay import main
 

@@ -1,10 +1,10 @@
-"""A page to try a run with: an image, a slider over the tasks, and the probabilities after each.
+"""A page to try a run: an image, a slider over the tasks, and the probabilities after each task.
 
     python -m hf_zocl demo runs/quickstart
     python -m hf_zocl demo someone/a-repository --dataset_path path/to/dataset
     python -m hf_zocl demo someone/a-repository --push_space someone/a-demo
 
-It needs Gradio: pip install "hf_zocl[demo]". The page is served to this machine alone, unless --server_name says
+It needs Gradio: pip install "hf_zocl[demo]". The page is served to this machine only, unless --server_name says
 otherwise. --push_space makes a Space on the Hub that shows the repository, or the one a run's folder was pushed to.
 """
 

@@ -1,4 +1,4 @@
-"""The door to every command: a refusal is one line, and a traceback is for bugs."""
+"""The door to every command: a refusal prints one line, and only a bug prints a traceback."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import NoReturn
 import hf_zocl
 
 
-# Faults of a value, a file, the Hub, or the installed packages; anything else is a bug.
+# Faults in a value, a file, the Hub or the installed packages; anything else is a bug.
 REFUSALS = (ValueError, OSError, ImportError, MemoryError)
-INTERRUPTED = 130  # the exit status of shells: 128 + SIGINT
-# Seconds that a process other than its machine's first waits before it reports a refusal: usually the first process
-# reports the same, and its end ends them all.
+INTERRUPTED = 130  # the exit status as in shells: 128 + SIGINT
+# Seconds that a process other than the first of its machine waits before it reports a refusal: usually the first
+# reports the same one, and ends them all.
 PATIENCE = 10
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others, without the usage."""
+    """A parser whose errors are one line, like all refusals, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -33,9 +33,9 @@ class Parser(argparse.ArgumentParser):
 def command(main: Callable[[], None]) -> Callable[[], None]:
     """Decorate a script's `main`: a refusal ends it with one line, `error: …`, and exit status 1.
 
-    With `--debug` on the command line, without a value, it ends with the traceback. Bugs always do. The first of
-    the processes that a launcher has started reports for all; an error that only another one meets is reported by that
-    one, a little later.
+    With a bare `--debug` on the command line, it ends with a traceback, as a bug always does. Of the processes that a
+    launcher started, the first reports for all; an error that only another process meets is reported by that process,
+    a little later.
     """
 
     @functools.wraps(main)
@@ -48,7 +48,7 @@ def command(main: Callable[[], None]) -> Callable[[], None]:
             if _is_first():
                 print("error: interrupted", file=sys.stderr)
             sys.exit(INTERRUPTED)
-        except BrokenPipeError:  # who reads the output has enough
+        except BrokenPipeError:  # the reader of the output has closed it
             sys.stderr.close()
             sys.exit(1)
         except Exception as error:
@@ -67,7 +67,7 @@ def _is_first() -> bool:
 
 
 def require(module: str, extra: str) -> None:
-    """Look for a module that the package does not always install, before any work that would need it.
+    """Check for an optional module before any work that would need it.
 
     Raises:
         ImportError: If it cannot be imported; the message says what to install.
@@ -81,7 +81,7 @@ def require(module: str, extra: str) -> None:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Tell whether an error is a fault of the command's input."""
+    """Tell whether an error is a refusal, not a bug."""
     return isinstance(error, REFUSALS) or type(error).__name__ == "OutOfMemoryError"
 
 
@@ -102,7 +102,7 @@ def _is_worded_here(error: BaseException) -> bool:
 
 
 def _asks_for_tracebacks() -> bool:
-    """Take a bare `--debug` from the command line; with a value it is the Trainer's own."""
+    """Take a bare `--debug` off the command line; with a value, it is the Trainer's own argument."""
     argv = sys.argv
     for place, argument in enumerate(argv):
         if argument == "--debug" and (place + 1 == len(argv) or argv[place + 1].startswith("--")):

@@ -3,8 +3,8 @@
     python -m hf_zocl evaluate runs/quickstart/task-02
     python -m hf_zocl evaluate someone/a-repository --revision task-03 --benchmark cifar10 [--dataset_path folder]
 
-Any further argument is a recipe's: --scenario task, --max_test_images_per_class 100, --per_device_eval_batch_size 64.
-A run in bfloat16 on a GPU is measured on a CPU with --bf16 false.
+Any further argument is an argument of a recipe, such as --scenario task, --max_test_images_per_class 100 or
+--per_device_eval_batch_size 64. A run in bfloat16 on a GPU is measured on a CPU with --bf16 false.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from .door import Parser, command
 from .recipe import RecipeParser
 
 
-# The arguments of a run that its stream does not have: here they would change nothing.
+# The run arguments that do not describe the stream: in an evaluation they would change nothing.
 OF_TRAINING = {
     *("preset", "model_name_or_path", "merge_into", "dtype", "held_out", "evaluate_future", "seeds", "num_seeds"),
     *("vary_class_order", "resume", "overwrite_output_dir"),

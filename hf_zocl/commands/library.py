@@ -31,12 +31,12 @@ def find(kind: str, name: str) -> Path | None:
 
 
 def first_line(kind: str, name: str) -> str:
-    """The first line of the comment that opens a file."""
+    """The first line of the comment at the top of a recipe or preset."""
     return find(kind, name).read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
 
 
 def recipe_file(given: str, beside: Path | None = None) -> Path:
-    """The file of a recipe, from a name or a path; the package's names come first (`./name` means the file).
+    """The file of a recipe, by name or path; names in the package come first (`./name` always means a file).
 
     Args:
         given: A name or a path.
@@ -59,7 +59,7 @@ def preset_file(name: str) -> Path:
     """The file of a preset.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is no preset of that name.
     """
     file = find("preset", name)
     if file is None:

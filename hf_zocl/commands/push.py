@@ -57,5 +57,5 @@ def push_run(
     pusher.queue.pending = [name for name in complete if name in queue.pending] if is_rest else complete
     outcomes = pusher.drain()
     if queue is not None and not is_rest:
-        queue.write()  # what waits for its own repository goes on waiting
+        queue.write()  # this push went elsewhere, so the tasks still wait for the queue's repository
     return outcomes, pusher.queue.pending, pusher.repo_id or pusher.queue.repo_id

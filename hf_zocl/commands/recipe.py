@@ -1,4 +1,4 @@
-"""A recipe (YAML) and the command line, read into arguments, and a run built from them."""
+"""Read a recipe (YAML) and the command line into arguments, and build a run from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Recipe:
 
     Args:
         run, adapter, training: The arguments.
-        entries: The arguments that are in the recipe's file, with their places.
+        entries: The arguments that come from the recipe's files, with their places.
     """
 
     run: RunArguments
@@ -40,11 +40,11 @@ class Recipe:
     entries: Mapping[str, Entry] = field(default_factory=dict, repr=False)
 
     def placing(self) -> AbstractContextManager[None]:
-        """A context in which an error that names an argument of the recipe also says where it is."""
+        """A context in which an error that names an argument of the recipe also says where that is."""
         return _placing(self.entries)
 
     def to_dict(self) -> dict[str, Any]:
-        """All arguments by name, tokens masked."""
+        """All arguments by name, with tokens masked."""
         return {**asdict(self.run), **asdict(self.adapter), **self.training.to_dict()}
 
     @property
@@ -79,9 +79,9 @@ class Recipe:
 def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     """Read `--recipe NAME_OR_FILE` and any further `--argument value`, which override the recipe.
 
-    A recipe may `include` another one, by name or by a path from its own folder or the current one, and override it. A
-    `preset` sets several arguments at once: one of the recipe's is overridden by the rest of the recipe, one of the
-    command line's takes its place, overrides the recipe and is overridden by the rest of the command line.
+    A recipe may `include` another one, by name or by a path from its own folder or the current one, and override it.
+    A `preset` sets several arguments at once. In a recipe, the rest of the recipe overrides it. On the command line,
+    it replaces the recipe's preset and overrides the recipe, and the rest of the command line overrides it.
 
     Args:
         argv: The command line without the program's name; default: `sys.argv`.
@@ -89,7 +89,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     Raises:
         ValueError: If there is no such recipe, or it is not a mapping, names an unknown argument or one argument
             twice, or includes itself; or if a value has the wrong type or is out of its range. The message names the
-            value, and the file and the line of one from a recipe.
+            value, and for one from a recipe the file and the line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RecipeParser(
@@ -118,7 +118,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
 
 
 def _hints() -> dict[str, Any]:
-    """Every argument of a recipe, and its annotation."""
+    """Every argument that a recipe may have, with its annotation."""
     hints = {
         each.name: hint
         for cls in (RunArguments, AdapterArguments, ZOCLTrainingArguments)
@@ -126,7 +126,7 @@ def _hints() -> dict[str, Any]:
         for each in fields(cls)
         if each.init and (hint := hints[each.name])
     }
-    return hints | dict.fromkeys(PER_TOWER, Any)  # a value, or a mapping with one for each tower
+    return hints | dict.fromkeys(PER_TOWER, Any)  # one value, or a mapping from tower to value
 
 
 def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, AdapterArguments, ZOCLTrainingArguments]:
@@ -139,14 +139,14 @@ def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, Adapte
         run, adapter, training, _ = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except (ValueError, OSError):
         raise
-    except Exception as error:  # transformers and accelerate stumble over values in many ways
+    except Exception as error:  # bad values fail in transformers and accelerate with many kinds of errors
         raise ValueError(f"the arguments cannot be taken: {type(error).__name__}: {error}") from error
     return run, adapter, training
 
 
 @contextmanager
 def _placing(entries: Mapping[str, Entry]) -> Iterator[None]:
-    """Let an error that names an argument of a recipe also say where it is."""
+    """Make an error that names an argument of a recipe also say where that is."""
     try:
         yield
     except ValueError as error:
@@ -157,7 +157,7 @@ def _placing(entries: Mapping[str, Entry]) -> Iterator[None]:
 
 
 class RecipeParser(HfArgumentParser):
-    """A parser whose errors are one line, like all others, without the usage."""
+    """A parser whose errors are one line, like all refusals, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -185,11 +185,11 @@ def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe:
         pretrained = load_pretrained(
             run.model_name_or_path, recipe.adapter, run.dtype, training.seed, len(stream), run.merge_into
         )
-    # Two whole datasets may have a class of the same name, which does not belong to one task.
+    # Two whole datasets may have a class of the same name, so their classes cannot all be set at once.
     names = stream[0].class_names if stream.scenario == "cross-dataset" else stream.class_names
     model = CLIPClassifier(pretrained.clip, pretrained.processor.tokenizer, names, template)
     if not torch.accelerator.is_available():
-        training.dataloader_pin_memory = False  # there is nowhere to copy to; torch would warn once a task
+        training.dataloader_pin_memory = False  # without an accelerator, torch would warn about pinning in every task
     return ContinualTaskScheduler(
         model,
         pretrained.processor,

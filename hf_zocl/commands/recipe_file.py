@@ -1,4 +1,4 @@
-"""A recipe's file: YAML whose values have the types of the arguments, not those that YAML guesses."""
+"""Read a recipe's file: YAML whose values get the types of the arguments, not those that YAML guesses."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Entry:
     """One argument in a recipe.
 
     Args:
-        value: Of the argument's type.
-        place: Where it is: `file.yaml, line 3`.
+        value: The value, of the argument's type.
+        place: Where it is, as `file.yaml, line 3`.
     """
 
     value: Any
@@ -44,14 +44,14 @@ def read_recipe(
 ) -> dict[str, Entry]:
     """The arguments of a recipe. They override those of its preset, which override those of an included recipe.
 
-    A value is what the argument's annotation makes of its text: `class_names: [yes, no]` are two names, and
-    `lora_rank: 8.0` is a whole number. `null` is allowed for arguments that may be None.
+    A value's text is read by the argument's annotation: `class_names: [yes, no]` gives two names, and `lora_rank: 8.0`
+    a whole number. `null` is allowed for arguments that may be None.
 
     Args:
         path: The file.
         hints: Argument → annotation.
-        including: The recipes that led here.
-        with_preset: Whether the arguments of its preset count; not where another takes its place.
+        including: The recipes whose `include` led here.
+        with_preset: Whether its preset counts; False if another preset replaces it.
 
     Raises:
         ValueError: If the file is not a mapping, names an argument twice or an unknown one, holds a value of the wrong
@@ -79,7 +79,7 @@ def read_recipe(
     included, preset = entries.pop("include", None), entries.get("preset")
     has_preset = preset is not None and preset.value is not None
     below = {}
-    if included is not None:  # of two presets nothing of the lower one is left
+    if included is not None:  # a preset replaces the included recipe's preset as a whole
         below = _include(included, path, hints, including, with_preset and not has_preset)
     if has_preset:
         own = read_preset(preset.value, f"{preset.place}: preset={shown(preset.value)}", hints)
@@ -89,7 +89,7 @@ def read_recipe(
 
 
 def read_preset(name: str, where: str, hints: Mapping[str, Any]) -> dict[str, Entry]:
-    """The arguments that a preset sets; an error message opens with `where`, the place that asks for it.
+    """The arguments that a preset sets; errors begin with `where`, the place that asks for it.
 
     Raises:
         ValueError: If there is no such preset.
@@ -114,7 +114,7 @@ def _include(
 
 
 def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:
-    """The same error, with the places in the recipe of the arguments that it names."""
+    """The same error, with the places of the recipe arguments that it names."""
     text = str(error)
     named = [name for name in dict.fromkeys(_WORD.findall(text)) if name in entries]
     places = [f"{name}: {entries[name].place}" for name in named if entries[name].place not in text]
@@ -122,7 +122,7 @@ def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:
 
 
 def _mapping(path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
-    """The keys and values of a file as YAML's nodes, which still have their text."""
+    """The keys and values of a file as YAML nodes, which keep their text."""
     try:
         root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -145,7 +145,7 @@ def _mapping(path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
 
 
 def _value(node: yaml.Node, hint: Any, where: str, is_item: bool = False) -> Any:
-    """A value's text, converted as its annotation says; in a list `null` is an ordinary text."""
+    """A value's text, converted as its annotation says; in a list, `null` is ordinary text."""
     types = alternatives(hint)
     if isinstance(node, yaml.ScalarNode):
         found = _scalar(node, types, where, is_item)
@@ -203,7 +203,7 @@ def _number(text: str, may_be_fractional: bool) -> int | float | None:
 
 
 def _guessed(node: yaml.Node, where: str) -> Any:
-    """A value of any type, as YAML guesses it."""
+    """A value of any type, as YAML reads it."""
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_document(node)

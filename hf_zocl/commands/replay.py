@@ -1,8 +1,8 @@
-"""Make a task's adapter again from the log of its zeroth-order steps, and compare it with the checkpoint.
+"""Rebuild a task's adapter from the log of its zeroth-order steps, and compare it with the checkpoint.
 
     python -m hf_zocl replay runs/all-zeroth-order --task 2
 
-The run is one in which all is zeroth-order: --zo_branch dual --zo_layers all.
+All layers of the run must be zeroth-order: --zo_branch dual --zo_layers all.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python -m hf_zocl report runs/quickstart
     python -m hf_zocl report --compare runs/hop runs/fo --baseline fo --output_dir runs/report
 
-A run is a folder with results.json, or with a folder for each seed. Of one run, report.html goes into its folder;
-several are compared in a table (comparison.md and comparison.tex), with paired differences to the baseline.
+A run is a folder with results.json, or with a folder for each seed. The report.html of one run goes into its folder.
+Several runs are compared in a table (comparison.md and comparison.tex), with paired differences to the baseline.
 """
 
 import argparse

@@ -37,14 +37,14 @@ def learn() -> None:
         for one in recipes:
             run(one)
         if len(recipes) > 1 and recipe.training.should_save:
-            # Only these seeds: the folder may hold other runs.
+            # Only these seeds, because the folder may hold other runs.
             comparison = compare_groups([load_seeds([Path(one.training.output_dir) for one in recipes])])
             comparison.write(Path(recipe.training.output_dir))
             print(f"{comparison.markdown()}\n\nWritten to {recipe.training.output_dir}: comparison.md, seed-…")
 
 
 def prepare(recipe: Recipe, recipes: list[Recipe], stack: ExitStack) -> None:
-    """Check every folder and repository before the first run; several runs lock the folder that they share.
+    """Check every folder and repository before the first run; several seeds also lock the folder that they share.
 
     Raises:
         FolderInUseError, ValueError: If a folder is in use or would lose files, or the Hub refuses a repository.
@@ -78,7 +78,7 @@ def run(recipe: Recipe) -> None:
 
 
 def resume_of(recipe: Recipe) -> bool | str:
-    """The `resume` to run with: as asked for; True for a run of this launch if its processes were restarted."""
+    """The `resume` to run with: as asked for, or True if this launch began the run and was restarted."""
     return recipe.resume or (restarts() > 0 and is_begun(recipe))
 
 
@@ -87,7 +87,7 @@ def overwrites(recipe: Recipe) -> bool:
 
 
 def is_begun(recipe: Recipe) -> bool:
-    """Tell whether this launch, whose first process outlives its restarts, began the run in `output_dir`."""
+    """Tell whether this launch began the run in `output_dir`: the launcher's process outlives restarts."""
     results = Path(recipe.training.output_dir) / RESULTS_FILE
     return results.is_file() and results.stat().st_mtime >= psutil.Process(os.getppid()).create_time()
 
@@ -98,9 +98,9 @@ def restarts() -> int:
 
 
 def join_again() -> None:
-    """Form the process group in a store without the addresses of earlier processes.
+    """Form the process group with a store that has no addresses of earlier processes.
 
-    torchrun's own store outlives them, and processes that read it wait for the dead ones (pytorch issue 135712).
+    torchrun's store outlives the processes, and new ones that read it wait for the dead (pytorch issue 135712).
 
     Raises:
         ValueError: If several machines share the store, because they count their restarts differently.

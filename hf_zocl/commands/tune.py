@@ -1,14 +1,14 @@
-"""Choose learning rates and ε on the first task alone, as the paper does, and print every candidate.
+"""Choose learning rates and ε on the first task alone, as in the paper, and print every candidate.
 
     python -m hf_zocl tune --recipe cifar10 --dataset_path path/to/cifar10 --zo_branch none \\
         --grid learning_rate=5e-4,1e-3,2e-3,5e-3,1e-2 --retention path/to/another/dataset
 
-A candidate is judged by two figures. A is the accuracy on *training* images of the first task that were held out,
-after training it. R is zero-shot retention, the accuracy on the test images of another dataset that the model knew
-before, after the first task was trained as often as the stream has tasks: what a whole stream's steps make it forget.
-A alone would choose a rate that forgets all that CLIP knows of the tasks to come, which no image of the first task can
-show. The candidate with the greatest geometric mean √(A·R) wins: a relative gain in one weighs as much as the same
-relative loss in the other. No test image of the stream, and no later task, is looked at.
+A candidate is judged by two figures. A is the accuracy on held-out *training* images of the first task, after training
+on it. R is zero-shot retention: the accuracy on the test images of another dataset, which the model knew before, after
+the first task was trained as often as the stream has tasks. R shows what the steps of a whole stream make it forget.
+A alone would choose a rate that forgets all that CLIP knows about the tasks to come, which no image of the first task
+can show. The candidate with the greatest geometric mean √(A·R) wins: a relative gain in one weighs as much as the same
+relative loss in the other. No test image of the stream, and no later task, is used.
 
 Further arguments go to every candidate, as on the command line of `train`.
 """
@@ -50,7 +50,7 @@ def main() -> None:
     rows = [judge.zero_shot(further), *judge.measure_all(options.grid, further)]
     try:
         mark_best(rows, options.keep)
-    finally:  # whether or not one can be chosen, these took hours
+    finally:  # the rows took hours, so keep them even if none can be chosen
         if options.output is not None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write_json(options.output, rows)
@@ -86,11 +86,10 @@ class FirstTask:
     """Measures candidates on the first task.
 
     Args:
-        recipe: A recipe's file.
-        seeds: A candidate's figures are means over them.
+        recipe: A recipe's name or file.
+        seeds: The seeds over which a candidate's figures are averaged.
         held_out: Training images per class to test on.
         retention: The stream on which zero-shot retention is measured.
-
         repetitions: How often the first task is trained before R is measured; None: as often as there are tasks.
     """
 
@@ -113,7 +112,7 @@ class FirstTask:
             with self._scheduler([*further, *arguments, "--seed", str(seed)]) as (scheduler, tasks):
                 first_task.append(scheduler.run()["last"])
                 for repetition in range(1, self.repetitions or tasks):
-                    # Other directions and another data order, as the next task would have.
+                    # Other directions and another data order, as in a next task.
                     args = dataclasses.replace(scheduler.args, seed=seed + 1000 * repetition)
                     scheduler = self._over(scheduler.stream, args, scheduler)
                     scheduler.run(overwrite_output_dir=True)
@@ -121,14 +120,14 @@ class FirstTask:
         return as_row(candidate, first_task, retained)
 
     def zero_shot(self, further: list[str]) -> dict[str, Any]:
-        """The row of the untrained model."""
+        """The table row of the untrained model."""
         with self._scheduler([*further, "--seed", str(self.seeds[0])]) as (scheduler, _):
             held_out = accuracy(scheduler, scheduler.stream)
             return as_row({}, [held_out], [accuracy(scheduler, self.retention)])
 
     @contextmanager
     def _scheduler(self, further: list[str]) -> Iterator[tuple[ContinualTaskScheduler, int]]:
-        """A run over the first task alone, tested on held-out training images; and the stream's tasks."""
+        """A run over the first task alone, tested on held-out training images; and the number of tasks."""
         quiet = ["--disable_tqdm", "true", "--report_to", "none", "--push_to_hub", "false"]  # not a result
         with tempfile.TemporaryDirectory(prefix="hf-zocl-tune-") as folder:
             recipe = parse_recipe(["--recipe", self.recipe, *further, "--output_dir", folder, *quiet])
@@ -138,7 +137,7 @@ class FirstTask:
 
     @staticmethod
     def _over(stream: TaskStream, args: ZOCLTrainingArguments, like: ContinualTaskScheduler) -> ContinualTaskScheduler:
-        """A run of the same model over a stream, with the same plug-ins."""
+        """A run of the same model, with the same plug-ins, over `stream`."""
         return ContinualTaskScheduler(
             like.model,
             like.processor,
@@ -156,7 +155,7 @@ def mark_best(rows: list[dict[str, Any]], keep: float | None = None) -> dict[str
     """Mark the chosen candidate and return its row; the first row, zero-shot, is not a candidate.
 
     Raises:
-        ValueError: If no candidate retains as much as `keep`.
+        ValueError: If no candidate's R is at least `keep`.
     """
     candidates, name = rows[1:], "score"
     if keep is not None:
@@ -186,11 +185,11 @@ def first_task_stream(stream: TaskStream, recipe: Recipe, held_out: int) -> Task
         DatasetDict(train=train, test=test),
         increment=len(names),
         name=f"{stream.name}, first task",
-        # The benchmark's names; those of later tasks are not read.
+        # The benchmark's names for the first task; those of later tasks do not matter.
         class_names=[names.get(label, f"class {label}") for label in range(len(stream.arrival_labels))],
         class_order=stream[0].class_ids,
         partial_order=True,
-        allow_shared_images=True,  # both are training images, as published
+        allow_shared_images=True,  # both splits are published training images
     )
     return first.map_tasks(lambda task: dataclasses.replace(task, prompt_template=stream[0].prompt_template))
 
@@ -227,7 +226,7 @@ def retention_stream(dataset: str, classes: str | None, images: int) -> TaskStre
         class_order_seed=None,
         max_train_images_per_class=1,
         max_test_images_per_class=images,
-        allow_shared_images=True,  # it is never trained on
+        allow_shared_images=True,  # this dataset is never trained on
     )
 
 

@@ -20,7 +20,7 @@ from .evaluation import StreamEvaluator
 from .run_arguments import RunArguments, build_stream
 
 
-# The Trainer's arguments that may change a measurement, if only by a bit.
+# The Trainer's arguments that may change a measurement, even slightly.
 NUMERICS = (
     "per_device_eval_batch_size",
     "bf16",
@@ -45,17 +45,17 @@ def evaluate_checkpoint(
     Args:
         path, task, revision: As for `load_task_checkpoint`.
         hub_kwargs: For `load_task_checkpoint`.
-        overrides: Arguments of a recipe instead of the run's (`RunArguments`, and others such as
-            `per_device_eval_batch_size`); None changes nothing. Another `benchmark`, `dataset_name` or `datasets` is
-            measured whole, after its last task; the run's own as it was after the checkpoint's task.
+        overrides: Recipe arguments that replace the run's (`RunArguments`, and others such as
+            `per_device_eval_batch_size`); None changes nothing. With another `benchmark`, `dataset_name` or `datasets`
+            the whole stream is measured; the run's own stream is measured up to the checkpoint's task.
 
     Returns:
         `checkpoint`, `benchmark`, `scenario`, `task` (the stream's task after which it was measured), `classes`,
-        `accuracy_row` (the accuracy on the test images of tasks 1 to `task`), `seen_accuracy`, and `details` (top-5,
-        calibration error, accuracy by class); accuracies are fractions.
+        `accuracy_row` (the accuracy on the test images of each task from 1 to `task`), `seen_accuracy`, `details`
+        (top-5, calibration error, accuracy by class) and `skipped_images`; accuracies are fractions.
 
     Raises:
-        ValueError: If there is no such checkpoint, it does not say how it was trained, its classes are not the
+        ValueError: If there is no such checkpoint, its recipe names no benchmark, its classes are not the
             benchmark's, or the dataset does not fit.
     """
     folder = find_task_checkpoint(path, task, revision, **(hub_kwargs or {}))
@@ -89,7 +89,7 @@ def evaluate_checkpoint(
 
 
 def run_arguments_of(recipe: dict[str, Any], given: dict[str, Any], is_own: bool) -> RunArguments:
-    """The run's own arguments; for another benchmark, without those of its stream."""
+    """The run's arguments, overridden by `given`; for another benchmark, without those of the run's stream."""
     names = {each.name for each in fields(RunArguments)}
     if is_own and "benchmark" not in recipe:
         raise ValueError("the checkpoint's recipe names no benchmark (it was not trained by one): give benchmark.")

@@ -18,35 +18,35 @@ class Display:
     """Shows nothing; a subclass shows what it can."""
 
     def begin(self, done: int, total: int, tasks: int) -> None:
-        """A run of so many steps and tasks begins, of which so many steps are done."""
+        """A run of `total` steps in `tasks` tasks begins; `done` of the steps were taken before."""
 
     def begin_task(self, number: int, title: str, done: int, total: int) -> None:
         """A task's training begins; `done` of its steps were taken by an earlier process."""
 
     def step(self, done: int, total: int, done_of_task: int) -> None:
-        """A step was taken: how many of the run, and of the task, are done now."""
+        """A step was taken: the steps of the run and of the task that are now done."""
 
     def end_task(self, done: int) -> None:
-        """A task's training has ended; so many steps of the run are done."""
+        """A task's training has ended; `done` steps of the run are done."""
 
     def evaluate(self, done: int, total: int) -> None:
-        """A batch was predicted."""
+        """A batch was predicted: `done` of `total`."""
 
     def end_evaluation(self) -> None:
-        """All batches were."""
+        """All batches were predicted."""
 
     def write(self, line: str) -> None:
-        """A line of the log."""
+        """Show a line of the log."""
 
     def table(self, results: dict[str, Any]) -> None:
-        """The accuracies after one more task."""
+        """Show the accuracies after one more task."""
 
     def close(self) -> None:
-        """Nothing follows."""
+        """Close the display: nothing more will be shown."""
 
 
 class LineDisplay(Display):
-    """Plain lines on standard output: one an epoch, and the table row by row."""
+    """Plain lines on standard output: one per epoch, and the table row by row."""
 
     def __init__(self) -> None:
         self._rows = 0
@@ -62,7 +62,7 @@ class LineDisplay(Display):
 
 
 class BarDisplay(LineDisplay):
-    """Two bars at the foot of a terminal, on standard error; lines, and whatever is logged, go above them."""
+    """Two bars at the foot of a terminal, on standard error; table and log lines go above them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class BarDisplay(LineDisplay):
         loggers = [logging.getLogger(), logging.getLogger("transformers")]
         self._stack.enter_context(logging_redirect_tqdm(loggers))
         self._tasks = tasks
-        # smoothing=0: the time that evaluation takes counts in what is left.
+        # smoothing=0: the remaining time then includes evaluations.
         self._stream = _bar(total, done, "stream", "{remaining} left", position=0, leave=True, smoothing=0)
 
     def begin_task(self, number: int, title: str, done: int, total: int) -> None:
@@ -130,17 +130,17 @@ def _bar(total: int, done: int, title: str, end: str, position: int, leave: bool
 
 
 def _closed(bar: tqdm | None) -> tqdm | None:
-    """Close a bar; afterwards there is none."""
+    """Close a bar; None takes its place."""
     if bar is not None:
         bar.close()
     return None
 
 
 class NotebookDisplay(Display):
-    """One output of a notebook's cell, drawn again as the run goes on."""
+    """One output of a notebook cell, redrawn as the run goes on."""
 
-    every = 0.5  # seconds between two drawings
-    lines = 6  # of the log that stay
+    every = 0.5  # seconds between two redraws
+    lines = 6  # lines of the log that stay visible
 
     def __init__(self) -> None:
         self._handle: Any = None
@@ -193,7 +193,7 @@ class NotebookDisplay(Display):
             self._draw()
 
     def _draw(self) -> None:
-        from IPython.display import HTML, display  # a notebook has it
+        from IPython.display import HTML, display  # always there in a notebook
 
         self._drawn = time.perf_counter()
         content = HTML("<div>" + "".join([*map(self._bar, self._bars), self._lines(), self._table]) + "</div>")
@@ -219,7 +219,7 @@ class NotebookDisplay(Display):
 def table_rows(results: dict[str, Any]) -> list[list[str]]:
     """The accuracies so far in percent: a heading, and a row for each task that was trained.
 
-    What all tasks have comes first, so that a row that is written stays right as the table grows.
+    The columns over all tasks come first, so that rows already written stay right as the table grows.
     """
     untrained = results["zero_shot"]["seen_accuracy"]
     rows = [["accuracy (%)", "zero-shot", "all seen", *(f"task {n}" for n in range(1, len(results["tasks"]) + 1))]]
@@ -230,7 +230,7 @@ def table_rows(results: dict[str, Any]) -> list[list[str]]:
 
 
 def aligned(rows: list[list[str]], tasks: int) -> list[str]:
-    """The rows with columns as wide as the whole table of so many tasks needs."""
+    """The rows as lines, with columns wide enough for the whole table of `tasks` tasks."""
     first = len(f"after task {tasks}")
     widths = [max(first, len(rows[0][0])), *map(len, rows[0][1:])]
     return [in_columns(row, widths) for row in rows]

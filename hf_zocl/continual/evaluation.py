@@ -1,4 +1,4 @@
-"""Evaluation of a model on a stream's test images, the same in a run and for a checkpoint later."""
+"""Evaluation of a model on a stream's test images, in a run and in the same way for a checkpoint later."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Predictions:
 
     Args:
         labels: True arrival labels, `(n,)`.
-        ranked: Arrival labels by falling score, `(n, at most 5)`.
+        ranked: Arrival labels, highest score first, `(n, at most 5)`.
         confidences: The probability of the first of them, `(n,)`.
-        tasks: The task, counted from 1, of every image, `(n,)`.
+        tasks: The task of every image, counted from 1, `(n,)`.
     """
 
     labels: np.ndarray
@@ -56,11 +56,11 @@ class StreamEvaluator:
     """Measures a model on a stream's test images, predicting among the classes that the stream's scenario names.
 
     Args:
-        model: The classifier; its classes are set again for every evaluation.
+        model: The classifier; every evaluation sets its classes anew.
         processor: The CLIP model's processor.
         trainer: Its `predict` is used, with its arguments; its collator is replaced.
         codec: Reads images that are bytes.
-        known_classes: Further classes that the model knows: every image is predicted among these as well.
+        known_classes: Further classes that the model knows: every image is predicted among them too.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class StreamEvaluator:
         """Measure the model on everything seen after task `index`.
 
         Returns:
-            `row` (the accuracy on the test images of tasks 1 to `index`), `seen` (the accuracy on all of them; where
+            `row` (the accuracy on each task from 1 to `index`), `seen` (the accuracy on all their test images; where
             datasets are tasks, the mean over the datasets), `details` (`top_5_accuracy`, `calibration_error` and
             `per_class_accuracy`, by arrival label) and `predicted`, the class of every image as `PredictionHistory`
             counts classes, `(images,)`.
@@ -107,13 +107,13 @@ class StreamEvaluator:
         """Measure the untrained model by the protocol of the whole stream, in one pass over all test images.
 
         Returns:
-            The `zero_shot` of `results.json`; and `labels`, the true class of every test image, with `predicted`, a
-            list by task of what `after` calls so.
+            The `zero_shot` of `results.json`, and two more keys: `labels`, the true class of every test image, and
+            `predicted`, for each task the `predicted` of `after`.
         """
         last = len(stream)
         if stream.scenario == "class":
             matrix, seen, labels, predicted = self._zero_shot_by_class(stream)
-        else:  # what an image is predicted among does not change with time
+        else:  # the classes that an image is predicted among do not change over the stream
             found = [self.predict(evaluation) for evaluation in stream.evaluations(last)]
             hits, tasks = np.concatenate([f.hits for f in found]), np.concatenate([f.tasks for f in found])
             labels, said = np.concatenate([f.labels for f in found]), np.concatenate([f.ranked[:, 0] for f in found])
@@ -136,7 +136,7 @@ class StreamEvaluator:
     ) -> tuple[list[list[float]], list[float], np.ndarray, list[np.ndarray]]:
         counts = [len(stream.seen_class_names(task.index)) for task in stream]
         (everything,) = stream.evaluations(len(stream))
-        # Known classes are among those that arrive, or after them.
+        # Known classes stand among the stream's own, or after them.
         names = self._names(everything)
         known = [column for column, name in enumerate(names) if name in self.known_classes]
         columns = [[*range(count), *(column for column in known if column >= count)] for count in counts]
@@ -160,7 +160,7 @@ class StreamEvaluator:
         return Predictions(labels + first, ranked + first, confidences, evaluation.task_indices)
 
     def _run(self, evaluation: Evaluation, keep) -> tuple[Any, np.ndarray]:
-        """The results of `keep` on the logits, and the labels counted from the evaluation's first class."""
+        """What `keep` makes of the logits, and the labels counted from the evaluation's first class."""
         self.model.set_classes(self._names(evaluation), evaluation.prompt_template)
         self.trainer.data_collator = ImageCollator(
             self.processor, evaluation.tasks[0].arrival_labels, evaluation.first_label, self.codec
@@ -172,12 +172,12 @@ class StreamEvaluator:
         return output.predictions, output.label_ids
 
     def _names(self, evaluation: Evaluation) -> list[str]:
-        """The classes to predict among: the evaluation's own, then the others that are known."""
+        """The classes to predict among: the evaluation's own, then the other known ones."""
         others = [name for name in self.known_classes if name not in evaluation.class_names]
         return [*evaluation.class_names, *others]
 
     def _numbers(self, stream: TaskStream, evaluation: Evaluation, labels: np.ndarray) -> np.ndarray:
-        """Predicted labels as places among the stream's classes and, after these, the others that are known."""
+        """Predicted labels as positions in the stream's classes followed by the other known classes."""
         own = len(evaluation.class_names)
         further = self._names(evaluation)[own:]
         if not further:
@@ -188,17 +188,17 @@ class StreamEvaluator:
 
 
 def _rank(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # A stable sort: of equal scores the first class is ranked first, like argmax.
+    # A stable sort ranks the first of equal scores first, as argmax does.
     ranked = logits.sort(dim=-1, descending=True, stable=True).indices[:, :TOP_K]
     return ranked, logits.softmax(dim=-1).amax(dim=-1)
 
 
 def _stack(ranked: Sequence[np.ndarray]) -> np.ndarray:
-    """The rankings, stacked; shorter ones (fewer classes) are filled with -1, which is not a label."""
+    """The rankings, stacked; shorter ones (fewer classes) are padded with -1, which is no label."""
     width = max(array.shape[1] for array in ranked)
     return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=-1) for a in ranked])
 
 
 def _seen(stream: TaskStream, row: Sequence[float], by_image: float) -> float:
-    """The accuracy on all images seen; datasets that are tasks have equal weight, as in MTIL."""
+    """The accuracy on all images seen; where datasets are tasks, each counts equally, as in MTIL."""
     return float(np.mean(row)) if stream.scenario == "cross-dataset" else by_image

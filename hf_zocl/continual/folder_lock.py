@@ -21,7 +21,7 @@ except ImportError:  # Windows
 logger = logging.get_logger(__name__)
 
 LOCK_FILE = ".lock"
-_LOCKED_BYTE = 1 << 20  # Windows lets nobody read a locked byte, and the first ones say who holds the lock
+_LOCKED_BYTE = 1 << 20  # Windows lets nobody read a locked byte, and the first bytes name the holder
 
 
 class FolderInUseError(ValueError):
@@ -32,10 +32,10 @@ class FolderLock:
     """A lock on a folder, held by one process at a time: `with FolderLock(folder):`.
 
     The lock is the operating system's, on the file `.lock`, so a killed holder releases it. Processes that
-    the holder forks do not hold it. On a file system without locks there is a warning, and no lock.
+    the holder forks do not hold it. On a file system without locks, a warning takes the lock's place.
 
     Args:
-        folder: The folder; it is made if it is missing, and removed at the end if it is empty.
+        folder: The folder. If it is missing, it is made, and removed again at the end if it is then empty.
 
     Raises:
         FolderInUseError: On entering, if another process holds the lock.
@@ -61,11 +61,11 @@ class FolderLock:
         _held.discard(self)
         file, self._file = self._file, None
         if file is not None:
-            if fcntl is not None:  # while it is locked, so that nobody locks a file without a name
+            if fcntl is not None:  # still locked, so that nobody locks a file that has lost its name
                 self._path.unlink(missing_ok=True)
             file.close()
             if fcntl is None:
-                with suppress(OSError):  # another may hold it by now
+                with suppress(OSError):  # another process may hold it by now
                     self._path.unlink(missing_ok=True)
         self._remove_made()
 
@@ -95,7 +95,7 @@ class FolderLock:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
                 file.flush()
                 return file
-            file.close()  # its holder has just removed it
+            file.close()  # the last holder has just removed this file
 
     def _is_current(self, file: IO[str]) -> bool:
         try:
@@ -128,7 +128,7 @@ def _lock(file: IO[str]) -> None:
 
 
 def _let_go() -> None:
-    """Release the lock in a forked process, such as a data loader's, which must not hold it too."""
+    """Release the lock in a forked process, such as a data loader worker, which must not hold it too."""
     for lock in _held:
         if lock._file is not None:
             lock._file.close()

@@ -1,4 +1,4 @@
-"""The cost and the environment of a run: memory, versions, and the means of a training's logs."""
+"""The cost and the environment of a run: memory, versions, and what a training logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGES = ("hf_zocl", "torch", "transformers", "peft", "datasets", "accelerate
 
 
 def means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of every figure that was logged while a task was trained, over the steps in which it is finite."""
+    """The mean of every figure logged while a task was trained, over the entries in which it is finite."""
     logged: dict[str, list[float]] = {}
     for entry in (entry for entry in log_history if "loss" in entry):
         for name in sorted(name for name in entry if name == "loss" or name.startswith("zo_")):
@@ -28,14 +28,14 @@ def means(log_history: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def curves(log_history: Sequence[Mapping[str, float]], points: int = 200) -> dict[str, list[float | None]]:
-    """The figures that were logged while a task was trained, over its steps: `step`, `loss` and the zeroth-order ones.
+    """The figures logged while a task was trained, as curves: `step`, `loss` and the zeroth-order figures.
 
     Args:
-        log_history: The Trainer's.
-        points: The most of them; of a longer log, each is the mean of entries that follow one another.
+        log_history: The Trainer's log history.
+        points: The most points of a curve; in a longer log, each point is the mean of consecutive entries.
 
     Returns:
-        Name → values, six digits each; None where a figure was not logged, or is not finite.
+        Name → values, rounded to six digits; None where a figure was not logged, or is not finite.
     """
     entries = [entry for entry in log_history if "loss" in entry]
     names = ["step", "loss", *sorted({name for entry in entries for name in entry if name.startswith("zo_")})]
@@ -52,13 +52,13 @@ def reset_peak_memory() -> None:
     """Reset the peak, so that it does not include an earlier run of the same process."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    # Only Linux can reset the peak of a process; elsewhere it is that of all runs so far.
+    # Only Linux can reset a process's peak; elsewhere the peak is over all runs of the process so far.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_bytes() -> int:
-    """The peak memory of the run so far in bytes: the accelerator's allocations, or resident memory on a CPU."""
+    """The run's peak memory so far in bytes: memory allocated on the accelerator, or resident memory on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     try:

@@ -2,8 +2,8 @@
 
 The accuracy matrix A has a row per task: A[t][i] is the accuracy on the test images of task i after learning task t,
 predicting among all classes seen up to t (or the classes that the stream's scenario names). `seen_accuracy[t]` is the
-accuracy on the test images of all these classes. Each row of the full matrix has the future tasks as well, and A[0] is
-the untrained model.
+accuracy on the test images of all these classes. The full matrix has future tasks in each row too; A[0] is the
+untrained model.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def backward_transfer(matrix: Matrix) -> float | None:
 def forward_transfer(full_matrix: Matrix, untrained: Sequence[float]) -> float | None:
     """FWT = mean over i > 1 of A[i−1][i] − A[0][i] (Lopez-Paz & Ranzato, GEM, NeurIPS 2017); None for one task.
 
-    GEM compares with a random initialisation; a pretrained model's own initial accuracy is its zero-shot accuracy, as
-    in avalanche, whose initial value is that of the model handed in.
+    GEM compares with a random initialisation. Here, as in avalanche, the initial accuracy is that of the model handed
+    in: for a pretrained model, its zero-shot accuracy.
 
     Args:
         full_matrix: A row for every task learned, an entry for every task of the stream.
@@ -62,7 +62,7 @@ def forward_transfer(full_matrix: Matrix, untrained: Sequence[float]) -> float |
 def mtil_summary(full_matrix: Matrix) -> dict[str, float | None]:
     """Transfer, Avg and Last of multi-domain task-incremental learning (Zheng et al., ZSCL, ICCV 2023).
 
-    With a row for every task learned and an entry for every task, T × T, as in ZSCL's mtil/results.ipynb:
+    For a full T × T matrix, as in ZSCL's mtil/results.ipynb:
     Transfer = mean over i > 1 of the mean over t < i of A[t][i]; Avg = mean of all entries; Last = mean of A[T].
     All datasets weigh the same. Transfer is None for one task.
     """
@@ -78,12 +78,12 @@ def mtil_summary(full_matrix: Matrix) -> dict[str, float | None]:
 def zero_shot_retention(before: Sequence[float], after: Sequence[float]) -> float | None:
     """Zero-shot retention on held-out datasets: mean of `after` / mean of `before`.
 
-    The share that remains of the accuracy that ZSCL (Zheng et al., ICCV 2023) protects; above 1 it has grown. None if
-    the mean before is zero.
+    The share that is left of the zero-shot accuracy that ZSCL (Zheng et al., ICCV 2023) protects; above 1, it has
+    grown. None if the mean before is zero.
 
     Args:
         before: The untrained model's accuracy on every held-out dataset.
-        after: The trained model's.
+        after: The trained model's accuracy on them.
     """
     return float(np.mean(after) / np.mean(before)) if np.mean(before) > 0 else None
 
@@ -92,14 +92,14 @@ def top_k_accuracy(ranked: np.ndarray, references: np.ndarray, k: int = 5) -> fl
     """Share of examples whose class is among the k that are ranked highest (Russakovsky et al., ImageNet, 2015).
 
     Args:
-        ranked: Classes by falling score, `(n, at least k or all classes)`.
+        ranked: Classes, highest score first, `(n, at least k or all classes)`.
         references: True classes, `(n,)`.
     """
     return float((np.asarray(ranked)[:, :k] == np.asarray(references)[:, None]).any(axis=1).mean())
 
 
 def per_class_accuracy(predictions: np.ndarray, references: np.ndarray, classes: int) -> list[float | None]:
-    """The accuracy on every class; None for a class without an example.
+    """The accuracy on every class; None for a class without examples.
 
     Args:
         predictions, references: Predicted and true classes, `(n,)`.
@@ -140,7 +140,7 @@ def accuracy_row(predictions: np.ndarray, references: np.ndarray, tasks: np.ndar
 
     Args:
         predictions, references: Predicted and true labels, `(n,)`.
-        tasks: The task of every example, counted from 1, `(n,)`; every task up to the greatest one occurs.
+        tasks: The task of every example, counted from 1, `(n,)`; every task up to the last one occurs.
     """
     hits = np.asarray(predictions) == np.asarray(references)
     tasks = np.asarray(tasks)
@@ -199,7 +199,7 @@ class Avg(_StreamMetric):
 
 
 class Forgetting(_StreamMetric):
-    """Mean drop of a task's accuracy from its best to its last."""
+    """Mean drop of a task's accuracy from its best to the final one."""
 
     def _compute(self, predictions, references, task, after_task):
         return {"forgetting": forgetting(self._rows(predictions, references, task, after_task)[0])}
@@ -213,7 +213,7 @@ class BackwardTransfer(_StreamMetric):
 
 
 class _FullMatrixMetric(_StreamMetric):
-    """A metric over predictions on every task, future ones too, before the first task and after every task."""
+    """A metric over predictions on all tasks, future ones too, made before the first task and after every task."""
 
     def _full_rows(self, predictions, references, task, after_task) -> list[list[float]]:
         hits = np.asarray(predictions) == np.asarray(references)
@@ -242,7 +242,7 @@ class MTIL(_FullMatrixMetric):
 
 
 class ZeroShotRetention(_FullMatrixMetric):
-    """Accuracy on held-out datasets after the last task, as a share of that before the first.
+    """Accuracy on held-out datasets after the last task, as a share of the accuracy before the first.
 
     `task` counts the held-out datasets here.
     """
@@ -268,7 +268,7 @@ class _ClassMetric(evaluate.Metric):
 
 
 class TopKAccuracy(_ClassMetric):
-    """Share of examples whose class is among the k ranked highest; `predictions` are classes by falling score."""
+    """Share of examples whose class is among the k ranked highest; `predictions` are classes, highest score first."""
 
     columns = {"predictions": datasets.List(datasets.Value("int64")), "references": datasets.Value("int64")}
     citation = "Russakovsky et al. (IJCV 2015)"
@@ -278,7 +278,7 @@ class TopKAccuracy(_ClassMetric):
 
 
 class PerClassAccuracy(_ClassMetric):
-    """The accuracy on every class, None for one without an example."""
+    """The accuracy on every class; None for a class without examples."""
 
     def _compute(self, predictions, references, classes: int | None = None):
         count = int(max(references)) + 1 if classes is None else classes
@@ -286,7 +286,7 @@ class PerClassAccuracy(_ClassMetric):
 
 
 class CalibrationError(_ClassMetric):
-    """Expected calibration error: how far confidence and accuracy are apart, over bins of equal width."""
+    """Expected calibration error: the gap between confidence and accuracy, over bins of equal width."""
 
     columns = {**_ClassMetric.columns, "confidences": datasets.Value("float64")}
     citation = "Guo et al. (ICML 2017)"

@@ -1,4 +1,4 @@
-"""The display of a running training: a bar for the stream above the task's own, a line an epoch, a growing table."""
+"""The display of a running training: a bar for the stream above the task's own, a line per epoch, a growing table."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ LONGEST_TITLE = 32
 
 
 def without_own_display(trainer: Trainer, given: Iterable[TrainerCallback] = ()) -> None:
-    """Take from a trainer the callback that it shows its progress or prints its logs with.
+    """Remove from a trainer the stock callbacks that show its progress or print its logs.
 
     Args:
         trainer: The trainer, just made.
-        given: The callbacks that it was given: these stay, whatever they are.
+        given: The callbacks that the caller gave it; these stay, whatever they are.
     """
     kept = {id(callback) for callback in given}
     for callback in list(trainer.callback_handler.callbacks):
         is_stock = type(callback) in (PrinterCallback, ProgressCallback)
-        # The one for notebooks can be imported in a notebook alone.
+        # The notebook callback can only be imported in a notebook.
         is_stock |= type(callback).__module__ == "transformers.utils.notebook"
         if is_stock and id(callback) not in kept:
             trainer.remove_callback(callback)
 
 
 def make_display(args: TrainingArguments) -> Display | None:
-    """The display of a run: None but in the main process; lines with `disable_tqdm`; HTML in a notebook; else bars."""
+    """A run's display, in the main process alone: lines with `disable_tqdm`, HTML in a notebook, otherwise bars."""
     if args.process_index != 0:
         return None
     if args.disable_tqdm:
@@ -44,7 +44,7 @@ def make_display(args: TrainingArguments) -> Display | None:
 
 
 class StreamProgress(TrainerCallback):
-    """Shows how far a run is; one instance for the trainers of all tasks, and for those that evaluate.
+    """Shows how far a run is; one instance serves the trainers of all tasks, and those that evaluate.
 
     Args:
         display: Where it is shown.
@@ -67,7 +67,7 @@ class StreamProgress(TrainerCallback):
             self.measured(results)
 
     def begin_task(self, task: Task) -> None:
-        """The trainer of this task follows."""
+        """This task's training comes next."""
         self._task = task
 
     def measured(self, results: dict[str, Any]) -> None:
@@ -75,7 +75,7 @@ class StreamProgress(TrainerCallback):
         self._task = None
         self.display.table(results)
 
-    # What a trainer calls.
+    # Called by a trainer.
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.steps.correct(self._task.index, state.max_steps)
@@ -102,7 +102,7 @@ class StreamProgress(TrainerCallback):
         self._batches += 1
         try:
             batches = len(eval_dataloader)
-        except TypeError:  # it does not know
+        except TypeError:  # the loader does not know its length
             return
         self.display.evaluate(self._batches, batches)
 
@@ -117,7 +117,7 @@ class StreamProgress(TrainerCallback):
         self.display.step(done, self.steps.total, state.global_step)
 
     def _finish_epoch(self, state) -> None:
-        """Write the line of an epoch that took a step; only now, for its last figures are logged after its end."""
+        """Write the line of an epoch that took a step; late, because its last figures are logged after its end."""
         steps = state.global_step - self._epoch.began
         if self._epoch.number and steps > 0:
             where = f"Task {self._task.index} of {self.tasks}, epoch {self._epoch.number} of {state.num_train_epochs}"
@@ -127,7 +127,7 @@ class StreamProgress(TrainerCallback):
 
 
 class _Epoch:
-    """What is known of one epoch: number 0 is none."""
+    """What is known of one epoch; number 0 stands for no epoch."""
 
     def __init__(self, number: int = 0, began: int = 0, started: float = 0.0):
         self.number, self.began, self.started = number, began, started
@@ -139,7 +139,7 @@ class _Epoch:
                 self._logged.setdefault(name, []).append(logs[name])
 
     def figures(self, epochs: int) -> list[str]:
-        """The means of what was logged; without a loss, that of the whole task, if it had this epoch alone."""
+        """The means of what was logged; if no loss was, the task's, provided that this was its only epoch."""
         logged = dict(self._logged)
         of_task = logged.pop("train_loss", None)
         if "loss" not in logged and of_task is not None and epochs == 1:
@@ -153,7 +153,7 @@ class _Epoch:
 
 
 def one_line(text: str) -> str:
-    """Text as a bar can hold it: on one line, without control characters, not too long."""
+    """Text that fits a bar: one line, without control characters, not too long."""
     clean = "".join(character if character.isprintable() else " " for character in text)
     clean = " ".join(clean.split())
     return clean if len(clean) <= LONGEST_TITLE else f"{clean[: LONGEST_TITLE - 1]}…"

@@ -1,4 +1,4 @@
-"""A task's adapter, made again from the one before it and the log of its zeroth-order steps."""
+"""A task's adapter, rebuilt from the adapter before it and the log of its zeroth-order steps."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Rebuilt:
     """A rebuilt adapter, compared with the one in the task's checkpoint.
 
     Args:
-        steps: The steps that were taken again.
-        different: The parameters that are not equal bit for bit, by name.
+        steps: How many steps were taken again.
+        different: The names of the parameters that are not equal bit for bit.
         largest_difference: The largest absolute difference of two weights.
         log_bytes: The size of the log.
         checkpoint_bytes: The size of the adapter's weights in the checkpoint.
@@ -39,16 +39,16 @@ class Rebuilt:
 
 
 def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
-    """Make the adapter after `task` again, and compare it with the checkpoint.
+    """Rebuild the adapter after `task`, and compare it with the checkpoint.
 
     Args:
-        run: A run's folder, all of whose trainable parameters are zeroth-order.
+        run: The folder of a run in which all trainable parameters are zeroth-order.
         task: The task, counted from 1. The checkpoint of the task before it is read; for the first task, the
             adapter is drawn again from the run's seed.
-        device: The run's device: directions are drawn there, and another kind of device draws different ones.
+        device: The run's device: directions are drawn there, and another kind of device draws others.
 
     Raises:
-        ValueError: If there is no such run or task, or no log of it.
+        ValueError: If there is no such run or task, or the task has no log.
     """
     folder = RunFolder(run)
     log_file = folder.replay_file(task_folder(task))
@@ -84,7 +84,7 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
 
 
 def _adapted_model(recipe: dict[str, Any], num_tasks: int) -> PeftModel:
-    """The model with its adapter as the run began."""
+    """The model with the adapter that the run began with."""
     arguments = AdapterArguments(
         **{each.name: recipe[each.name] for each in fields(AdapterArguments) if each.name in recipe}
     )

@@ -32,10 +32,10 @@ logger = logging.get_logger(__name__)
 
 
 class ReportFiles:
-    """The files of a run that its report needs beside `results.json`, in the process that writes them.
+    """The files of a run that its report needs besides `results.json`, in the process that writes them.
 
-    `predictions.safetensors` has a copy in every task's folder, as `results.json` has; `gallery.json` is the run's
-    alone, because it holds images.
+    Every task's folder gets a copy of `predictions.safetensors`, as of `results.json`, but none of `gallery.json`,
+    because it holds images.
 
     Args:
         folder: The run's folder.
@@ -55,7 +55,7 @@ class ReportFiles:
         self._history, self._untrained = PredictionHistory(images, labels, np.concatenate(on_arrival)), predicted
 
     def go_on(self, stream: TaskStream, done: int) -> None:
-        """Go on after task `done` of a run, with what it has kept."""
+        """Go on after task `done` of a run, with the predictions that the run has kept."""
         places = [self.folder / PREDICTIONS_FILE]
         if done:
             places.append(self.folder / task_folder(done) / PREDICTIONS_FILE)
@@ -71,18 +71,18 @@ class ReportFiles:
         logger.warning(f"resume: {self.folder} has no predictions of its tasks: its report will be without them.")
 
     def add(self, task: int, predicted: np.ndarray) -> None:
-        """Keep what the model said after a task."""
+        """Keep the model's predictions after a task."""
         if self._history is not None:
             self._history = self._history.with_task(task, predicted)
 
     def finish_untrained(self) -> None:
-        """Keep what the untrained model said as what a run without training says after each task."""
+        """Keep the untrained model's predictions as those after each task, in a run without training."""
         for task, predicted in enumerate(self._untrained, start=1):
             self.add(task, predicted)
 
     @property
     def predictions(self) -> dict[str, bytes]:
-        """The file of the predictions, by its name; nothing where there are none."""
+        """The predictions as a file, by its name; empty if there are none."""
         return {} if self._history is None else {PREDICTIONS_FILE: self._history.to_bytes()}
 
     def of_task(self, curves: Mapping[str, Sequence[float | None]]) -> dict[str, bytes]:
@@ -94,9 +94,9 @@ class ReportFiles:
         return {**self.predictions, TRAINING_LOG: (json.dumps(curves, allow_nan=False) + "\n").encode()}
 
     def row(self, results: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bytes]]:
-        """The gallery row on the card, as `task.json` describes it, and its picture; nothing of private images.
+        """The card's gallery row, as `task.json` describes it, and its picture; none where images may be private.
 
-        A card may be pushed, so its images are those of a registered benchmark: another dataset may be private.
+        A card may be pushed, so it shows images of registered benchmarks only.
         """
         is_public = results["recipe"].get("benchmark") not in (None, "none")
         file = self.folder / GALLERY_FILE
@@ -110,7 +110,7 @@ class ReportFiles:
         return {"gallery": row}, {GALLERY_PICTURE: row_png(shown, class_names(results))}
 
     def write(self, stream: TaskStream) -> None:
-        """Write `predictions.safetensors`, and `gallery.json` with the images that are the most telling now."""
+        """Write `predictions.safetensors`, and `gallery.json` with the images that now tell the most."""
         if self._history is None:
             return
         self._history.write(self.folder / PREDICTIONS_FILE)

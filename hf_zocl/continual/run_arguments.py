@@ -29,11 +29,11 @@ class RunArguments:
     Args:
         preset: The name of the preset that the run's arguments began with (`hf_zocl/commands/presets`).
         model_name_or_path: A CLIP model: Hub id, local folder, or the embedded `mini-clip`. Or a task's checkpoint
-            (its folder, or a repository) or another PEFT adapter: it is trained further, and images are
-            predicted among the classes that a checkpoint knows as well.
-        merge_into: Instead, merge that adapter into its base model, keep the result in this folder, and train a fresh
-            adapter on it.
-        dtype: The model's dtype once loaded: `auto` (its checkpoint's own, but float32 where that is half precision),
+            (its folder, or a repository) or another PEFT adapter, which is then trained further; images are
+            predicted among the classes that the checkpoint knows as well.
+        merge_into: Do not train that adapter further: merge it into its base model, keep the result in this folder,
+            and train a fresh adapter on it.
+        dtype: The model's dtype once loaded: `auto` (that of its checkpoint, but float32 instead of half precision),
             `float64`, `float32`, `bfloat16` or `float16`; the adapter's weights are float32 at least.
         benchmark: A registered benchmark, or `none` for any image-classification dataset.
         dataset_name: Hub id of the dataset under `benchmark=none`.
@@ -47,32 +47,32 @@ class RunArguments:
         name_column: A column of class names, where the labels are not readable.
         class_names: A name for every label id from 0, instead of the dataset's.
         test_fraction: Share of every class to test on, for a dataset with only one split.
-        scenario: `class`, `task`, `domain` or `cross-dataset`: what an image is predicted among.
+        scenario: `class`, `task`, `domain` or `cross-dataset`: the classes that an image is predicted among.
         domain_column: The column whose values are the tasks of `scenario=domain`.
         learning: `sequential`: task by task; `joint`: all classes at once, the upper bound; `none`: zero-shot, the
             lower bound.
-        initial_increment, increment: Classes of the first task, and of every other.
-        class_order: Label ids in order of arrival; else drawn by `class_order_seed`.
+        initial_increment, increment: Classes of the first task, and of every other one.
+        class_order: Label ids in order of arrival; default: drawn by `class_order_seed`.
         partial_order: Whether `class_order` may leave classes out.
         class_order_seed: Seed of numpy's permutation; 1993 is the usual one in the field.
         max_train_images_per_class, max_test_images_per_class: Caps, drawn at random by `data_seed` or 0.
         prompt_template: The class prompt, with a `{}` for the name, or several (the first trains, their average
             predicts); default: the benchmark's.
-        held_out: Benchmarks to measure before and after every task and never to train on, each a registered name or
-            `name=folder` for a local copy.
+        held_out: Benchmarks that are measured before and after every task and never trained on, each a registered
+            name, or `name=folder` for a local copy.
         evaluate_future: Also measure future tasks, for forward transfer; default: only under `cross-dataset`.
-        image_cache_gb: Images are decoded once into a cache if their pixels fit into this size in GB; 0: no cache.
-        skip_corrupt: Leave out images that cannot be decoded, and count them, rather than stop.
+        image_cache_gb: Images are decoded once into a cache if their pixels fit into this many GB; 0: no cache.
+        skip_corrupt: Leave out and count images that cannot be decoded, instead of stopping.
         classifier_alignment: Steps after every task in which the text tower learns to tell all classes seen apart,
             from the statistics of their image features (`ClassifierAlignment`); 0: none.
-        classifier_alignment_learning_rate: Their learning rate in first-order text layers; default: 5e-3.
-        seeds: Run once with each of these as `seed`, `1993,1996,1997`, into `output_dir/seed-1993` and so on.
-        num_seeds: The number of seeds, counted up from `seed`, instead.
-        vary_class_order: Each of the seeds also draws the class order, as PyCIL's and SLCA's seeds do.
-        resume: Go on where the run in `output_dir` stopped, within a task too; so does `resume_from_checkpoint=true`,
-            which also takes the folder of a checkpoint or of a complete task.
-        overwrite_output_dir: Replace the run in `output_dir`: what it wrote, and nothing else there, is removed once
-            the first step of this one is done. Without it, and without `resume`, a folder that holds a run is refused.
+        classifier_alignment_learning_rate: The learning rate of these steps in first-order text layers; default: 5e-3.
+        seeds: Run once with each of these as `seed` (`1993,1996,1997`), into `output_dir/seed-1993` and so on.
+        num_seeds: In place of `seeds`, how many seeds, counted up from `seed`.
+        vary_class_order: Each seed also draws the class order, as in PyCIL and SLCA.
+        resume: Go on where the run in `output_dir` stopped, within a task too. `resume_from_checkpoint=true` does the
+            same; it also takes the folder of a checkpoint or of a complete task.
+        overwrite_output_dir: Replace the run in `output_dir`: its files, and nothing else there, are removed once the
+            first step of this run is done. Without it, and without `resume`, a folder that holds a run is refused.
     """
 
     preset: str | None = field(default=None, metadata={"help": "A method by name: see `python -m hf_zocl recipes`."})
@@ -116,7 +116,7 @@ class RunArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
 
     def __post_init__(self):
-        check_fields(self, but=("prompt_template",))  # which may be a single one
+        check_fields(self, but=("prompt_template",))  # a single prompt is allowed too
         if self.prompt_template is not None:
             check_templates(self.prompt_template)
         if self.learning not in LEARNING:
@@ -139,7 +139,7 @@ class RunArguments:
         rate = self.classifier_alignment_learning_rate
         if rate is not None and not 0 < rate < float("inf"):
             raise ValueError(f"classifier_alignment_learning_rate={rate}: expected more than 0.")
-        self.seed_list(0)  # anything but a list of seeds fails here
+        self.seed_list(0)  # raises unless the seeds are valid
         if self.learning == "joint" and (self.scenario not in (None, "class") or self.datasets is not None):
             what = f"scenario={self.scenario!r}" if self.datasets is None else f"datasets={self.datasets}"
             raise ValueError(f"learning=joint has one task; {what} needs several.")
@@ -152,7 +152,7 @@ class RunArguments:
             )
 
     def seed_list(self, first: int) -> list[int] | None:
-        """The seeds of `seeds`, or `num_seeds` of them from `first` on; None for a single run.
+        """The seeds in `seeds`, or `num_seeds` seeds from `first` on; None for a single run.
 
         Raises:
             ValueError: If they are not whole numbers, one occurs twice, or the list is empty.
@@ -216,7 +216,7 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
     """The held-out benchmarks, each as one task with its own prompts.
 
     Raises:
-        ValueError: If a benchmark is unknown, or a stream of several datasets.
+        ValueError: If a benchmark is unknown, named twice, or a stream of several datasets.
     """
     streams = {}
     for entry in args.held_out or ():

@@ -1,4 +1,4 @@
-"""Checks of what would break a run's measuring, its schedule or its going on, before any work."""
+"""Checks, before any work, of what would break a run's measuring, schedule or resuming."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check_measurable(args: ZOCLTrainingArguments) -> None:
     """Check that a run with these arguments can be measured and scheduled.
 
     Raises:
-        ValueError: If not; the message names the argument.
+        ValueError: If it cannot; the message names the argument.
     """
     for name, (needed, why) in _NEEDED.items():
         value = getattr(args, name)
@@ -56,7 +56,7 @@ def check_batches(args: ZOCLTrainingArguments, stream: TaskStream) -> None:
     """Check that every task has a batch to train on.
 
     Raises:
-        ValueError: If one has not; the message names it.
+        ValueError: If a task has none; the message names it.
     """
     batch = args.train_batch_size * args.world_size
     for task in stream:
@@ -68,7 +68,7 @@ def check_batches(args: ZOCLTrainingArguments, stream: TaskStream) -> None:
 
 
 def _check_schedule(args: ZOCLTrainingArguments) -> None:
-    """Make the learning rate's schedule once, so that one that lacks an argument fails before any work is done."""
+    """Make the learning rate schedule once, so that one that lacks an argument fails before any work is done."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     try:
         get_scheduler(args.lr_scheduler_type, optimizer, 0, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
@@ -96,10 +96,10 @@ def check_measuring(here: Mapping[str, Any], there: Mapping[str, Any], output_di
 
     Args:
         here: How this run would be measured.
-        there: What `results.json` says of it, by the same names; that of an earlier release may lack some.
+        there: How `results.json` says that it began, by the same names; earlier releases may lack some.
 
     Raises:
-        ResumeError: If it does not, naming the first difference.
+        ResumeError: If it does not; the message names the first difference.
     """
     for name, value in here.items():
         value = list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""A run's folder: which tasks are complete, and how far the next one is."""
+"""A run's folder: which tasks are complete, and how far the next one has come."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ logger = logging.get_logger(__name__)
 
 # The files of a run outside its tasks' folders.
 _FILES = (RESULTS_FILE, FIGURE, PREDICTIONS_FILE, GALLERY_FILE, QUEUE_FILE)
-# Mappings that releases of transformers fill with keys of their own.
+# Mappings whose keys differ between releases of transformers.
 _OF_RELEASES = ("accelerator_config",)
-# The keys of the results that going on reads and adds to.
+# The lists in the results that a resumed run reads and extends.
 _LISTS = ("tasks", "classes", "accuracy_matrix", "seen_accuracy", "details", "future_accuracy", "training")
 _NEEDED: dict[str, Any] = dict.fromkeys(_LISTS, list) | dict.fromkeys(("recipe", "zero_shot", "held_out"), dict)
 _NEEDED |= dict.fromkeys(("seconds", "peak_memory_bytes"), (int, float))
@@ -48,12 +48,12 @@ class RunFolderError(ValueError):
 
 
 class RunFolder:
-    """A run's folder. This is true of it at every moment, even if the run is killed:
+    """A run's folder. At every moment, even if the run is killed, this is true of it:
 
-    - `results.json` is the one place that says which tasks are complete. It is replaced in one move, after everything
-      that it names is there. It exists as soon as the first step is done. `task-NN/results.json` is its copy
+    - `results.json` is the one place that says which tasks are complete. It is replaced in one move, once everything
+      that it names is there. It exists as soon as the first step is done. `task-NN/results.json` is a copy of it
       after task NN.
-    - `task-NN/` is complete or absent; one that `results.json` does not name yet is made again.
+    - `task-NN/` is complete or absent; a task that `results.json` does not name yet is trained again.
     - `trainer/task-NN/checkpoint-S/` are the Trainer's checkpoints within a task, until the task is complete.
     - Everything else does not belong to the run, and stays.
 
@@ -80,7 +80,7 @@ class RunFolder:
         """Check that a run with this number of tasks overwrites nothing in this folder, which holds no run.
 
         Raises:
-            RunFolderError: If a file is there whose name the run would write.
+            RunFolderError: If a file is there with a name that the run would write.
         """
         there = next((path for path in self._written(tasks, any_task=True) if not _is_of_a_beginning(path)), None)
         if there is not None:
@@ -95,10 +95,10 @@ class RunFolder:
         return self._evidence() is not None
 
     def check_removable(self) -> None:
-        """Check that it is known which files in this folder a run wrote, and that none is beside its checkpoints'.
+        """Check that it is known which files here a run wrote, and that no file was added to its checkpoints.
 
         Raises:
-            RunFolderError: If it is not, or a file was added that a checkpoint of the next run would be loaded with.
+            RunFolderError: If it is not known, or an added file would be loaded with a checkpoint of the next run.
         """
         for task in range(1, len(self._record()["tasks"]) + 1):
             for file in added_files(self.path / task_folder(task)):
@@ -108,9 +108,9 @@ class RunFolder:
                 )
 
     def start(self, results: dict[str, Any], files: Mapping[str, bytes] | None = None) -> None:
-        """Remove what an earlier run wrote, if there was one, and write the first results in its place, after `files`.
+        """Remove an earlier run's files, if there was one, then write `files`, then the first results.
 
-        The earlier results are removed last, so that they say what is left to remove if this is cut off.
+        The earlier results are removed last: if this is cut off, they still say what is left to remove.
         """
         if self._evidence() is not None:
             tasks = len(self._record()["tasks"])
@@ -151,11 +151,11 @@ class RunFolder:
             class_names: Its classes, in order of arrival.
             base_model_is_local: Whether `model_name_or_path` is a folder, which may have moved.
             after: Go back to the results after this task.
-            processes: The number of processes that go on; None: not compared.
+            processes: The number of processes that are to go on; None: not compared.
 
         Raises:
-            ResumeError: If the folder is the run of another recipe, which names the differing arguments, or of another
-                number of processes; or if the file is damaged.
+            ResumeError: If the run in the folder has another recipe (the message names the differing arguments), other
+                classes or another number of processes; or if the file is damaged.
         """
         file = self.path / RESULTS_FILE
         if after is not None:
@@ -176,7 +176,7 @@ class RunFolder:
                 f"resume: {file} is damaged: expected the results of a run, with {(*missing, 'its tasks')[0]}. "
                 f"{self._way_back(file)}"
             )
-        # A run that was fetched from the Hub has no local paths.
+        # The recipe of a run that was fetched from the Hub has no local paths.
         mine = public_recipe(json.loads(json.dumps(recipe)), base_model_is_local)
         theirs = public_recipe(results["recipe"], base_model_is_local)
         different = [
@@ -203,16 +203,16 @@ class RunFolder:
         return results
 
     def take_back(self, results: dict[str, Any]) -> None:
-        """Go back to earlier results, of a run that may go on: later tasks are no longer complete."""
+        """Go back to earlier results of a run that may go on: later tasks no longer count as complete."""
         for task in range(len(results["accuracy_matrix"]) + 1, len(results["tasks"]) + 1):
             self.remove_checkpoints(task_folder(task))
         self.write(results)
 
     def check_tasks(self, done: int) -> None:
-        """Check the complete tasks' checkpoints. The run needs the last one; other damaged ones are only named.
+        """Check the complete tasks' checkpoints. The run needs the last one; damage to others is only a warning.
 
         Raises:
-            ResumeError: If the last one is damaged; it says how to go on.
+            ResumeError: If the last one is damaged; the message says how to go on.
         """
         for task in range(1, done + 1):
             try:
@@ -252,18 +252,18 @@ class RunFolder:
         return self.path / "replay" / f"{task}.safetensors"
 
     def task_of(self, chosen: str | Path) -> int | None:
-        """The task whose folder in this run `chosen` is, if it is one."""
+        """The task whose folder in this run is `chosen`; None if it is no such folder."""
         chosen = Path(chosen).resolve()
         if chosen.parent != self.path.resolve() or not is_task_name(chosen.name):
             return None
         return task_number(chosen.name)
 
     def checkpoint(self, task: str, chosen: str | Path | None = None) -> Path | None:
-        """The checkpoint to go on from within the task in progress; None: from the task's beginning.
+        """The checkpoint within the task in progress to go on from; None: go on from the task's beginning.
 
         Args:
-            task: The first task that is not complete, by its name.
-            chosen: A checkpoint to go on from; by default, or if it is the run's folder, the last one that is whole.
+            task: The name of the first task that is not complete.
+            chosen: The checkpoint to go on from; None, or the run's folder: the last one that is whole.
 
         Raises:
             ResumeError: If the chosen one does not belong to this task, or is not whole.
@@ -287,7 +287,7 @@ class RunFolder:
             remove_checkpoint(folder)
 
     def remove_scratch(self, tasks: int) -> None:
-        """Remove what a killed run was writing, or pushing from within a task; called before anything is pushed."""
+        """Remove what a killed run was still writing, or pushing within a task; called before anything is pushed."""
         names = [task_folder(task) for task in range(1, tasks + 1)]
         remove_unfinished(self.path, _FILES)
         remove_unfinished(self.path / "replay", {self.replay_file(name).name for name in names})
@@ -297,18 +297,18 @@ class RunFolder:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def remove_empty_folders(self, tasks: int) -> None:
-        """Remove empty folders of Trainers: a Trainer makes its folder even if it saves nothing there."""
+        """Remove the Trainers' empty folders: a Trainer makes its folder even if it saves nothing there."""
         names = ("evaluation", *(task_folder(task) for task in range(1, tasks + 1)))
         for folder in (*map(self.trainer_folder, names), self.path / "trainer"):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
     def _written(self, tasks: int, any_task: bool = False) -> Iterator[Path]:
-        """The paths that a run of this number of tasks writes: files, tasks' folders and checkpoints within tasks.
+        """The existing paths of a run of this number of tasks: files, tasks' folders, checkpoints within tasks.
 
         Args:
             tasks: How many tasks the run has.
-            any_task: Also a task's folder that is not a checkpoint, but holds a file with the name of a part of one.
+            any_task: Also a task's folder that is no checkpoint, but holds a file named like a part of one.
         """
         for name in _FILES:
             if (self.path / name).is_file():
@@ -331,7 +331,7 @@ class RunFolder:
         return file if file.exists() else next(reversed(self._copies()), None)
 
     def _copies(self) -> list[Path]:
-        """The results that complete tasks hold, from the first task on."""
+        """The copies of the results in the folders of complete tasks, from the first task on."""
         copies: list[Path] = []
         while (folder := self.path / task_folder(len(copies) + 1)).is_dir():
             if not (folder / TASK_FILE).is_file() or not (folder / RESULTS_FILE).is_file():
@@ -340,10 +340,10 @@ class RunFolder:
         return copies
 
     def _record(self) -> dict[str, Any]:
-        """The results of the run in this folder, or a copy of them: they say what it wrote.
+        """The results of the run in this folder, or a copy of them, which say what the run wrote.
 
         Raises:
-            RunFolderError: If there are none that can be read.
+            RunFolderError: If none can be read.
         """
         problem = None
         for file in (self.path / RESULTS_FILE, *reversed(self._copies())):
@@ -361,7 +361,7 @@ class RunFolder:
 
     def _way_back(self, file: Path) -> str:
         copies = [copy for copy in self._copies() if copy != file]
-        if file.parent != self.path:  # a copy itself: those before it are left
+        if file.parent != self.path:  # the file is itself a copy: only earlier copies can help
             copies = [copy for copy in copies if copy < file]
         if copies:
             return f"Move it away, and --resume goes on from its copy, {copies[-1]}."
@@ -369,7 +369,7 @@ class RunFolder:
 
 
 def _is_of_a_beginning(path: Path) -> bool:
-    """Tell whether a file is the untrained model's predictions alone, which a run writes before its first results."""
+    """Tell whether a file holds only the untrained model's predictions, which a run writes before its results."""
     if path.name != PREDICTIONS_FILE:
         return False
     try:
@@ -379,7 +379,7 @@ def _is_of_a_beginning(path: Path) -> bool:
 
 
 def _is_same(argument: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Tell whether an argument is the same in two recipes; if one lacks it, the other must not set it."""
+    """Tell whether an argument is the same in two recipes; if one lacks it, the other must leave it unset."""
     if argument in there and argument in here:
         mine, theirs = here[argument], there[argument]
         if argument in _OF_RELEASES and isinstance(mine, dict) and isinstance(theirs, dict):

@@ -1,4 +1,4 @@
-"""`RunMonitor`: all that watches a run: its progress on the screen, and what `report_to` names."""
+"""`RunMonitor`: all that watches a run: the progress display, and the loggers that `report_to` names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .stream_steps import StreamSteps
 
 
 class RunMonitor:
-    """Makes the callbacks that watch a run, and tells them what no trainer does. As a context, it lasts for a run.
+    """Makes the callbacks that watch a run, and tells them what no trainer does. As a context, it lasts for one run.
 
     Args:
         args: The run's training arguments.
@@ -46,9 +46,9 @@ class RunMonitor:
         """Training begins, after the tasks that `results` has.
 
         Args:
-            stream: The tasks as they are trained: without images that were left out.
+            stream: The tasks as they are trained, without the images that were left out.
             results: The run's results so far.
-            goes_on: Whether an earlier process has begun the run.
+            goes_on: Whether an earlier process began the run.
         """
         steps = StreamSteps.planned(self._args, [len(task.train) for task in stream])
         if self._progress is not None:
@@ -57,7 +57,7 @@ class RunMonitor:
             self._report.begin(steps, goes_on)
 
     def callbacks(self, task: Task | None = None) -> list[TrainerCallback]:
-        """The callbacks of a task's trainer or, without a task, of one that evaluates."""
+        """The callbacks for a task's trainer or, without a task, for a trainer that evaluates."""
         watching: list[TrainerCallback] = [] if self._progress is None else [self._progress]
         if task is not None and self._progress is not None:
             self._progress.begin_task(task)

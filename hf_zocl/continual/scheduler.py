@@ -68,16 +68,16 @@ class ContinualTaskScheduler:
         stream: The tasks.
         args: The training arguments of every task; `output_dir` receives `results.json`, `accuracy_matrix.png` and a
             folder per task.
-        recipe: What `results.json` and the model cards say of how the run was made; default: `args`.
-        callbacks: Handed to every task's trainer; a `TaskPlugin` also takes part at the beginning and end of tasks.
+        recipe: The arguments of the run, as `results.json` and the model cards state them; default: `args`.
+        callbacks: Handed to every task's trainer; a `TaskPlugin` also acts at the beginning and end of every task.
         trainer_class: `ZOCLTrainer` or a subclass.
         held_out: Streams that are never trained on; the first task of each is measured before and after every task.
-        evaluate_future: Also measure future tasks after every task, which forward transfer and MTIL's figures need;
+        evaluate_future: Also measure future tasks after every task, as forward transfer and the MTIL figures need;
             default: only in the `cross-dataset` scenario.
         image_cache_gb, skip_corrupt: See `prepare_images`.
-        base_model: What the checkpoints name as the base model; default: the recipe's model, or the model's own name.
-        known_classes: Classes that the model has learned before: in the `class` scenario images are predicted among
-            them as well, and the checkpoints know them.
+        base_model: The base model's name in the checkpoints; default: the recipe's model, or the model's own name.
+        known_classes: Classes that the model learned before: in the `class` scenario, images are predicted among them
+            as well, and the checkpoints keep them.
 
     Raises:
         TypeError: If `stream` is not a `TaskStream`, or `args` not a `ZOCLTrainingArguments`.
@@ -113,7 +113,7 @@ class ContinualTaskScheduler:
         self.known_classes = tuple(known_classes)
         self._codec, self._monitor = PixelCodec(processor.image_processor), RunMonitor(args, stream)
         self.output_dir, self.folder = Path(args.output_dir), RunFolder(args.output_dir)
-        self._fingerprints: dict[str, str] = {}  # known to the main process, which writes
+        self._fingerprints: dict[str, str] = {}  # filled in the main process, which writes
         self._untrained: dict[str, torch.Tensor] | None = None  # the adapter that a run begins with
         for each in (stream, *self.held_out.values()):
             for evaluation in each.evaluations(len(each)):
@@ -130,16 +130,15 @@ class ContinualTaskScheduler:
     ) -> dict[str, Any]:
         """Run the stream; meanwhile no other run may use `output_dir`.
 
-        A run that begins anew begins with the adapter that the model had when `run` was first called to train it.
+        A run that starts anew starts from the adapter that the model had when `run` was first called to train.
 
         Args:
-            resume: Go on where the run in `output_dir` stopped: after its last complete task, and within the next one
-                at the last step that was saved; or at the step of the checkpoint whose folder this is, or after the
-                task whose folder this is. The result is that of a run that never stopped. Without a run in
-                `output_dir`, start from the beginning.
+            resume: Go on where the run in `output_dir` stopped: after its last complete task, or at the last saved
+                step of the next one. The folder of a checkpoint or of a complete task goes on from there instead. The
+                result is that of a run that never stopped. Without a run in `output_dir`, start from the beginning.
             train: False measures the model as it is: zero-shot, the lower bound, as a separate run.
-            overwrite_output_dir: Replace the run in `output_dir`. What it wrote is removed once the first step of
-                this run is done; everything else in the folder stays.
+            overwrite_output_dir: Replace the run in `output_dir`. Its files are removed once the first step of this
+                run is done; everything else in the folder stays.
 
         Returns:
             The content of `results.json`; accuracies are fractions.
@@ -148,8 +147,8 @@ class ContinualTaskScheduler:
             FolderInUseError: If another run uses `output_dir`.
             ValueError: If the model has no adapter or several active ones, or trains parameters that no checkpoint
                 would hold.
-            RunFolderError: If `output_dir` holds a run, and neither `resume` nor `overwrite_output_dir` is given; or
-                if it holds no run, but files with names that this run would write.
+            RunFolderError: If `output_dir` holds a run, and neither or both of `resume` and `overwrite_output_dir` are
+                given; or if it holds no run, but files with names that this run would write.
             ResumeError: If `output_dir` holds a run with another recipe or number of processes, or no such checkpoint.
             TaskError: If a task's training diverges, or ends before its last step.
             SaveError: If something cannot be saved, for example on a full disk.
@@ -161,7 +160,7 @@ class ContinualTaskScheduler:
             texts = (*self.model.class_names, *check_templates(self.model.prompt_template))
             check_processor(self.processor, self.model.clip.config.text_config.vocab_size, texts)
             for task in self.stream:
-                self.stream.training_classes(task.index)  # a task that could learn nothing fails here
+                self.stream.training_classes(task.index)  # raises for a task that could learn nothing
             check_batches(self.args, self.stream)
             for plugin in task_plugins(self.callbacks):
                 plugin.begin_run(self.stream, self.model)
@@ -171,7 +170,7 @@ class ContinualTaskScheduler:
             return self._run(results, resume, train)
 
     def _take_folder(self, stack: ExitStack, resume: bool | str | Path, overwrite: bool) -> dict[str, Any] | None:
-        """Lock `output_dir` until the stack is closed, and read what it holds: the results of the run to go on with.
+        """Lock `output_dir` until the stack is closed, and read the results of the run to go on with, if any.
 
         Only the main process does this.
         """
@@ -208,7 +207,7 @@ class ContinualTaskScheduler:
             begin = partial(self._begin, results)
         else:
             checkpoint = self._go_on(results, None if isinstance(resume, bool) else resume)
-            self._push(*complete_tasks(self.output_dir))  # what is there already stays as it is
+            self._push(*complete_tasks(self.output_dir))  # what was pushed already stays as it is
         if not train:
             begin()
             return self._finish_untrained(results)
@@ -238,15 +237,15 @@ class ContinualTaskScheduler:
             self._pusher.push(*(task for task in tasks if not at_end_only or task == len(self.stream)))
 
     def _fetch_run(self) -> None:
-        """Fetch the run from the repository if `output_dir` holds none yet, to go on from it."""
+        """Fetch the run from its repository, to go on from it, if `output_dir` holds no run."""
         if self._pusher is not None and not self.folder.holds_run:
             try:
                 fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
-            except (OSError, ValueError) as error:  # beginning again would replace what is there
+            except (OSError, ValueError) as error:  # starting anew would replace what is in the repository
                 raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
 
     def _prepare_images(self) -> None:
-        """Decode and resize ahead; the first process fills the cache for the others."""
+        """Decode and resize images ahead; the first process fills the cache for the others."""
         with self.args.main_process_first(desc="decoding images"):
             options = {
                 "cache_gb": self.image_cache_gb,
@@ -258,7 +257,7 @@ class ContinualTaskScheduler:
         self._held_out_images = {name: images for name, (images, _) in held_out.items()}
 
     def _start(self) -> dict[str, Any]:
-        """Measure zero-shot, and return the results with which a run begins."""
+        """Measure zero-shot, and return the results that a run begins with."""
         started = time.perf_counter()
         zero_shot = self.evaluator().zero_shot(self._images)
         self._kept.start(self._images, zero_shot.pop("labels"), zero_shot.pop("predicted"))
@@ -305,7 +304,7 @@ class ContinualTaskScheduler:
         if self.args.should_save:
             self._kept.go_on(self._images, done)
             self.folder.remove_scratch(len(self.stream))
-            for task in self.stream[:done]:  # of a run that was killed before it could
+            for task in self.stream[:done]:  # a killed run may have left some behind
                 self.folder.remove_checkpoints(task.name)
         if done == len(self.stream):
             logger.info(f"The run in {self.output_dir} is complete (--overwrite_output_dir runs it anew).")
@@ -317,7 +316,7 @@ class ContinualTaskScheduler:
         return checkpoint
 
     def _finish_untrained(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Finish the run of a model that is not trained: its accuracies are the zero-shot ones."""
+        """Finish a run without training: its accuracies are those of zero-shot."""
         zero_shot = results["zero_shot"]
         results.update({name: zero_shot[name] for name in ("accuracy_matrix", "seen_accuracy")})
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
@@ -330,7 +329,7 @@ class ContinualTaskScheduler:
         return results
 
     def evaluator(self, is_own: bool = True) -> StreamEvaluator:
-        """The evaluator of the present model on this stream or, without the `known_classes`, on another."""
+        """The evaluator of the model on this stream or, without `known_classes`, on another stream."""
         known = self.known_classes if is_own and self.stream.scenario == "class" else ()
         return StreamEvaluator(
             self.model,
@@ -341,7 +340,7 @@ class ContinualTaskScheduler:
         )
 
     def _evaluate(self, task: Task, results: dict[str, Any]) -> None:
-        """Add what is measured after `task` to the results."""
+        """Measure the model after `task`, and add the figures to the results."""
         evaluator = self.evaluator()
         measured = evaluator.after(self._images, task.index)
         results["accuracy_matrix"].append(measured["row"])
@@ -352,7 +351,7 @@ class ContinualTaskScheduler:
         if self.evaluate_future:
             results["future_accuracy"].append(evaluator.future(self._images, task.index))
             rows = [a + b for a, b in zip(results["accuracy_matrix"], results["future_accuracy"], strict=True)]
-            # A task is measured among the classes known when it arrives, and so is zero-shot here.
+            # A task is measured among the classes known when it arrives; so zero-shot is here as well.
             on_arrival = [row[-1] for row in results["zero_shot"]["accuracy_matrix"]]
             results["forward_transfer"] = forward_transfer(rows, on_arrival)
             if self.stream.scenario == "cross-dataset":
@@ -371,13 +370,13 @@ class ContinualTaskScheduler:
         return TaskTraining(*parts)
 
     def _callbacks(self, task: Task) -> list[TrainerCallback]:
-        """The callbacks of a task's trainer: the caller's, the run's and, if every save goes to the Hub, its own."""
+        """The callbacks for a task's trainer: the caller's, the monitor's and, if saves are pushed, `PushOnSave`."""
         pushes = self._pusher is not None and self.args.hub_strategy not in ("every_task", "end")
         own = [PushOnSave(self._pusher, self.args.hub_strategy, task.index)] if pushes else []
         return [*self.callbacks, *self._monitor.callbacks(task), *own]
 
     def _save(self, task: Task, results: dict[str, Any], trained: Trained) -> None:
-        """Save what a complete task leaves behind; the results come last, because they say that the rest is there."""
+        """Save a complete task's files; the results come last, because they say that the rest is there."""
         if not self.args.should_save:
             return
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -419,13 +418,13 @@ class ContinualTaskScheduler:
         done = len(results["accuracy_matrix"])
         self.folder.check_tasks(done)
         if after is not None:
-            # Only once nothing can refuse the run any more, such as what a plug-in kept.
+            # Last: by now nothing can refuse the run any more, not even a plug-in's saved state.
             load_plugins(task_plugins(self.callbacks), self.output_dir / task_folder(done) if done else None)
             self.folder.take_back(results)
         return results
 
     def _take_untrained(self) -> None:
-        """Give the model the untrained adapter, which an earlier run of this scheduler may have trained."""
+        """Give the model its untrained adapter back, which an earlier run of this scheduler may have trained."""
         if self._untrained is None:
             weights = adapter_weights(self.model.clip)
             self._untrained = {name: tensor.detach().cpu().clone() for name, tensor in weights.items()}

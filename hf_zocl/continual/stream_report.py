@@ -1,4 +1,4 @@
-"""`StreamReport`: what `report_to` names is told of one run, whose steps go on from task to task."""
+"""`StreamReport`: the loggers that `report_to` names see one run, whose steps go on from task to task."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from .stream_steps import StreamSteps
 
 
 class StreamReport(TrainerCallback):
-    """Hands the events of all tasks' trainers on to the callbacks of `report_to` as those of one training.
+    """Passes the events of all tasks' trainers to the callbacks of `report_to`, as if there were one training.
 
-    The run begins with the first task that is trained and ends with the last; its steps are counted through all tasks
-    (`StreamSteps`), and every log says its task. After each task follow its accuracies.
+    The run begins with the first task that is trained and ends with the last. Its steps are counted through all tasks
+    (`StreamSteps`), and every log names its task. After each task, the accuracies are reported.
 
     Args:
         args: The run's training arguments.
         name: The run's name, unless `run_name` is given.
 
     Raises:
-        ValueError, RuntimeError: If `report_to` names what is not known or not installed.
+        ValueError, RuntimeError: If `report_to` names a logger that is unknown or not installed.
     """
 
     def __init__(self, args: TrainingArguments, name: str):
-        # The Trainer writes its arguments into what it reports.
+        # The Trainer reports its arguments, so they must hold no token.
         self.args = dataclasses.replace(args, run_name=args.run_name or name, hub_token=None, push_to_hub=False)
         self.callbacks = [callback() for callback in get_reporting_integration_callbacks(args.report_to)]
         self._steps = StreamSteps([])
         self._task = 0
-        self._last: tuple[Any, Any, dict[str, Any]] | None = None  # state, control and the rest of an event
+        self._last: tuple[Any, Any, dict[str, Any]] | None = None  # state, control, other arguments
         self._has_begun = False
         self._wandb_before: Any = None
 
     def begin(self, steps: StreamSteps, goes_on: bool) -> None:
-        """The run begins; or it goes on, and TensorBoard's files lie beside those that are there."""
+        """The run begins; one that goes on puts TensorBoard's files next to the earlier ones."""
         self._steps = steps
         self._wandb_before = _wandb_run()
         logs = sorted((Path(self.args.output_dir) / "runs").glob("*/events.out.tfevents.*"), key=os.path.getmtime)
@@ -50,7 +50,7 @@ class StreamReport(TrainerCallback):
                     callback.logging_dir = str(logs[-1].parent)
 
     def begin_task(self, task: int) -> None:
-        """The trainer of this task follows."""
+        """This task's training comes next."""
         self._task = task
 
     def measured(self, results: dict[str, Any]) -> None:
@@ -73,11 +73,11 @@ class StreamReport(TrainerCallback):
             return
         self._tell("on_train_end", *self._last)
         self._last = None
-        # Its callback leaves its run open, in which the next one of this process would go on.
+        # wandb's callback leaves its run open, and this process's next run would go on in it.
         if self._wandb_before is None and (run := _wandb_run()) is not None:
             run.finish()
 
-    # What a trainer calls.
+    # Called by a trainer.
 
     def on_init_end(self, args, state, control, **kwargs):
         if self._last is None and not self._has_begun:
@@ -96,11 +96,11 @@ class StreamReport(TrainerCallback):
         self._tell("on_log", state, control, {**rest, "logs": {**(logs or {}), "task": self._task}})
 
     def on_save(self, args, state, control, **kwargs):
-        for callback in self.callbacks:  # the checkpoint is where the task's own trainer has put it
+        for callback in self.callbacks:  # unchanged: the checkpoint is where the task's own trainer put it
             callback.on_save(args, state, control, **kwargs)
 
     def _remember(self, state, control, rest: dict[str, Any]) -> None:
-        """Keep the state as it is in the whole run."""
+        """Keep the last state, with its steps counted over the whole run."""
         shifted = copy.copy(state)
         shifted.global_step = self._steps.before(self._task) + state.global_step
         shifted.max_steps = self._steps.total

@@ -1,4 +1,4 @@
-"""`StreamSteps`: where in a whole run a step of one task is."""
+"""`StreamSteps`: where a task's step stands in the whole run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from transformers import TrainingArguments
 
 @dataclass
 class StreamSteps:
-    """The number of steps of each task: planned ahead, and corrected by what its Trainer says when it begins.
+    """The number of steps of each task: planned ahead, and corrected when its Trainer begins.
 
-    A task's steps begin where the plan of those before it ends, so they have the same numbers in a run that was
-    resumed, and after a task that a callback has stopped early.
+    A task's steps begin where the plan of the tasks before it ends, so they are numbered alike in a resumed run, and
+    after a task that a callback stopped early.
 
     Args:
         of_task: The steps of every task, in order.
@@ -32,7 +32,7 @@ class StreamSteps:
         return sum(self.of_task)
 
     def before(self, task: int) -> int:
-        """The steps of all tasks before this one, counted from 1."""
+        """The number of steps of all tasks before this one; tasks count from 1."""
         return sum(self.of_task[: task - 1])
 
     def correct(self, task: int, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""`TaskCheck`: checks that a task's training went well before anything of it is saved."""
+"""`TaskCheck`: checks that a task's training went well before any of it is saved."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ logger = logging.get_logger(__name__)
 
 
 class TaskError(ValueError):
-    """A task's training diverged or ended too early; nothing of it is saved as complete."""
+    """A task's training diverged or ended too early; none of it is saved as complete."""
 
 
 class TaskCheck(TrainerCallback):
     """Stops a training that has diverged, and one that ends before its last step.
 
-    The losses of all steps are checked, and the trained weights before anything is logged or saved. Each process
-    learns what the others have found.
+    It checks the loss of every step, and the trained weights before anything is logged or saved. Each process learns
+    what the others found.
 
     Args:
-        name: The task's, for the errors.
+        name: The task's name, for the errors.
         trainer: The task's trainer, with `logging_nan_inf_filter=False`. This becomes its last callback.
     """
 
@@ -45,8 +45,8 @@ class TaskCheck(TrainerCallback):
         self._epoch_began = state.global_step
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """A callback asked to stop; also asked as a Trainer logs and saves, which it does after an epoch's end."""
-        # A Trainer whose data have run out stops too, but has taken no step.
+        """Note whether a callback asked to stop; on logs and saves too, because they come after an epoch's end."""
+        # A Trainer that has run out of data stops too, but after an epoch without a step.
         stops = control.should_training_stop or control.should_epoch_stop
         self._was_asked_to_stop |= stops and state.global_step > self._epoch_began
 

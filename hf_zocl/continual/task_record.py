@@ -20,14 +20,14 @@ def task_info(
     known_classes: Sequence[str],
     results: dict[str, Any],
 ) -> dict[str, Any]:
-    """The content of `task.json`: everything that a checkpoint's card says.
+    """The content of `task.json`, from which the checkpoint's card is written.
 
     Args:
         task: The task that is complete.
-        stream, model: Its stream, and the model after it.
-        assignment: The branch, the layers and how they were split, by tower.
+        stream, model: Its stream, and the model after the task.
+        assignment: The branch, the layers, and the split of each tower's layers.
         base_model: The base model's name.
-        known_classes: Classes known before the run.
+        known_classes: Classes that the model knew before the run.
         results: The run's results so far.
     """
     known = [name for name in known_classes if name not in stream.seen_class_names(task.index)]

@@ -29,13 +29,13 @@ logger = logging.get_logger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """The results of a task's trainer, kept after it is gone.
+    """What is kept of a task's training once its trainer is gone.
 
     Attributes:
-        means: The means of its logs, by name.
-        curves: Its logs over its steps, by name, see `curves`.
-        replay_log: Its zeroth-order steps, if they are logged and lead to its weights.
-        earlier_seconds: The training time in seconds of earlier, stopped processes.
+        means: The means of the logged figures, by name.
+        curves: The logged figures over the steps, by name, see `curves`.
+        replay_log: The zeroth-order steps, if they were logged and lead to the final weights.
+        earlier_seconds: Seconds of training by earlier processes, up to the checkpoint that this one went on from.
     """
 
     means: dict[str, float]
@@ -49,8 +49,8 @@ class TaskTraining:
     """Makes a trainer for each task of a stream, and trains with it.
 
     Args:
-        model, processor, stream, args, trainer_class: As the scheduler has them.
-        folder: The run's folder, in which trainers work.
+        model, processor, stream, args, trainer_class: As for `ContinualTaskScheduler`.
+        folder: The run's folder, in which the trainers work.
         codec: Reads images that are bytes.
     """
 
@@ -80,11 +80,11 @@ class TaskTraining:
             zo_seed=zo_seed,
             # Every trained parameter is used in every pass, so DDP need not look for unused ones.
             ddp_find_unused_parameters=bool(self.args.ddp_find_unused_parameters),
-            logging_nan_inf_filter=False,  # a loss that is not finite is to be seen (`TaskCheck`)
+            logging_nan_inf_filter=False,  # `TaskCheck` must see losses that are not finite
             remove_unused_columns=False,  # the collator makes the model's inputs from the image column
             dataloader_drop_last=self.args.dataloader_drop_last and task is not None,  # every test image counts
-            report_to="none",  # which is told of the run as a whole, by `StreamReport`
-            push_to_hub=False,  # tasks are pushed as a whole
+            report_to="none",  # `StreamReport` reports the run as a whole
+            push_to_hub=False,  # the scheduler pushes each task as a whole
             hub_token=None,  # the Trainer writes its arguments into its checkpoints
         )
         callbacks = list(callbacks)
@@ -105,9 +105,9 @@ class TaskTraining:
         begin: Callable[[], None] | None = None,
         callbacks: Iterable[TrainerCallback] = (),
     ) -> Trained:
-        """Train on one task, from its beginning or from a checkpoint within it; `begin` is called after a step.
+        """Train on one task, from its beginning or from a checkpoint within it.
 
-        The plug-ins among the callbacks take part.
+        `begin` is called after the first step. Plug-ins among the callbacks act at the task's beginning and end.
 
         Raises:
             TaskError: If the training diverges, or ends before its last step.
@@ -131,13 +131,13 @@ class TaskTraining:
         trainer.train(resume_from_checkpoint=checkpoint)
         check.finish()
         if begin is not None:
-            first_step.call()  # where there was none
+            first_step.call()  # if there was no step
         is_changed = False
         if plugins:
             is_changed = self._end_task(task, trainer, plugins)
             check.check_finite()
         log = trainer.state.log_history
-        # A log that leads to the weights before is none.
+        # If a plug-in changed the weights, the log no longer leads to them.
         replay_log = None if is_changed else trainer.replay_log
         return Trained(means(log), curves(log), replay_log, trainer.earlier_seconds)
 
@@ -151,7 +151,7 @@ class TaskTraining:
 
 
 class _AfterFirstStep(TrainerCallback):
-    """Calls a function once, after the first step: by then nothing that can fail before training has failed."""
+    """Calls a function once, after the first step, when all that could fail before training has passed."""
 
     def __init__(self, function: Callable[[], None]):
         self._function: Callable[[], None] | None = function

@@ -19,16 +19,16 @@ class Benchmark:
     """A dataset and the protocol by which it becomes a stream of tasks.
 
     Args:
-        name: What recipes call it.
+        name: Its name in recipes.
         dataset_id: Hub id, or the name of a dataset in `hf_zocl.sample`; None: only a local dataset.
-        train_split, test_split, image_column, label_column: As the dataset calls them.
-        initial_increment, increment: Classes of the first task, and of every other; `all`: one task.
-        class_order_seed: Draws the class order where `class_order` is None.
+        train_split, test_split, image_column, label_column: Their names in the dataset.
+        initial_increment, increment: Classes of the first task, and of every other one; `all`: one task.
+        class_order_seed: Seed that draws the class order if `class_order` is None.
         prompt_template: The class prompt, with a `{}` for the name; or several, to be averaged.
         source: Where each of these choices comes from.
         class_order: Label ids in order of arrival.
         partial_order: Whether the class order may leave classes out.
-        class_names: By label id, as prompts need them; None: the dataset's, cleaned.
+        class_names: The names by label id, as prompts need them; None: the dataset's, cleaned.
         name_column: A column of class names, where the labels are not readable.
         test_fraction: The share of each class to test on, if the dataset has only one split.
         excluded_train_rows: A function from the labels of all training images to the rows that the stream leaves out.
@@ -59,10 +59,10 @@ class Benchmark:
         """Build the benchmark's stream.
 
         Args:
-            dataset_path: A local copy of the dataset; default: the Hub's, or the package's own.
-            overrides: Any argument of `TaskStream.from_dataset`, instead of the benchmark's; None changes nothing.
-                An `increment` without `initial_increment` holds for the first task too, and a `class_order_seed`
-                without `class_order` replaces an order that the benchmark states.
+            dataset_path: A local copy of the dataset; default: the Hub's, or the one in the package.
+            overrides: Any argument of `TaskStream.from_dataset`, in place of the benchmark's; None changes nothing.
+                An `increment` without `initial_increment` applies to the first task too, and a `class_order_seed`
+                without `class_order` replaces the benchmark's own order.
 
         Raises:
             ValueError: If the dataset does not fit (see `TaskStream.from_dataset`), or none is given.
@@ -87,7 +87,7 @@ class Benchmark:
         dataset = resolve(self.dataset_id) if self.dataset_id else None
         if dataset_path is not None:
             dataset = os.fspath(dataset_path)
-            options["config_name"] = options["revision"] = None  # the Hub's, not the local copy's
+            options["config_name"] = options["revision"] = None  # these are of the Hub's copy, not of a local one
             if not os.path.exists(dataset):
                 raise ValueError(f"dataset_path={dataset!r}: there is no such folder for benchmark {self.name!r}.")
         return TaskStream.from_dataset(dataset, **{**options, "allow_shared_images": True, **given})
@@ -102,10 +102,10 @@ class BenchmarkSequence:
     """Whole datasets, each a task with its own classes and prompts (the `cross-dataset` scenario).
 
     Args:
-        name: What recipes call it.
+        name: Its name in recipes.
         benchmarks: The datasets' benchmarks, in order of arrival.
         source: Where the datasets and their order come from.
-        prompts: Prompts of a dataset, by its benchmark's name, instead of the benchmark's.
+        prompts: Prompts for some datasets, by benchmark name, in place of the benchmark's own.
     """
 
     name: str

@@ -222,7 +222,7 @@ _SUN = _whole(
 
 
 def _steps(base: Benchmark, increment: int, first: int | None = None, source: str = "") -> Benchmark:
-    """The same dataset in other steps, named after them."""
+    """The same dataset with other increments, which its name states."""
     suffix = f"-inc{increment}" if first is None else f"-base{first}-inc{increment}"
     return replace(
         base,

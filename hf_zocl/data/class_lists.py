@@ -1,4 +1,4 @@
-"""Class names as prompts need them, and class orders that no seed draws; by label id of the Hub's copies."""
+"""Class names for prompts, and class orders that no seed draws, by the label ids of the Hub's copies."""
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -9,7 +9,7 @@ def _ids(text: str) -> tuple[int, ...]:
     return tuple(int(label) for label in text.split())
 
 
-# The Hub's names, with class 26 spelt right ("cra" there).
+# The names of the Hub's copy, with class 26 spelt right ("cra" there).
 CIFAR100_NAMES = _names("""
 apple, aquarium fish, baby, bear, beaver, bed, bee, beetle, bicycle, bottle, bowl, boy, bridge, bus, butterfly,
 camel, can, castle, caterpillar, cattle, chair, chimpanzee, clock, cloud, cockroach, couch, crab, crocodile, cup,
@@ -54,7 +54,7 @@ mashed potatoes, cauliflower, bell pepper, mushroom, orange, lemon, banana, pome
 espresso, mountain, cliff, coral reef, lakeshore, beach, acorn
 """)
 
-# MoE-Adapters4CL, cil/class_orders/tinyimagenet.yaml; there by line of the dataset's wnids.txt, here by sorted id.
+# MoE-Adapters4CL's cil/class_orders/tinyimagenet.yaml: line numbers of the dataset's wnids.txt there, sorted ids here.
 TINY_IMAGENET_ORDER = _ids("""
 31 40 0 112 161 138 144 72 128 71 68 87 86 12 99 170 69 57 122 188 131 74 62 96 108 89 92 56 153 156 47 27 91 44 13
 114 173 70 42 48 105 184 23 2 189 82 16 182 39 93 67 139 169 9 63 34 90 88 155 159 160 58 174 6 98 195 141 166 118 149
@@ -64,13 +64,13 @@ TINY_IMAGENET_ORDER = _ids("""
 177 49 83 168 198 165 46 100 158 121 51 109 61 76 22 147 1 186 110 167 120 95 79 154 30 127 185 29 130
 """)
 
-# Those of CLIP's prompts for EuroSAT, in the dataset's own order (AnnualCrop, Forest, …), as in ZSCL.
+# CLIP's names for EuroSAT, in the dataset's own order (AnnualCrop, Forest, …), as in ZSCL.
 EUROSAT_NAMES = _names("""
 annual crop land, forest, brushland or shrubland, highway or road, industrial buildings or commercial buildings,
 pasture land, permanent crop land, residential buildings or homes or apartments, river, lake or sea
 """)
 
-# torchvision's, which ZSCL takes.
+# torchvision's names, as in ZSCL.
 MNIST_NAMES = _names("""
 0 - zero, 1 - one, 2 - two, 3 - three, 4 - four, 5 - five, 6 - six, 7 - seven, 8 - eight, 9 - nine
 """)

@@ -16,7 +16,7 @@ from .splits import listed
 
 logger = logging.getLogger(__name__)
 
-MOST_LABELS = 10_000_000  # a table over all ids takes eight bytes for each
+MOST_LABELS = 10_000_000  # a table over all ids takes eight bytes per id
 
 
 def draw_class_order(label_ids: list[int], given: Sequence[int] | None, seed: int | None) -> tuple[int, ...]:
@@ -59,10 +59,10 @@ def task_sizes(classes: int, initial_increment: int | None, increment: int | Lit
 
 
 def arrival_labels(images: datasets.Dataset, class_order: Sequence[int]) -> np.ndarray:
-    """The position in the class order of every label id, -1 for those left out.
+    """The position of every label id in the class order; -1 for ids that are left out.
 
     Raises:
-        ValueError: If an id is so large that it is no class number.
+        ValueError: If an id is too large to be a class number.
     """
     feature = images.features["label"]
     size = max(class_order) + 1

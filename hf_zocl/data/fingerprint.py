@@ -1,4 +1,4 @@
-"""A hash of a run's data, so that a run does not go on with different data unnoticed."""
+"""A hash of a run's data, so that a run never goes on with other data unnoticed."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..trainer.compat import rows_in_table
 from .stream import TaskStream
 
 
-# Images are read whole up to this many bytes in all; of more, only every second, third …
+# All images of a task's split are read up to this many bytes together; beyond that only every second, third …
 READ_BYTES = 1_000_000_000
 BATCH = 256
 
 
 def stream_digest(stream: TaskStream) -> str:
-    """A hash of a stream's labels and images, as they are stored: their sizes, and of up to 1 GB their bytes.
+    """A hash of a stream's labels, its images' stored sizes, and image bytes, up to 1 GB per task and split.
 
-    It does not depend on where the dataset is, nor on whether its images are files or in a table.
+    It does not depend on where the dataset is, or on whether its images are files or in a table.
     """
     digest = xxhash.xxh3_128()
     for task in stream:
@@ -45,7 +45,7 @@ def _add(digest: xxhash.xxh3_128, data: datasets.Dataset) -> None:
 
 
 def _sizes(data: datasets.Dataset) -> np.ndarray:
-    """The size in bytes of every image as it is stored, int64; images in a table are not read for this."""
+    """The stored size of every image in bytes, int64; images in a table are not read for it."""
     lengths = pc.binary_length(pc.struct_field(data.data.column("image"), "bytes"))
     sizes = pc.fill_null(pc.cast(lengths, pa.int64()), 0).to_numpy()[_rows(data)]
     for place, path in _files(data):
@@ -54,7 +54,7 @@ def _sizes(data: datasets.Dataset) -> np.ndarray:
 
 
 def files_digest(data: datasets.Dataset) -> str:
-    """A hash of the sizes and times of images that are files: a table of their paths does not tell a replaced one."""
+    """A hash of the sizes and times of image files: the table of their paths does not show that one was replaced."""
     digest = xxhash.xxh3_128()
     for place, path in _files(data):
         status = os.stat(path)
@@ -63,7 +63,7 @@ def files_digest(data: datasets.Dataset) -> str:
 
 
 def _files(data: datasets.Dataset) -> Iterator[tuple[int, str]]:
-    """The place and the path of every image that is a file beside the table."""
+    """The position and the path of every image that is a file outside the table."""
     column, rows = data.data.column("image"), _rows(data)
     is_file, paths = pc.is_null(pc.struct_field(column, "bytes")).to_numpy(), pc.struct_field(column, "path")
     for place in np.flatnonzero(is_file[rows]):

@@ -1,4 +1,4 @@
-"""Image folders, with a folder for each class: which folders are splits and which classes, whatever their names."""
+"""Image folders with a folder per class: which folders are splits and which are classes, whatever their names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 IMAGES = frozenset(ImageFolder.EXTENSIONS)
 # Files that describe the content of a folder.
 DESCRIPTIONS = frozenset({".csv", ".jsonl", ".parquet", ".arrow", ".json", ".txt", ".zip", ".tar", ".gz", ".py"})
-DEEPEST = 8  # folders above an image: a link to a folder above itself never ends
+DEEPEST = 8  # levels of folders above an image, because a link to its own parent would never end
 SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
@@ -23,8 +23,8 @@ def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
 
     Two layouts are recognised: `train/cat/1.png` (the outer folder is the split, the inner one the class), and
     `cat/1.png` (a single split). Folders may group the classes, at the same depth for every image:
-    `train/animals/cat/1.png`. `load_dataset` itself interprets every other folder. It takes any folder called `train`
-    for a split, so with a class of that name it would train on the test images.
+    `train/animals/cat/1.png`. Any other folder is left to `load_dataset`. That takes every folder called `train` for a
+    split, so with a class of that name it would train on the test images.
 
     Args:
         folder: A local folder.
@@ -33,7 +33,7 @@ def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
         Split → pattern; None if the folder has another layout.
 
     Raises:
-        ValueError: If a folder has the name of a split, and its siblings do not but hold classes as it does.
+        ValueError: If a folder is named like a split, while its siblings are not but hold classes as it does.
     """
     folders, files = _entries(Path(folder))
     if _has_images(files) or _are_described(files):
@@ -55,15 +55,15 @@ def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
 
 
 def load_image_folder(patterns: dict[str, str]) -> datasets.DatasetDict:
-    """The images of `image_folder_files`: columns `image` and `label`, the class's folder."""
+    """Load the images of `image_folder_files`: columns `image` and `label`, the name of the class's folder."""
     return datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False)
 
 
 def _classes(folder: Path, most: int = DEEPEST) -> list[tuple[str, ...]] | None:
-    """The folders of images in a folder, as paths of equal depth.
+    """The folders that hold images within a folder, as paths of equal depth.
 
     Returns:
-        None if their depths differ, the folder itself has images, or it holds a description of them.
+        None if their depths differ, a folder of folders has images, or a file describes the images.
     """
     folders, files = _entries(folder)
     if _has_images(files) or _are_described(files):
@@ -81,7 +81,7 @@ def _classes(folder: Path, most: int = DEEPEST) -> list[tuple[str, ...]] | None:
 
 
 def _hold_splits(classes: list[tuple[str, ...]]) -> bool:
-    """Tell whether a single split's folders may hold splits: one above the classes, or nothing else in some."""
+    """Tell whether some folders may be splits: one above the classes, or all those that share a parent."""
     inside: dict[tuple[str, ...], list[bool]] = {}
     for *above, name in classes:
         if any(each.lower() in SPLITS for each in above):
@@ -103,7 +103,7 @@ def _has_images(files: list[str]) -> bool:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[str]]:
-    """The folders and the names of the files in a folder, without those that `datasets` skips."""
+    """The folders and the file names in a folder, without those that `datasets` skips."""
     folders, files = [], []
     with os.scandir(folder) as entries:
         for entry in entries:

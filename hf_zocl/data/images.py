@@ -28,15 +28,15 @@ from .tasks import Task
 logger = logging.get_logger(__name__)
 
 DEFAULT_CACHE_GB = 4.0
-PIXELS = 2  # counts the ways in which images were made into pixels: caches of another are not found
+PIXELS = 2  # version of the conversion to pixels: caches of another version are not found
 _AS_THEY_ARE = {"do_resize": False, "do_center_crop": False, "do_convert_rgb": False}
 
 
 class PixelCodec:
-    """An image processor in two steps: an image to pixels (8 bits a value), and pixels to the model's values.
+    """An image processor in two steps: an image to pixels (8 bits per value), and pixels to the model's values.
 
-    The second step looks each value up in a table that the processor itself has filled, so both steps together give
-    exactly the processor's values.
+    The second step looks each value up in a table that the processor itself filled, so the two steps give exactly the
+    processor's values.
 
     Args:
         image_processor: A processor that converts, resizes, crops, rescales and normalises, as CLIP's does.
@@ -69,10 +69,10 @@ class PixelCodec:
         return int(np.prod(self.shape))
 
     def pixels(self, image: Any) -> bytes:
-        """The pixels of one PIL image, scaled to 8 bits, converted, resized and cropped; bytes of `shape`.
+        """The pixels of one PIL image: scaled to 8 bits, converted, resized and cropped; bytes of `shape`.
 
         Raises:
-            ValueError: If the image's values have no known scale, see `eight_bits`.
+            ValueError: If the scale of the image's values is unknown, see `eight_bits`.
         """
         pixels = self.image_processor(
             images=[eight_bits(image)], do_rescale=False, do_normalize=False, return_tensors="np"
@@ -80,7 +80,7 @@ class PixelCodec:
         return np.asarray(pixels["pixel_values"][0], dtype=np.uint8).tobytes()
 
     def values(self, pixels: Iterable[bytes]) -> torch.Tensor:
-        """Rescaled and normalised, float32; `(images, channels, height, width)`."""
+        """The model's values for some pixels: rescaled, normalised, float32; `(images, channels, height, width)`."""
         array = np.frombuffer(b"".join(pixels), dtype=np.uint8).reshape(-1, *self.shape)
         return torch.from_numpy(np.take(self._table, array + self._channel))
 
@@ -91,7 +91,7 @@ class ImageCollator:
     Args:
         processor: The CLIP model's processor.
         arrival_labels: The position in the class order of every label id of the dataset.
-        first_label: Subtracted from the arrival labels: training sees only the task's own classes.
+        first_label: Subtracted from the arrival labels, because training sees only the task's own classes.
         codec: Reads images that are bytes (see `prepare_images`); PIL images go through the processor.
     """
 
@@ -125,23 +125,23 @@ def prepare_images(
 ) -> tuple[TaskStream, int]:
     """Decode and resize a stream's images ahead of training, if their pixels fit into the cache.
 
-    The cache is an Arrow file in the datasets' cache folder, memory-mapped, one for each task and split; its name is a
-    hash of the images and the processor, so that a later run finds it. Images that exceed `cache_gb` are decoded
-    whenever they are needed.
+    The cache is a memory-mapped Arrow file for each task and split, in the cache folder of `datasets`. Its name is a
+    hash of the images and the processor, so that a later run finds it. If all pixels together exceed `cache_gb`, each
+    image is decoded whenever it is needed.
 
     Args:
         stream: The tasks.
         codec: The image processor's two steps.
         cache_gb: The greatest size of the pixels, in GB (1e9 bytes); 0: no cache.
-        skip_corrupt: Leave out images that cannot be decoded, rather than stop.
-        workers: Processes that decode; 0: this one.
+        skip_corrupt: Leave out images that cannot be decoded, instead of stopping.
+        workers: How many processes decode; 0: this one.
 
     Returns:
-        The same tasks over images that are bytes, and how many images were left out.
+        The same tasks with images as bytes, and how many images were left out.
 
     Raises:
-        ValueError: If an image cannot be decoded, which names its row (without a cache: when it is needed); or if
-            `skip_corrupt` leaves a class without an image.
+        ValueError: If an image cannot be decoded (the message names its row; without a cache, it is raised when the
+            image is needed), or if `skip_corrupt` leaves a class without images.
     """
     images = sum(len(task.train) + len(task.test) for task in stream)
     size = images * codec.image_bytes / 1e9
@@ -155,7 +155,7 @@ def prepare_images(
         for split, data, rows in (("train", task.train, task.train_rows), ("test", task.test, task.test_rows)):
             source = _Source(data, rows, f"{stream.name}, task {task.index}, {split} images", codec)
             parts[split] = source.cached(skip_corrupt, workers) if size <= cache_gb else source.lazy(skip_corrupt)
-            if skip_corrupt and len(data):  # a stream that is only tested on has no training images
+            if skip_corrupt and len(data):  # a stream for testing only has no training images
                 _check_classes(task, parts[split], source.where)
         return replace(task, train_rows=None, test_rows=None, **parts)
 
@@ -177,7 +177,7 @@ class _Source:
         self.where, self.codec = where, codec
 
     def fingerprint(self) -> str:
-        """What the pixels in the cache depend on."""
+        """A hash of all that the pixels in the cache depend on."""
         processor = self.codec.image_processor.to_json_string()
         return Hasher.hash((self.table, files_digest(self.data), processor, datasets.__version__, PIXELS))
 
@@ -185,7 +185,7 @@ class _Source:
         """One image's pixels.
 
         Raises:
-            ValueError: If it cannot be decoded, naming its row in the split.
+            ValueError: If it cannot be decoded; the message names its row in the split.
         """
         try:
             return self.codec.pixels(self.feature.decode_example(image))
@@ -203,8 +203,8 @@ class _Source:
             return None
 
     def cached(self, skip_corrupt: bool, workers: int) -> datasets.Dataset:
-        """Decode all images into a memory-mapped file, or open that of an earlier run."""
-        if not len(self.data):  # `map` would give back the source's own file
+        """Decode all images into a memory-mapped file, or open the file of an earlier run."""
+        if not len(self.data):  # `map` would return the source's own file
             return self.data
         read = self.readable if skip_corrupt else self.decode
         fingerprint = f"{self.fingerprint()}{'-skip' if skip_corrupt else ''}"
@@ -232,7 +232,7 @@ class _Source:
             images = made()
             if _is_intact(images, started):
                 return images
-        except (OSError, pa.ArrowException):  # its file cannot be read as a table
+        except (OSError, pa.ArrowException):  # the cache file cannot be read as a table
             pass
         logger.warning(f"{self.where}: the cache of decoded images is damaged, or has no checksum; it is made anew.")
         images = made(load_from_cache_file=False)
@@ -240,7 +240,7 @@ class _Source:
         return images
 
     def lazy(self, skip_corrupt: bool) -> LazyImages:
-        """Give all images, decoded when needed; `skip_corrupt` decodes each once ahead, to find broken ones."""
+        """All images, decoded when needed; `skip_corrupt` decodes each once beforehand, to find broken ones."""
         kept = np.arange(len(self.data))
         if skip_corrupt:
             kept = np.array([i for i in kept if self.readable(self.data[int(i)]["image"], i) is not None], dtype=int)
@@ -248,9 +248,9 @@ class _Source:
 
 
 def _is_intact(images: datasets.Dataset, started: float) -> bool:
-    """Tell whether the files behind `images` are as they were written, by the checksums next to them.
+    """Tell by the checksums next to them whether the files behind `images` are as they were written.
 
-    Files written after `started` (seconds since the epoch) get their checksums here.
+    Files written after `started` (Unix time in seconds) get their checksums here.
     """
     for file in (Path(each["filename"]) for each in images.cache_files):
         known = file.with_name(f"{file.name}.xxh3")

@@ -22,8 +22,8 @@ PROBE = 4096  # bytes at either end that are compared before two images are read
 def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
     """The images of `test` that `train` holds too, as positions in `train` and `test`.
 
-    Images are compared as files: by their path, else by size, then both ends, then whole, so that little of a large
-    dataset is read. No image is decoded.
+    Images are compared as files: by size, then by both ends, then whole, so that little of a large dataset is read;
+    files that are not on this machine, by path. No image is decoded.
     """
     ours, theirs = _Files.of(train), _Files.of(test)
     by_probe: dict[bytes, list[int]] = {}
@@ -67,9 +67,9 @@ class _Files:
     """The images of a split as files: on the disk, or within the dataset.
 
     Args:
-        sizes: Bytes, or `UNKNOWN`. Shape: (images,).
-        paths: Of every image.
-        contents: The bytes of those within the dataset; views, nothing is read yet.
+        sizes: The size of every image in bytes, or `UNKNOWN`. Shape: (images,).
+        paths: The path of every image.
+        contents: The bytes of images within the dataset, as views: nothing is read yet.
     """
 
     sizes: np.ndarray
@@ -95,13 +95,13 @@ class _Files:
         return cls(sizes, paths, _Rows(contents, None if rows is None else rows.to_numpy()))
 
     def candidates(self, others: _Files) -> np.ndarray:
-        """The positions of images that may be among the others: they share a size or else a path with one."""
+        """The positions of images that may be among the others: they share a size, or if that is unknown a path."""
         has_size = (self.sizes != UNKNOWN) & np.isin(self.sizes, others.sizes)
         has_path = pc.is_in(self.paths, value_set=others.paths, skip_nulls=True).to_numpy().astype(bool)
         return np.flatnonzero(has_size | ((self.sizes == UNKNOWN) & has_path))
 
     def probe(self, position: int) -> bytes:
-        """A checksum of both ends of an image."""
+        """A checksum of both ends of an image and its size; if the size is unknown, its path."""
         size, content = int(self.sizes[position]), self.contents[position]
         if size == UNKNOWN:
             return self.paths[position].as_py().encode()
@@ -116,7 +116,7 @@ class _Files:
 
     def is_same(self, position: int, others: _Files, other: int) -> bool:
         if self.sizes[position] == UNKNOWN:
-            return True  # their paths are the same, which is all that there is
+            return True  # the paths are the same, and nothing more can be compared
         return self.read(position) == others.read(other)
 
     def read(self, position: int) -> bytes:
@@ -128,7 +128,7 @@ class _Files:
 
 
 class _Rows:
-    """The rows of a chunked column of bytes, each a view that costs nothing until it is read."""
+    """The rows of a chunked column of bytes, each a view that costs nothing until read."""
 
     def __init__(self, column: pa.ChunkedArray, rows: np.ndarray | None):
         self.chunks, self.rows = column.chunks, rows

@@ -19,7 +19,7 @@ from .image_folders import image_folder_files, load_image_folder
 TRAIN_SPLITS = ("train",)
 TEST_SPLITS = ("test", "validation", "valid", "val")
 LABEL_COLUMNS = ("label", "labels")
-# Copies of ImageNet on the Hub, by the last part of their name: their classes are WordNet's lists of synonyms.
+# Names of ImageNet's copies on the Hub (the last part): their class names are WordNet's lists of synonyms.
 LISTS_SYNONYMS = re.compile(
     r"(tiny-?|mini-?)?imagenet(-?\d+)?([-_](1k|21k|22k|a|c|o|r|sketch|v2|wds)\b.*)?", re.IGNORECASE
 )
@@ -29,9 +29,9 @@ CLASS_ORDER_SEED = 1993
 def clean_class_name(name: str, lists_synonyms: bool = False) -> str:
     """Make a dataset's class name fit for a prompt.
 
-    WordNet ids are removed, underscores and repeated blanks become one blank, and a name all in capitals is lowered
-    unless it is as short as an acronym (`CD`, `SUV`). Other names keep their case. Of synonyms separated by commas
-    only the first stays, if they are known to be synonyms: the name has a WordNet id, or `lists_synonyms` says so.
+    WordNet ids are removed, underscores and repeated blanks become one blank, and a name all in capitals becomes lower
+    case unless it is as short as an acronym (`CD`, `SUV`). Other names keep their case. Of comma-separated synonyms,
+    only the first stays; commas separate synonyms if the name has a WordNet id, or `lists_synonyms` says so.
 
     >>> clean_class_name("n01440764 tench, Tinca tinca")
     'tench'
@@ -41,8 +41,8 @@ def clean_class_name(name: str, lists_synonyms: bool = False) -> str:
     '1,000 yen'
 
     Args:
-        name: The dataset's own.
-        lists_synonyms: The dataset's names are lists of synonyms, as ImageNet's are.
+        name: The class name in the dataset.
+        lists_synonyms: Whether the dataset's names are lists of synonyms, as ImageNet's are.
     """
     name, ids = re.subn(r"\bn\d{8}(?!\d)", " ", name)
     if ids or lists_synonyms:
@@ -60,21 +60,21 @@ class Split:
     labels: np.ndarray | None = None
     domains: np.ndarray | None = None
     row_ids: np.ndarray | None = None
-    note: str = ""  # why it may lack images
+    note: str = ""  # why the split may lack images
 
     def with_columns(self, image_column: str, label_column: str, domain_column: str | None = None) -> Split:
         domains = None if domain_column is None else self._domains(domain_column)
         data = self.data.with_format(None).select_columns([image_column, label_column])
         if (image_column, label_column) != ("image", "label"):
             data = data.rename_columns({image_column: "image", label_column: "label"})
-        # Through Arrow: a million labels take a fraction of a second, and the images are left alone.
+        # Through Arrow, a million labels take a fraction of a second, and no image is touched.
         column = data.select_columns("label").with_format("arrow")[:]["label"]
         labels = self._filled(column, f"label in column {label_column!r}")
         labels = labels if labels.dtype == object else labels.astype(np.int64)
         return Split(self.name, data, labels, domains, np.arange(len(labels)))
 
     def _filled(self, column: Any, what: str) -> np.ndarray:
-        """The values of an Arrow column, of which none may be missing."""
+        """The values of an Arrow column; none may be missing."""
         if column.null_count:
             row = int(np.argmax(column.is_null().to_numpy()))
             raise ValueError(
@@ -180,8 +180,8 @@ def _type_name(feature) -> str:
 def encode_strings(train: Split, test: Split, renumbers: bool = True) -> tuple[Split, Split]:
     """Replace string labels by ids, in the order of `in_order` over both splits; other labels stay.
 
-    Label names that are numbers in alphabetical order, as of folders 1 to 12, are put in numeric order, if it
-    `renumbers`: whoever has loaded the dataset has seen its ids, and names the classes by them.
+    With `renumbers`, label names that are numbers in alphabetical order, as of folders 1 to 12, are put in numeric
+    order. It is off for a dataset in memory, because its user has seen the ids and refers to classes by them.
     """
     for split, other in ((train, test), (test, train)):
         feature, expected = split.data.features["label"], other.data.features["label"]
@@ -203,7 +203,7 @@ def encode_strings(train: Split, test: Split, renumbers: bool = True) -> tuple[S
     if names == own or test.data.features["label"] != feature:
         return train, test
     moved = np.array([names.index(name) for name in own])
-    # A label outside the names stays unchanged, and is found later.
+    # A label outside the names stays unchanged; a later check reports it.
     moves = [
         np.where((s.labels < 0) | (s.labels >= len(own)), s.labels, moved[s.labels.clip(0, len(own) - 1)])
         for s in (train, test)
@@ -218,7 +218,7 @@ def _relabelled(split: Split, names: list[str], labels: np.ndarray) -> Split:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names by their value if all are whole numbers, else in alphabetical order.
+    """The names in numeric order if all are whole numbers, otherwise in alphabetical order.
 
     >>> in_order(["10", "9", "1"])
     ['1', '9', '10']
@@ -276,7 +276,7 @@ def read_class_names(
         names = {label: clean_class_name(name, lists_synonyms) for label, name in enumerate(own)}
         source = "the dataset's label names"
     else:
-        # A class of one image has none left in a split that gave a share away; a later check reports it.
+        # A class of one image has none left once the test share is split off; a later check reports it.
         labels = np.concatenate([train.labels, test.labels]) if train.note else train.labels
         names, source = {int(label): str(label) for label in np.unique(labels)}, f"split {train.name!r}"
     for split in (train, test):

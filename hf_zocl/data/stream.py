@@ -44,25 +44,26 @@ SCENARIOS = ("class", "task", "domain", "cross-dataset")
 
 
 class TaskStream(Sequence[Task]):
-    """Tasks in order of arrival; `TaskStream.from_dataset` cuts a dataset into one.
+    """A sequence of tasks in order of arrival; `TaskStream.from_dataset` makes one from a dataset.
 
     Args:
         tasks: The tasks, in order.
-        name: What results and model cards call the stream.
+        name: The stream's name in results and model cards.
         dataset_id: Hub id of the dataset, if it has one.
-        scenario: What an image is predicted among (van de Ven & Tolias 2019; MTIL: Zheng et al., ZSCL, ICCV 2023):
-            `class`: all classes seen; `task`: the classes of its own task; `domain`: the classes that all tasks share;
-            `cross-dataset`: the classes of its own dataset, which is a task, with that dataset's prompts.
+        scenario: The classes that an image is predicted among (van de Ven & Tolias 2019; MTIL: Zheng et al., ZSCL,
+            ICCV 2023): `class`: all classes seen; `task`: those of its own task; `domain`: those that all tasks share;
+            `cross-dataset`: those of its own dataset, which is one task, with that dataset's prompts.
 
     Attributes:
         class_order: Label ids of the dataset in order of arrival; for several datasets, one after the other.
         class_names: The names of the classes in order of arrival.
-        arrival_labels: `arrival_labels[label id]` is the id's position in `class_order`, which is what a model is
-            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,). For
-            several datasets, those of the first; every task has its own.
+        arrival_labels: `arrival_labels[label id]` is the id's position in `class_order`, the label that a model is
+            trained and tested on; -1 for ids that are not in the stream. Shape: (label ids of the dataset,). With
+            several datasets, these are the first one's; every task has its own.
 
     Raises:
-        ValueError: If there is no task, the scenario is unknown, or tasks of the `domain` scenario differ in classes.
+        ValueError: If there is no task, their indices do not count up from 1, the scenario is unknown, or tasks of the
+            `domain` scenario differ in classes.
     """
 
     def __init__(self, tasks: Iterable[Task], name: str, dataset_id: str | None = None, scenario: str = "class"):
@@ -121,11 +122,11 @@ class TaskStream(Sequence[Task]):
     def training_classes(self, index: int) -> tuple[tuple[str, ...], int]:
         """The classes that task `index` is trained among, and the arrival label of the first of them.
 
-        They are the task's own. A loss over a single class is zero for every model, so such a task is trained among
-        all classes seen.
+        They are the task's own. A loss over a single class is zero for every model, so a task with one class is
+        trained among all classes seen.
 
         Raises:
-            ValueError: If there is only one class, and no other to train it among.
+            ValueError: If the task has one class, and there is no other to train it among.
         """
         task = self._seen(index)[-1]
         if len(task.class_ids) > 1:
@@ -149,7 +150,7 @@ class TaskStream(Sequence[Task]):
         return Evaluation((task,), task.class_names, task.first_label, task.prompt_template)
 
     def map_tasks(self, function: Callable[[Task], Task]) -> TaskStream:
-        """The same stream with other tasks."""
+        """The same stream with `function` applied to every task."""
         return TaskStream(map(function, self._tasks), self.name, self.dataset_id, self.scenario)
 
     def _seen(self, index: int) -> tuple[Task, ...]:
@@ -161,13 +162,13 @@ class TaskStream(Sequence[Task]):
     def from_streams(
         cls, streams: Sequence[TaskStream], name: str, scenario: str = "cross-dataset", titles: Sequence[str] = ()
     ) -> TaskStream:
-        """Build a stream of whole datasets: one task for each of several streams of one task.
+        """Build a stream of whole datasets, each a stream of one task.
 
         Args:
             streams: Streams of one task (`increment="all"`).
             name: The new stream's name.
             scenario: `cross-dataset`, or `domain` if all datasets have the same classes, by name.
-            titles: What the tasks are called; default: the streams' names.
+            titles: The titles of the tasks; default: the streams' names.
 
         Raises:
             ValueError: If a stream has several tasks, or the domains differ in classes.
@@ -218,42 +219,42 @@ class TaskStream(Sequence[Task]):
         seed: int = 0,
         allow_shared_images: bool = False,
     ) -> TaskStream:
-        """Cut a dataset into tasks. Only the label column is read: no image is decoded, and none is copied.
+        """Cut a dataset into tasks. No image is decoded, and none is copied.
 
         Args:
             dataset: Hub id or local folder, for `datasets.load_dataset`, or a loaded `DatasetDict`, whose formats and
                 transforms are dropped.
-            increment: Classes of every task; the last task is smaller if they do not divide evenly, and a warning says
-                so. `all`: one task. The `domain` scenario ignores it.
+            increment: Classes of every task. If the classes do not divide evenly, the last task is smaller, and a
+                warning says so. `all`: one task. The `domain` scenario ignores it.
             initial_increment: Classes of the first task; None or 0: `increment`.
             scenario: `class`, `task` or `domain`, see `TaskStream`.
             domain_column: A column of strings, class labels or integers whose values are the tasks of the `domain`
-                scenario, in alphabetical order, or by their value if all are whole numbers.
+                scenario: in numeric order if all are whole numbers, otherwise in alphabetical order.
             name: The stream's name; default: the Hub id, or the folder's name.
             dataset_id: Hub id of the dataset; default: `dataset`, if that is a Hub id.
             config_name, revision: Configuration and Hub revision, for `datasets.load_dataset`.
             train_split: Default: `train`.
-            test_split: Default: the first there is of `test`, `validation`, `valid`, `val`.
+            test_split: Default: the first that exists of `test`, `validation`, `valid`, `val`.
             image_column: Default: the column of type `Image`.
             label_column: Default: the column of type `ClassLabel`, else one named `label` or `labels`. Strings are
-                encoded in alphabetical order, or by their value if all are whole numbers; integers are the ids, and
-                their own names. A dataset in memory keeps the ids of its `ClassLabel`; of one that is loaded by name
-                or from a folder, label names in alphabetical order are put in that order too.
+                encoded in numeric order if all are whole numbers, otherwise in alphabetical order; integers are the
+                ids, and their own names. A dataset in memory keeps the ids of its `ClassLabel`; one that is loaded by
+                name or from a folder has label names in alphabetical order put in numeric order, if all are numbers.
             name_column: A column of strings that names every image's class, if the labels themselves do not.
-            test_fraction: Share of each class's training images that become the test images instead of a test split,
-                for datasets with one split only; drawn at random from seed 1993, the same for every run.
+            test_fraction: Share of each class's training images that become the test images, for datasets with one
+                split only; drawn at random with seed 1993, the same for every run.
             class_names: One name for each label id from 0, used unchanged; default: the dataset's, through
                 `clean_class_name`.
             class_order: Label ids in order of arrival.
             partial_order: Whether `class_order` may leave classes out; they are then left out of the stream.
-            class_order_seed: Draws the order when `class_order` is None:
+            class_order_seed: Seed that draws the order when `class_order` is None:
                 `numpy.random.RandomState(seed).permutation(classes)`. Source: PyCIL and LAMDA-PILOT, whose seed is
                 1993. None: the dataset's own order.
             excluded_train_rows: A function from the labels of all training images to the rows that the stream leaves
                 out, such as those that the model was pretrained on.
             max_train_images_per_class, max_test_images_per_class: Keep at most this many of a class, drawn at random.
             seed: Seed of that draw; each class has its own draw, whatever the order and the increments.
-            allow_shared_images: Warn of images that are both trained and tested on, rather than refuse them: for
+            allow_shared_images: Only warn of images that are both trained and tested on, instead of refusing them: for
                 published splits, because their published figures include such images.
 
         Raises:
@@ -355,7 +356,7 @@ def _cut(
     caps: tuple[int | None, int | None],
     seed: int,
 ) -> Iterator[Task]:
-    """Make a task for every part (a domain, or the whole dataset) and every section of the class order."""
+    """Make a task for every part (a domain, or the whole dataset) and every cut of the class order."""
     index = 0
     for title, (train, test) in parts.items():
         train_rows, test_rows = (

@@ -1,4 +1,4 @@
-"""`Task` and `Evaluation`: images that are learned together, and images that are predicted among the same classes."""
+"""`Task`: images that are learned together. `Evaluation`: images that are predicted among the same classes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Task:
     Args:
         index: The task's place in the stream, counted from 1.
         class_ids: The dataset's own label ids, in order of arrival.
-        class_names: The names as prompts need them, in the same order.
-        first_label: How many classes arrived before: the arrival label of `class_ids[0]`.
+        class_names: The class names as prompts need them, in the same order.
+        first_label: How many classes arrived before, which is the arrival label of `class_ids[0]`.
         train: The training images: columns `image` and `label` (the dataset's own label ids).
         test: The test images of this task's classes, in the same form.
         arrival_labels: The arrival label of every label id of the task's dataset, -1 for those not in the stream.
@@ -43,7 +43,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """The task's name, and its folder's: `task-01`."""
+        """The name of the task and of its folder: `task-01`."""
         return task_folder(self.index)
 
 
@@ -70,7 +70,7 @@ class Evaluation:
 
     @property
     def task_indices(self) -> np.ndarray:
-        """The task, counted from 1, of every test image. Shape: (images,)."""
+        """The task of every test image, counted from 1. Shape: (images,)."""
         return np.repeat([task.index for task in self.tasks], [len(task.test) for task in self.tasks])
 
 

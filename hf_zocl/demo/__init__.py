@@ -1,1 +1,1 @@
-"""The page to try a run with: `python -m hf_zocl demo RUN_OR_REPO`. `page.py` alone needs Gradio."""
+"""The page to try a run: `python -m hf_zocl demo RUN_OR_REPO`. Only `page.py` needs Gradio."""

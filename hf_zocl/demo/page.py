@@ -1,4 +1,4 @@
-"""The page: an image, a slider over the tasks, and what the model says. Needs Gradio."""
+"""The page: an image, a slider over the tasks, and the model's predictions. Needs Gradio."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read as Gradio is imported
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # Gradio reads it when it is imported
 
 import gradio as gr
 import torch
@@ -18,13 +18,13 @@ from .pictures import Picture, test_pictures
 from .view import CSS, heading, message, render
 
 
-SMALLEST = 160  # pixels of a picture's longer side; smaller ones are enlarged to be seen
+SMALLEST = 160  # pixels of a picture's longer side; smaller pictures are enlarged
 SYSTEM_FONTS = ("system-ui", "sans-serif")
 ASK = "Drop an image, or pick a test image."
 
 
 def make_page(path: str | Path, dataset_path: str | None = None, **hub_kwargs: Any) -> gr.Blocks:
-    """The page of a run; `launch_page` serves it.
+    """Make the page of a run; `launch_page` serves it.
 
     Args:
         path: The run's folder, or its repository on the Hub.
@@ -48,13 +48,13 @@ def make_page(path: str | Path, dataset_path: str | None = None, **hub_kwargs: A
 def launch_page(
     page: gr.Blocks, server_name: str | None = None, server_port: int | None = None, **options: Any
 ) -> Any:
-    """Serve a page; with system fonts, nothing of it comes from elsewhere.
+    """Serve a page, with system fonts, so that it loads nothing from elsewhere.
 
     Args:
         page: The page.
         server_name: The address; default: Gradio's own, 127.0.0.1 unless GRADIO_SERVER_NAME says otherwise.
-        server_port: The port; default: the first that is free from 7860 on.
-        options: Further options of `gr.Blocks.launch`.
+        server_port: The port; default: the first free one from 7860 on.
+        options: Further options for `gr.Blocks.launch`.
     """
     theme = gr.themes.Default(
         primary_hue="emerald", neutral_hue="slate", font=SYSTEM_FONTS, font_mono=("ui-monospace", "monospace")
@@ -68,7 +68,7 @@ def _blocks(series: TaskSeries, name: str, pictures: list[Picture], note: str) -
     first = pictures[0] if pictures else None
     with gr.Blocks(title=f"{name} · hf_zocl", analytics_enabled=False) as page:
         gr.HTML(heading(series, name, note))
-        # What is said of the present image: probabilities and truth, or None.
+        # The present image's probabilities and true class; None: no image; text: an error message.
         state = gr.State(None if first is None else (first.probabilities.tolist(), first.truth))
         with gr.Row():
             with gr.Column(min_width=300, elem_id="zocl-left"):
@@ -112,7 +112,7 @@ def _blocks(series: TaskSeries, name: str, pictures: list[Picture], note: str) -
             return _enlarged(picture.image), held, show(held, place)
 
         slider.change(show, [state, slider], said, show_progress="hidden", queue=False, trigger_mode="always_last")
-        # Not `input`, which a picture that is picked sets off as well.
+        # Not `input`, because picking a picture from the gallery triggers that too.
         image.upload(look, [image, slider], [state, said])
         image.clear(lambda: (None, message(ASK)), None, [state, said], show_progress="hidden")
         gallery.select(pick, [slider], [image, state, said], show_progress="hidden")
@@ -125,7 +125,7 @@ def _caption(series: TaskSeries, picture: Picture) -> str:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """A small image, enlarged by a whole factor; a browser would blur it."""
+    """A small image enlarged by a whole factor, because a browser would blur it."""
     factor = -(-SMALLEST // max(image.size))
     return (
         image if factor <= 1 else image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

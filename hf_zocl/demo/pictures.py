@@ -1,4 +1,4 @@
-"""Some test images of a run, those that were known and forgotten first."""
+"""Some test images of a run; first those that the model knew and then forgot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..sample import NAMES
 
 
 SHOWN = 24
-TRIED = 4  # as many images are predicted for each that is shown
+TRIED = 4  # how many images are predicted for each one shown
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Picture:
 
     Args:
         image: The image.
-        truth: The place of its class in `TaskSeries.classes`.
+        truth: The position of its class in `TaskSeries.classes`.
         task: The task that brought its class.
-        probabilities: Of all classes, at every stage, `(stages, classes)`.
+        probabilities: The probabilities of all classes at every stage, `(stages, classes)`.
     """
 
     image: Image.Image
@@ -41,7 +41,7 @@ class Picture:
 
     @property
     def is_forgotten(self) -> bool:
-        """True if the model knew it after some task and does not after the last."""
+        """True if the prediction was right after some task, but is wrong after the last."""
         right = self.probabilities.argmax(dim=-1)[self.task :] == self.truth
         return bool(right.any() and not right[-1])
 
@@ -49,17 +49,17 @@ class Picture:
 def test_pictures(
     series: TaskSeries, is_own: bool, dataset_path: str | None = None, shown: int = SHOWN
 ) -> list[Picture]:
-    """Test images of every task, evenly; within a task the forgotten ones first.
+    """Equally many test images of every task; within a task, the forgotten ones first.
 
     Args:
         series: The run.
-        is_own: Whether it is a folder of this machine. Of a repository's recipe no path is read and no dataset that it
-            names is downloaded.
-        dataset_path: A local copy of the run's dataset; default: as the recipe has it.
-        shown: How many, of all tasks together.
+        is_own: Whether the run is a folder on this machine. The recipe of a repository is not trusted: no path in it
+            is read, and no dataset that it names is downloaded.
+        dataset_path: A local copy of the run's dataset; default: the recipe's.
+        shown: How many images, over all tasks together.
 
     Raises:
-        ValueError, OSError: If there are none to be had; the message says why.
+        ValueError, OSError: If there are no test images to show; the message says why.
     """
     stream = _stream(series.info["recipe"], is_own, dataset_path)
     places = {name: place for place, name in enumerate(series.classes)}
@@ -92,7 +92,7 @@ def _stream(recipe: dict[str, Any], is_own: bool, dataset_path: str | None) -> T
 
 
 def _some(task: Task, count: int) -> list[tuple[Image.Image, str]]:
-    """Images of one task, from its classes in turn."""
+    """At most `count` images of one task with their class names, from its classes in turn."""
     labels = np.asarray(task.test["label"])
     rows = [np.flatnonzero(labels == label) for label in task.class_ids]
     names = dict(zip(task.class_ids, task.class_names, strict=True))
@@ -102,5 +102,5 @@ def _some(task: Task, count: int) -> list[tuple[Image.Image, str]]:
         try:
             some.append((read_image(task.test[int(row)]["image"]), names[int(labels[row])]))
         except ValueError:
-            continue  # `skip_corrupt` leaves it out, too
+            continue  # `skip_corrupt` leaves such an image out, too
     return some

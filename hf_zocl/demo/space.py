@@ -1,4 +1,4 @@
-"""The demo as a Space: an app that shows one repository, with this very release of the package beside it."""
+"""The demo as a Space: an app that shows one repository, with a copy of the package as it is here."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ tags:
 What [{repository}](https://huggingface.co/{repository}) says of an image before its training and after each of its
 tasks: move the slider. The folder `hf_zocl/` is the package, as it was when this Space was pushed.
 """
-# The package's own files that an app needs; the embedded model is not one: a repository has its base model.
+# Files of the package that the app needs. The embedded model is left out: a repository has its base model.
 PACKAGED = (".py", ".yaml", ".json", ".html", ".css", ".md", ".parquet")
 
 
@@ -64,15 +64,15 @@ def push_demo(run: str, space: str, token: str | None = None, private: bool | No
         The Space's full name.
 
     Raises:
-        ValueError: If the run is on no repository, or the Space holds something else (`push_space`).
+        ValueError: If the run is in no repository, or the Space holds something else (`push_space`).
     """
     repository = repository_of(run, token)
-    tasks_of(repository, **({} if token is None else {"token": token}))  # a Space of nothing would only fail there
+    tasks_of(repository, **({} if token is None else {"token": token}))  # fails here rather than in the Space
     return push_space(space, space_files(repository), MARK, token, private)
 
 
 def repository_of(run: str, token: str | None = None) -> str:
-    """The full name of the repository that a run is in."""
+    """The full name of the repository that holds a run."""
     folder, name = Path(run), run
     if folder.is_dir():
         queue = PushQueue.read(folder)

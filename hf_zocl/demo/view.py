@@ -1,4 +1,4 @@
-"""A model's predictions for an image, as HTML: all text in it is escaped."""
+"""A model's predictions for an image as HTML, with all text escaped."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ CSS = """
 
 
 def heading(series: TaskSeries, name: str, note: str = "") -> str:
-    """The page's head."""
+    """The heading of the page."""
     info, tasks = series.info, len(series.stages) - 1
     text = f"{len(series.classes)} classes, {tasks} {'task' if tasks == 1 else 'tasks'}, {info['benchmark']}"
     note = f'<p class="quiet">{escape(note)}</p>' if note else ""
@@ -54,13 +54,13 @@ def stage_name(stage: Stage, last: int) -> str:
 
 
 def render(series: TaskSeries, probabilities: torch.Tensor, place: int, truth: int | None = None) -> str:
-    """The predictions at one stage, and at all of them, as HTML.
+    """The predictions at one stage in detail, and at every stage in brief, as HTML.
 
     Args:
         series: The run.
-        probabilities: Of one image, `(stages, classes)`.
-        place: The stage.
-        truth: The place of the true class, where it is known.
+        probabilities: The probabilities for one image, `(stages, classes)`.
+        place: The position of the stage.
+        truth: The position of the true class, if it is known.
     """
     stage, last = series.stages[place], series.stages[-1].task
     now = probabilities[place]
@@ -81,12 +81,12 @@ def render(series: TaskSeries, probabilities: torch.Tensor, place: int, truth: i
 
 
 def message(text: str) -> str:
-    """A line in the place of a prediction."""
+    """A line of text in place of a prediction."""
     return f'<div class="zocl"><p>{escape(text)}</p></div>'
 
 
 def _shown(now: torch.Tensor, stage: Stage, truth: int | None) -> list[int]:
-    """The likeliest classes; the true one is always among them, once it is known."""
+    """The likeliest classes; the true one is always among them, if the model has learned it by then."""
     order = sorted(stage.known, key=lambda place: -float(now[place]))
     shown = order[:SHOWN]
     if truth is not None and truth in stage.known and truth not in shown:

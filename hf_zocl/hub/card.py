@@ -22,7 +22,7 @@ from .task_info import last_component, task_folder, without_local_paths
 
 TEMPLATE = "task_checkpoint.md"
 PIPELINE_TAG = "zero-shot-image-classification"
-# An allow-list: a recipe also holds tokens, folders and host names, which are nobody else's business.
+# An allow-list: a recipe also holds tokens, folders and host names, which must not be published.
 SHOWN_ARGUMENTS = re.compile(
     "(zo|lora|moe)_.*|adapter(_config)?|benchmark|dataset_(name|path)|(initial_)?increment|class_order_seed"
     "|max_(train|test)_images_per_class|optim|learning_rate|weight_decay|lr_scheduler_type|warmup_steps|max_steps"
@@ -40,12 +40,12 @@ MARKS = {"zo": "ZO", "fo": "fo", "fo+zo": "mix"}
 
 
 class TaskCardData(ModelCardData):
-    """The metadata of a task's model card, and what its text says, from the dictionary of `task.json` alone.
+    """The metadata of a task's model card and the values in its text, from the dictionary of `task.json` alone.
 
     Args:
         task: The content of the checkpoint's `task.json`; accuracies are fractions in [0, 1], `seconds` in seconds,
-            `peak_memory_bytes` in bytes. Of a local path only the last component is ever shown.
-        repo_id: The repository on the Hub that the card is for; default: it is for a folder.
+            `peak_memory_bytes` in bytes. Only the last component of a local path is ever shown.
+        repo_id: The repository on the Hub that the card is for; None: a local folder.
         revision: The checkpoint's revision there; default: the task's tag.
     """
 
@@ -69,11 +69,11 @@ class TaskCardData(ModelCardData):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        own = ("task", "repo_id", "revision")  # no metadata
+        own = ("task", "repo_id", "revision")  # not metadata
         return {name: value for name, value in super().to_dict().items() if name not in own}
 
     def _eval_results(self) -> list[EvalResult]:
-        """Last, Avg, and the accuracy on each task, in the form that older readers of the Hub read."""
+        """Last, Avg and the accuracy on each task, in the form that older readers of Hub metadata know."""
         task, metrics = self.task, self.task["metrics"]
         values = {
             "Last (accuracy on all classes seen)": metrics["last"],
@@ -93,7 +93,7 @@ class TaskCardData(ModelCardData):
         ]
 
     def entries(self) -> list[EvalResultEntry]:
-        """The same for `.eval_results/*.yaml`; nothing for a dataset that is not on the Hub."""
+        """The same figures for `.eval_results/*.yaml`; none for a dataset that is not on the Hub."""
         task, metrics = self.task, self.task["metrics"]
         if not self.dataset_id:
             return []
@@ -113,7 +113,7 @@ class TaskCardData(ModelCardData):
 
     @property
     def base_is_here(self) -> bool:
-        """True if the base model lies in the repository of the card."""
+        """True if the base model is in the card's own repository."""
         return self.repo_id is not None and (self.base_is_local or self.task["base_model"] == self.repo_id)
 
     @property
@@ -122,20 +122,20 @@ class TaskCardData(ModelCardData):
 
     @property
     def dataset_id(self) -> str | None:
-        """The dataset on the Hub."""
+        """The dataset's Hub id; None if it is not on the Hub."""
         dataset = self.task["dataset"]
         return dataset if dataset and REPO_ID.fullmatch(dataset) else None
 
     @property
     def title(self) -> str:
-        """The dataset's name in the text."""
+        """The dataset's name, as the text gives it."""
         recipe = self.task["recipe"]
         names = (self.task["benchmark"], self.task["dataset"], recipe.get("dataset_name"), recipe.get("dataset_path"))
         return next((without_local_paths(name) for name in names if name and name != "none"), "a local dataset")
 
     @property
     def among(self) -> str:
-        """The classes that a test image is predicted among."""
+        """The classes that a test image is predicted among, in words."""
         return AMONG.get(self.task.get("scenario", "class"), "all classes seen")
 
     @property
@@ -151,12 +151,12 @@ class TaskCardData(ModelCardData):
 
     @property
     def accuracies(self) -> list[float]:
-        """On the test images of each task, now."""
+        """The present accuracy on the test images of each task."""
         return self.task["metrics"]["accuracy_matrix"][-1]
 
     @property
     def most_forgotten(self) -> tuple[int, float, float] | None:
-        """The task that has lost most, and its accuracy at its best and now; None if no task has lost any."""
+        """The task that has lost the most accuracy, with its best and its present one; None if no task lost any."""
         rows = self.task["metrics"]["accuracy_matrix"]
         best = [max(row[number] for row in rows[number:]) for number in range(len(rows))]
         losses = [top - now for top, now in zip(best, rows[-1], strict=True)]
@@ -165,12 +165,12 @@ class TaskCardData(ModelCardData):
 
     @property
     def zero_shot(self) -> list[float]:
-        """Of the tasks seen: the stream may have more, and what is compared must be over the same classes."""
+        """Zero-shot accuracy after each task seen; later tasks are left out, to compare over the same classes."""
         return self.task["zero_shot"]["seen_accuracy"][: self.task["task"]]
 
     @property
     def towers(self) -> dict[str, dict[str, str]]:
-        """The mode in which each layer was trained, by tower; `other` is what stands outside the numbered layers."""
+        """The mode in which each layer was trained, by tower; `other` is all outside the numbered layers."""
         towers: dict[str, dict[str, str]] = self.task["assignment"]["towers"]
         return towers
 
@@ -180,7 +180,7 @@ class TaskCardData(ModelCardData):
 
     @property
     def picture(self) -> str:
-        """One line per tower, one column per layer, below a line of layer numbers."""
+        """The layers' modes as text: a line per tower and a column per layer, below a line of layer numbers."""
         towers = {one_line(tower).replace("`", "'"): layers for tower, layers in self.towers.items()}
         width = max(map(len, [*towers, "layer"]))
         names = {layer for layers in towers.values() for layer in layers}
@@ -195,7 +195,7 @@ class TaskCardData(ModelCardData):
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The arguments that say how the checkpoint was made, and nothing of where, as the command line has them."""
+        """The arguments that say how the checkpoint was made, but not where, as on the command line."""
         return {
             name: _as_given(without_local_paths(value))
             for name, value in self.task["recipe"].items()
@@ -204,7 +204,7 @@ class TaskCardData(ModelCardData):
 
 
 def render_task_card(task: dict[str, Any], repo_id: str | None = None, revision: str | None = None) -> ModelCard:
-    """Fill `model_cards/task_checkpoint.md` for one task's checkpoint.
+    """Fill in `model_cards/task_checkpoint.md` for one task's checkpoint.
 
     Args:
         task, repo_id, revision: As for `TaskCardData`.
@@ -230,13 +230,13 @@ def render_task_card(task: dict[str, Any], repo_id: str | None = None, revision:
 
 
 def render_eval_results(task: dict[str, Any]) -> dict[str, str]:
-    """The results of one task's checkpoint in the Hub's form, by the file's path in the repository.
+    """The results of one task's checkpoint in the Hub's form, by file path in the repository.
 
     Args:
         task: As for `TaskCardData`.
 
     Returns:
-        One YAML file; none for a dataset that is not on the Hub, for every entry names one.
+        One YAML file; none for a dataset that is not on the Hub, because every entry names a dataset there.
     """
     card = TaskCardData(task)
     if not card.dataset_id:
@@ -245,7 +245,7 @@ def render_eval_results(task: dict[str, Any]) -> dict[str, str]:
     return {f"{EVAL_RESULTS_FOLDER}/{last_component(card.dataset_id)}.yaml": content}
 
 
-@cache  # a run whose package is replaced meanwhile goes on as it began
+@cache  # a run keeps its template even if the package is replaced meanwhile
 def _template() -> str:
     """The template's text: package data in an installed wheel, the top-level folder in a checkout."""
     packaged = resources.files("hf_zocl") / "model_cards" / TEMPLATE
@@ -254,18 +254,18 @@ def _template() -> str:
 
 
 def _is_shown(argument: str, adapter: str) -> bool:
-    """The arguments of adapters that this checkpoint does not have say nothing of it."""
+    """Tell whether the card shows an argument; those of other adapters would say nothing about this checkpoint."""
     owner = argument.split("_")[0]
     return bool(SHOWN_ARGUMENTS.fullmatch(argument)) and (owner not in ADAPTERS or owner == adapter)
 
 
 def _as_given(value: Any) -> Any:
-    """An argument's value as the command line has it: a mapping is `vision=1, language=8`."""
+    """An argument's value as on the command line: a mapping becomes `vision=1, language=8`."""
     return ", ".join(f"{key}={_as_given(item)}" for key, item in value.items()) if isinstance(value, dict) else value
 
 
 def _quoted(text: str) -> str:
-    """Text within the quotes of a line of Python."""
+    """Text escaped for the quotes in a line of Python."""
     return json.dumps(one_line(text), ensure_ascii=False)[1:-1]
 
 

@@ -1,7 +1,7 @@
-"""One task's checkpoint: the files in its folder, saved whole or not at all, sealed by checksums, and found again.
+"""One task's checkpoint: files in a folder, saved whole or not at all, sealed by checksums, and found again.
 
 A checkpoint is a folder `task-03` with the adapter, the processor, `task.json` (`task_info.py`), `results.json` as it
-was then, what the report draws of it (`REPORT_FILES`), the accuracy matrix as a picture, and the model card
+was then, the data that the report draws (`REPORT_FILES`), the accuracy matrix as a picture, and the model card
 (`card.py`). `load.py` makes a model of it.
 """
 
@@ -45,8 +45,8 @@ from .task_info import (
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-BASE_CONFIG, BASE_WEIGHTS = "config.json", "model*.safetensors"  # of a base model that lies beside its adapter
-# What loading may read: nothing but JSON, safetensors and text.
+BASE_CONFIG, BASE_WEIGHTS = "config.json", "model*.safetensors"  # a base model next to its adapter
+# The files that loading may read: nothing but JSON, safetensors and text.
 LOADED_FILES = (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -67,7 +67,7 @@ PLUGIN_STATE = "plugins.safetensors"
 SEALED_FILES = (*LOADED_FILES, RESULTS_FILE, PLUGIN_STATE)  # a resumed run reads the last two
 REQUIRED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 FIGURE = "accuracy_matrix.png"
-REPORT_FILES = (PREDICTIONS_FILE, TRAINING_LOG, GALLERY_PICTURE)  # nothing is loaded from them
+REPORT_FILES = (PREDICTIONS_FILE, TRAINING_LOG, GALLERY_PICTURE)  # loading reads none of them
 
 
 def save_task_checkpoint(
@@ -86,10 +86,10 @@ def save_task_checkpoint(
         processor: The CLIP model's processor.
         task: The content of `task.json`, see `hf_zocl.hub.card.render_task_card`.
         results: The run's `results.json` so far; default: the checkpoint has none.
-        files: What the report and the card show of the run so far, by name, see `REPORT_FILES`.
+        files: Further files, by name: those that the report and the card show (`REPORT_FILES`), the plug-ins' state.
 
     Returns:
-        The checkpoint's folder; one of that name is replaced once the new one is complete.
+        The checkpoint's folder; an earlier one of that name is replaced once the new one is complete.
     """
     folder = Path(output_dir) / task_folder(task["task"])
     unfinished = folder.with_name(f".{folder.name}.tmp")
@@ -109,10 +109,10 @@ def save_task_checkpoint(
 
 
 def save_adapter(clip: PeftModel, folder: Path) -> None:
-    """Save the active adapter as a checkpoint has it.
+    """Save the active adapter in a checkpoint's form.
 
-    PEFT would give one that is not called `default` a folder of its own, and keep an expression that chose the modules
-    as it is, by which loading searches no stranger's file: their names stand in its place.
+    PEFT would put an adapter that is not called `default` into a subfolder, and would keep an expression that chose
+    the modules. Loading refuses such expressions, so the names of the modules take their place.
     """
     name = trained_adapter(clip)
     clip.save_pretrained(folder, selected_adapters=[name])
@@ -130,7 +130,7 @@ def save_adapter(clip: PeftModel, folder: Path) -> None:
 def write_task_card(
     folder: Path, task: dict[str, Any], repo_id: str | None = None, revision: str | None = None
 ) -> None:
-    """Write a checkpoint's `README.md`, and its results as the Hub has them (`.eval_results/*.yaml`), if it can.
+    """Write a checkpoint's `README.md` and, for a dataset on the Hub, its results (`.eval_results/*.yaml`).
 
     Args:
         folder: The checkpoint's folder.
@@ -143,7 +143,7 @@ def write_task_card(
 
 
 def is_of_checkpoint(path: str) -> bool:
-    """True if a file of this path in a checkpoint's folder, or in a repository, is part of a checkpoint."""
+    """True if a file with this path in a checkpoint's folder or a repository is part of a checkpoint."""
     folder, _, name = path.rpartition("/")
     if folder:
         return folder == EVAL_RESULTS_FOLDER and name.endswith(".yaml")
@@ -151,12 +151,12 @@ def is_of_checkpoint(path: str) -> bool:
 
 
 def is_loaded(path: str) -> bool:
-    """True if loading reads a file of this path with the checkpoint beside it."""
+    """True if loading would read a file with this path along with the checkpoint next to it."""
     return "/" not in path and _is_sealed(path)
 
 
 def checkpoint_parts(folder: Path) -> list[Path]:
-    """The files in a checkpoint's folder that are parts of it, `task.json` last: with it there is a checkpoint."""
+    """The files in a folder that are parts of its checkpoint; `task.json` last: no checkpoint is without it."""
     files = [*folder.glob("*"), *(folder / EVAL_RESULTS_FOLDER).glob("*")]
     ours = [file for file in files if is_of_checkpoint(file.relative_to(folder).as_posix())]
     present = [file for file in ours if file.is_file() or file.is_symlink()]
@@ -164,13 +164,13 @@ def checkpoint_parts(folder: Path) -> list[Path]:
 
 
 def is_of(path: str, info: dict[str, Any]) -> bool:
-    """True if a file of this path is part of the very checkpoint that has this `task.json`.
+    """True if a file with this path is part of the very checkpoint with this `task.json`.
 
-    Of the first release's, which had no checksums, the name alone is known.
+    For checkpoints of the first release, which had no checksums, only the name counts.
     """
     if not is_of_checkpoint(path):
         return False
-    if not is_sealed(info) or path == RESULTS_FILE:  # which earlier releases did not seal
+    if not is_sealed(info) or path == RESULTS_FILE:  # earlier releases did not seal the results
         return True
     if "/" in path:
         return path in render_eval_results(info)
@@ -178,7 +178,7 @@ def is_of(path: str, info: dict[str, Any]) -> bool:
 
 
 def added_files(folder: Path) -> list[Path]:
-    """The files in a checkpoint's folder that are named as a part of one, but that its `task.json` does not know."""
+    """The files in a checkpoint's folder that are named like a part of it, but that its `task.json` does not list."""
     try:
         info = read_task(folder)
     except ValueError:
@@ -187,7 +187,7 @@ def added_files(folder: Path) -> list[Path]:
 
 
 def place_task_checkpoint(unfinished: Path, folder: Path) -> None:
-    """Let a complete checkpoint take the place of an earlier one; files that are no part of one stay."""
+    """Replace an earlier checkpoint by a complete one; files that are no part of a checkpoint stay."""
     remove_task_checkpoint(folder)
     if not folder.exists():
         return replace_folder(unfinished, folder)
@@ -199,13 +199,13 @@ def place_task_checkpoint(unfinished: Path, folder: Path) -> None:
 
 
 def remove_task_checkpoint(folder: Path) -> None:
-    """Remove the files of a checkpoint, but those that were added to it, and its folder if nothing else is in it."""
+    """Remove a checkpoint's own files, not those added to it, and its folder if nothing else is in it."""
     added = added_files(folder)
     for file in checkpoint_parts(folder):
         if file not in added:
             file.unlink()
     for path in (folder / EVAL_RESULTS_FOLDER, folder):
-        with suppress(OSError):  # something else is in it, or it is not there
+        with suppress(OSError):  # not empty, or not there
             path.rmdir()
 
 
@@ -214,16 +214,16 @@ def seal(info: dict[str, Any], files: Mapping[str, Path | bytes]) -> dict[str, A
 
     Args:
         info: The content of `task.json`; an older seal in it is replaced.
-        files: The checkpoint's files by their path in it, or their content; those that nothing reads are left out.
+        files: Path in the checkpoint → file or content; files that nothing reads get no checksum.
     """
     sealed = {name: files[name] for name in sorted(files) if _is_sealed(name)}
     info = {**info, "format_version": FORMAT_VERSION, "files": {n: fingerprint(file) for n, file in sealed.items()}}
-    info = json.loads(json.dumps(info))  # as it will be read: lists for tuples, text for keys
+    info = json.loads(json.dumps(info))  # as it will be read back: tuples become lists, keys text
     return {**info, "sha256": task_digest(info)}
 
 
 def seal_task_checkpoint(folder: str | Path) -> None:
-    """Write the checksums of a complete checkpoint into its `task.json`; again after any of its files has changed.
+    """Write the checksums of a complete checkpoint into its `task.json`; repeat it after changing any of its files.
 
     Args:
         folder: The checkpoint's folder.
@@ -248,7 +248,7 @@ def read_sealed(folder: Path) -> dict[str, Any]:
 
 
 def read_sealed_task(folder: Path) -> dict[str, Any]:
-    """As `read_sealed`, of a run's folder `task-NN`.
+    """`read_sealed` for a run's folder `task-NN`.
 
     Raises:
         ValueError: If the folder is not, as it was saved, the checkpoint of that task.
@@ -260,9 +260,9 @@ def read_sealed_task(folder: Path) -> dict[str, Any]:
 
 
 def _check_seal(folder: Path, info: dict[str, Any]) -> None:
-    """Refuse files that are damaged, missing or were added, and links out of the folder.
+    """Refuse files that are damaged, missing or added, and links out of the folder.
 
-    Without checksums, as the first release wrote `task.json`, there are only the files themselves to check.
+    The first release wrote no checksums: then only the presence and the place of the files are checked.
     """
     present = _loaded_files(folder)
     if not is_sealed(info):
@@ -272,7 +272,7 @@ def _check_seal(folder: Path, info: dict[str, Any]) -> None:
         if name not in present:
             raise ValueError(f"{folder / name} is missing: {TASK_FILE} lists it.")
         if name not in sealed and name == RESULTS_FILE:
-            continue  # earlier releases did not seal it
+            continue  # earlier releases did not seal the results
         if name not in sealed:
             raise ValueError(f"{folder / name} is foreign: {TASK_FILE} does not list it.")
         size = (folder / name).stat().st_size
@@ -287,7 +287,7 @@ def _is_sealed(name: str) -> bool:
 
 
 def _loaded_files(folder: Path) -> list[str]:
-    """The names of the files that loading reads, each a file of the checkpoint's own."""
+    """The names of the sealed files in the folder; refused if a required one is missing, or one is a link out."""
     names = sorted(path.name for path in folder.iterdir() if _is_sealed(path.name))
     for name in REQUIRED_FILES:
         if name not in names:
@@ -300,7 +300,7 @@ def _loaded_files(folder: Path) -> list[str]:
 def find_task_checkpoint(
     path: str | Path, task: int | Literal["best"] | None = None, revision: str | None = None, **hub_kwargs: Any
 ) -> Path:
-    """The folder of one task's checkpoint, downloaded if it lies on the Hub; arguments as `load_task_checkpoint`'s.
+    """The folder of one task's checkpoint, downloaded if it is on the Hub; arguments as for `load_task_checkpoint`.
 
     Raises:
         ValueError: If there is no such folder, or `task` and `revision` are both given.
@@ -323,11 +323,11 @@ def find_task_checkpoint(
 
 
 def best_task(info: dict[str, Any]) -> int:
-    """The task after which the model stood highest above its own zero-shot accuracy.
+    """The task after which accuracy on all classes seen was furthest above zero-shot accuracy.
 
-    Accuracy on all classes seen falls as classes are added, so that alone would always name the first task; zero-shot
-    accuracy over the same classes falls with it, and what is left is what training has won. Of equals, the later task:
-    it knows more classes.
+    Accuracy alone would always name the first task, because it falls as classes are added. Zero-shot accuracy
+    over the same classes falls with it, so the difference is what training has gained. Of equals, the later task wins,
+    because it knows more classes.
 
     Args:
         info: The newest checkpoint's `task.json`.
@@ -337,9 +337,9 @@ def best_task(info: dict[str, Any]) -> int:
 
 
 def complete_tasks(output_dir: Path) -> list[int]:
-    """The tasks whose checkpoints `output_dir` holds, in order; of a run's folder, those that its results speak of.
+    """The tasks whose checkpoints are in `output_dir`, in order; in a run's folder, those complete by its results.
 
-    A task that the results speak of counts also where its folder is gone.
+    A task that is complete by the results counts even if its folder is gone, as long as some task's folder is left.
 
     Raises:
         ValueError: If the results cannot be read.
@@ -348,7 +348,7 @@ def complete_tasks(output_dir: Path) -> list[int]:
     if not tasks or not (output_dir / RESULTS_FILE).is_file():
         return tasks
     done = len(read_json(output_dir / RESULTS_FILE).get("accuracy_matrix", ()))
-    return list(range(1, done + 1))  # a run that was killed makes the next one again
+    return list(range(1, done + 1))  # a resumed run trains the next one again
 
 
 def _newest(folder: Path) -> Path:
@@ -359,10 +359,10 @@ def _newest(folder: Path) -> Path:
 
 
 def check_repository_name(name: str) -> None:
-    """Check that a name that is no folder may be a repository's.
+    """Check that a name that is no folder can be that of a repository.
 
     Raises:
-        ValueError: If it may not.
+        ValueError: If it cannot.
     """
     try:
         validate_repo_id(name)

@@ -1,4 +1,4 @@
-"""Asking the Hub with patience that ends: again where a fault may pass, and not for ever where there is no answer."""
+"""Requests to the Hub: repeated while a fault may pass, and given up when no answer comes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ T = TypeVar("T")
 WAITS = (1, 2, 4, 8, 16)
 LONGEST_WAIT = 300
 ANSWER_PATIENCE = 60
-# Asking again changes nothing until somebody does something about it.
+# Asking again is no use until somebody does something about it.
 REFUSALS = {400, 401, 402, 403, 413}
 
 
 class NoAnswerError(OSError):
-    """The Hub has taken a request, and does not answer."""
+    """The Hub took a request but does not answer it."""
 
 
 def answered(ask: Callable[[], T], patience: float | None = None) -> T:
-    """Call `ask`, which asks the Hub for a few kilobytes: its client would wait for the answer without end.
+    """Call `ask`, a small request to the Hub, with a time limit, because the client would wait for ever.
 
     Args:
-        ask: Called in a thread of its own.
-        patience: Seconds; default: `ANSWER_PATIENCE`.
+        ask: The request, called in a separate thread.
+        patience: The limit in seconds; default: `ANSWER_PATIENCE`.
 
     Raises:
         NoAnswerError: If there is no answer within that time.
@@ -66,13 +66,13 @@ def persistently(
     note: Callable[[Exception, float], None] | None = None,
     final: Callable[[Exception], bool] | None = None,
 ) -> T:
-    """Do `action`, and again after each of the waits, unless the Hub refuses it.
+    """Call `action`; if it fails, call it again after each wait, unless the Hub refuses it.
 
     Args:
-        action: What asks the Hub.
-        waits: Seconds before each further attempt, `WAITS` by default; one that the Hub names makes it longer.
-        note: Told of every failure that is followed by another attempt, and of the seconds until then.
-        final: Whether an error is a refusal; default: `is_final`.
+        action: The request to the Hub.
+        waits: Seconds before each further attempt; default: `WAITS`. The Hub may ask for a longer wait.
+        note: Called with every error that another attempt follows, and the seconds until then.
+        final: Tells whether an error is a refusal; default: `is_final`.
     """
     for wait in [*(WAITS if waits is None else waits), None]:
         try:
@@ -90,7 +90,7 @@ def persistently(
 
 
 def is_final(error: BaseException) -> bool:
-    """True of an error that comes again however often the Hub is asked."""
+    """True for an error that would come again however often the Hub is asked."""
     return status_of(error) in {*REFUSALS, 404} or isinstance(error, (OfflineModeIsEnabled, NoAnswerError))
 
 
@@ -101,7 +101,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def asked_wait(error: BaseException) -> float:
-    """The seconds that the Hub asks to wait for, by `Retry-After` (seconds or a date) or by its `RateLimit` header."""
+    """The seconds that the Hub asks to wait, by `Retry-After` (seconds or a date) or by its `RateLimit` header."""
     response = _response(error)
     if response is None:
         return 0.0
@@ -123,11 +123,11 @@ def asked_wait(error: BaseException) -> float:
 def download(repo_id: str, patterns: Sequence[str], revision: str | None = None, **hub_kwargs: Any) -> Path:
     """The folder in the Hub's cache with the files of a repository that match one of `patterns`.
 
-    Where the Hub is switched off or does not answer, the files are those that were downloaded before.
+    If the Hub is switched off or does not answer, these are the files that were downloaded before.
 
     Args:
         repo_id: The repository.
-        patterns: As `fnmatch` has them.
+        patterns: Patterns of file names, as in `fnmatch`.
         revision: A branch, a tag or a commit.
         hub_kwargs: `token`, `cache_dir`, `force_download`, `local_files_only` and the like.
 
@@ -141,7 +141,7 @@ def download(repo_id: str, patterns: Sequence[str], revision: str | None = None,
     api = HfApi(token=hub_kwargs.get("token"), library_name="hf_zocl")
 
     def look() -> None:
-        """Ask as `snapshot_download` does, which would wait without end; for files it has its own time limit."""
+        """Ask what `snapshot_download` asks without a time limit; it has one for the files themselves."""
         list(api.list_repo_tree(repo_id, recursive=True, revision=api.model_info(repo_id, revision=revision).sha))
 
     try:
@@ -169,6 +169,6 @@ def _response(error: BaseException | None) -> Any:
 
 
 def one_line(error: BaseException, most: int = 1) -> str:
-    """An error's class and the first lines of its message, at most so many, on one line."""
+    """An error's class and at most the first `most` lines of its message, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:most]) or 'no message'}"

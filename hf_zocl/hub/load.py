@@ -1,4 +1,4 @@
-"""A model from files: of one task's checkpoint, to predict with; of any CLIP model or adapter, to begin a run with."""
+"""Load a model: a task's checkpoint to predict with, or any CLIP model or adapter to begin a run with."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ from .untrusted import (
 
 logger = logging.get_logger(__name__)
 
-MERGED_FROM = "merged_from.json"  # in the folder of a merged model: the checksums of the adapter
+MERGED_FROM = "merged_from.json"  # in a merged model's folder: the checksums of its adapter
 _DOWNLOAD_OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -80,16 +80,16 @@ def load_task_checkpoint(
         task: The task, counted from 1: the folder `task-NN` of a run, or the revision of a repository; or `best`, see
             `best_task`. Default: the folder itself, or the newest checkpoint of a repository.
         revision: A revision on the Hub, instead of `task`.
-        base_model: The base model's folder or name, where it is no longer where the checkpoint says.
+        base_model: The base model's folder or name, if it is no longer where the checkpoint says.
         hub_kwargs: `token`, `cache_dir` and the like, for `huggingface_hub.snapshot_download`.
 
     Returns:
-        The classifier with the classes of all tasks seen so far, and those that the run knew already, in evaluation
-        mode; and the processor. Where tasks are whole datasets, a class that several of them have is there once.
+        The classifier in evaluation mode, with the classes of all tasks seen so far and those that the run already
+        knew; and the processor. If tasks are whole datasets, a class that several of them have is there once.
 
     Raises:
         ValueError: If there is no such folder, it holds no task checkpoint, `task` and `revision` are both given, or a
-            file of the checkpoint is damaged, missing, or belongs to another one.
+            file of the checkpoint is damaged, missing, or belongs to another checkpoint.
         huggingface_hub.errors.HfHubHTTPError: If the Hub has no such repository or revision.
     """
     folder = find_task_checkpoint(path, task, revision, **hub_kwargs)
@@ -105,12 +105,12 @@ def load_task_checkpoint(
 
 
 def _download_options(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Those of `hub_kwargs` that loading the base model takes, too."""
+    """The `hub_kwargs` that loading the base model takes as well."""
     return {name: hub_kwargs[name] for name in _DOWNLOAD_OPTIONS if name in hub_kwargs}
 
 
 def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -> list[str]:
-    """The classes to predict among; of whole datasets, each class once, though several have it."""
+    """The classes to predict among; a class that several whole datasets share appears once."""
     names, templates = info["classes"], check_templates(info["prompt_template"])
     if info.get("scenario") != "cross-dataset":
         return names
@@ -121,7 +121,7 @@ def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -
 
 
 def load_base_model(folder: Path, **hub_kwargs: Any) -> CLIPModel:
-    """Load the base model of a task's checkpoint by itself, as it is without the adapter.
+    """Load the base model of a task's checkpoint, without the adapter.
 
     Args:
         folder: The checkpoint's folder.
@@ -138,15 +138,15 @@ def load_base_model(folder: Path, **hub_kwargs: Any) -> CLIPModel:
 
 
 def _dtype(info: dict[str, Any]) -> str:
-    """The run's own dtype, so that the model predicts as it did there. A run in Python has no recipe that says it."""
+    """The run's dtype, so that the model predicts as it did there. The recipe of a run in Python may lack it."""
     return info["recipe"].get("dtype") or info.get("dtype") or "auto"
 
 
 def check_adapter_reloads(model: PeftModel) -> None:
-    """Check that a checkpoint of the active adapter can be loaded again, before any is trained.
+    """Check, before any training, that a checkpoint of the active adapter could be loaded again.
 
     Raises:
-        ValueError: If its configuration says what loading refuses, or PEFT cannot build the adapter from it alone.
+        ValueError: If loading would refuse its configuration, or PEFT cannot build the adapter from it alone.
         OSError: If there is no room for a temporary copy.
     """
     what = f"no checkpoint of the adapter {trained_adapter(model)!r} could be loaded again"
@@ -174,14 +174,14 @@ def read_adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model to train, and what is known of it.
+    """A model to train, and what is known about it.
 
     Args:
-        clip: The CLIP model with the adapter that is trained.
+        clip: The CLIP model with the adapter to train.
         processor: Its processor.
-        base_model: What checkpoints name as the base model.
-        adapter: The arguments of the adapter's shape, by name.
-        known_classes: The classes that a task's checkpoint has learned already.
+        base_model: The base model's name in checkpoints.
+        adapter: The arguments that make the adapter, by name.
+        known_classes: The classes that the task's checkpoint, if it is one, learned before.
     """
 
     clip: PeftModel
@@ -202,18 +202,18 @@ def load_pretrained(
     """Load the model that a run begins with.
 
     Args:
-        name: A CLIP model (Hub id, folder, or embedded), which is given a fresh adapter; or a task's checkpoint or an
-            adapter of PEFT's, folder or Hub id, which is trained further.
+        name: A CLIP model (Hub id, folder, or embedded), which gets a fresh adapter; or a task's checkpoint or another
+            PEFT adapter (folder or Hub id), which is trained further.
         args: The fresh adapter.
         dtype: The base model's dtype.
-        seed: Of the fresh adapter's initial weights.
-        num_tasks: The length of the stream.
+        seed: Seed of the fresh adapter's initial weights.
+        num_tasks: The number of tasks in the stream.
         merge_into: Merge the adapter of `name` into its base model, keep the result in this folder, and give it a
-            fresh adapter; a merged model that is there already is taken as it is.
+            fresh adapter; a merged model that is already there is used as it is.
 
     Raises:
-        ValueError: If there is no such model, a checkpoint is damaged, `args` ask for another adapter than the one
-            that is trained further, or the adapter cannot be merged or go on with another stream.
+        ValueError: If there is no such model, a checkpoint is damaged, `args` ask for an adapter other than the one
+            that is trained further, or the adapter cannot be merged or learn another stream.
     """
     folder = _adapter_folder(name)
     if merge_into is not None:
@@ -252,7 +252,7 @@ def _go_on(name: str, folder: Path, args: AdapterArguments, dtype: str) -> Pretr
 
 
 def _load_to_go_on(folder: Path, dtype: str, is_trainable: bool) -> tuple[PeftModel, dict[str, Any] | None]:
-    """The adapter in `folder` on its base model, which it names as found, and its `task.json`, if it has one."""
+    """The adapter in `folder` on its base model, whose place it records, and its `task.json`, if it has one."""
     info = read_sealed(folder) if (folder / TASK_FILE).is_file() else None
     adapted, base = _load_adapted(folder, info, dtype, is_trainable=is_trainable)
     adapted.peft_config["default"].base_model_name_or_path = adapted.config.name_or_path = str(base)
@@ -260,14 +260,14 @@ def _load_to_go_on(folder: Path, dtype: str, is_trainable: bool) -> tuple[PeftMo
 
 
 def _processor(folder: Path, info: dict[str, Any] | None, clip: PeftModel) -> ProcessorMixin:
-    """A task's checkpoint has the processor; of another adapter it is the base model's."""
+    """The processor: a task's checkpoint has its own; another adapter takes the base model's."""
     if info is not None:
         return read_processor(folder, clip.config.text_config.vocab_size)
     return AutoProcessor.from_pretrained(clip.peft_config["default"].base_model_name_or_path)
 
 
 def _adapter_folder(name: str) -> Path | None:
-    """The folder of the adapter that `name` is, downloaded if need be; None if it is a whole model."""
+    """The folder of the adapter that `name` refers to, downloaded if need be; None if it is a whole model."""
     if resolve(name) != name:  # embedded
         return None
     folder = Path(name)
@@ -287,11 +287,11 @@ def _adapter_folder(name: str) -> Path | None:
 
 
 def _check_arguments(name: str, args: AdapterArguments, config: PeftConfig) -> None:
-    """Refuse arguments that ask for another adapter than the one that is there; a default asks for nothing."""
+    """Refuse arguments that ask for an adapter other than the one that is there; defaults ask for nothing."""
     default = AdapterArguments()
     for key, value in adapter_arguments(config).items():
         given = getattr(args, key)
-        if key == "adapter_config" and given is not None:  # what PEFT has filled in was not asked for
+        if key == "adapter_config" and given is not None:  # compare only what was asked for, not what PEFT filled in
             given, value = (configured(each, given) for each in (peft_config(args), config))
         if _sorted(given) not in (_sorted(value), _sorted(getattr(default, key))):
             raise ValueError(
@@ -305,11 +305,11 @@ def _sorted(value: Any) -> Any:
 
 
 def _merged(adapter: Path, folder: Path, dtype: str) -> Path:
-    """The folder with the base model into which an adapter was merged."""
+    """The folder of the base model with the adapter merged in; it is made if it is not there."""
     files = [adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (adapter / name).is_file()]
     origin = {file.name: fingerprint(file)["sha256"] for file in files}
     if (folder / BASE_CONFIG).is_file():
-        # One of an earlier release does not say what it was made of.
+        # A model merged by an earlier release does not say what it was made from.
         if (folder / MERGED_FROM).is_file() and read_json(folder / MERGED_FROM) != origin:
             raise ValueError(
                 f"merge_into={str(folder)!r} holds a model into which another adapter than {adapter} was merged: "
@@ -352,7 +352,7 @@ def _load_adapted(
 
 
 def _read_adapter_config(folder: Path, info: dict[str, Any] | None) -> PeftConfig:
-    """The configuration of the adapter in a folder, which is that of `task.json`, if there is one."""
+    """The configuration of the adapter in a folder; the adapter must be the one that `task.json` names, if given."""
     file = folder / ADAPTER_CONFIG
     content = read_json(file)
     check_adapter_config(content, str(file))
@@ -365,7 +365,7 @@ def _read_adapter_config(folder: Path, info: dict[str, Any] | None) -> PeftConfi
 
 
 def _base_model_of(folder: Path, info: dict[str, Any] | None, config: PeftConfig) -> str | Path:
-    """The base model's folder or name: beside the adapter, embedded in this package, or as PEFT recorded it."""
+    """The base model's folder or name: next to the adapter, embedded in this package, or as PEFT recorded it."""
     if (folder / BASE_CONFIG).is_file() and any(folder.glob(BASE_WEIGHTS)):
         return folder
     for known in (None if info is None else info["base_model"], config.base_model_name_or_path):
@@ -374,7 +374,7 @@ def _base_model_of(folder: Path, info: dict[str, Any] | None, config: PeftConfig
     name, file = config.base_model_name_or_path, folder / ADAPTER_CONFIG
     if not isinstance(name, str):
         raise ValueError(f"{file}: it names no base model ({name!r}): give base_model.")
-    if is_snapshot(folder):  # a name from the Hub must not become a path here
+    if is_snapshot(folder):  # a name in a downloaded file must not be taken for a path here
         try:
             check_repository_name(name)
         except ValueError as error:
@@ -389,11 +389,11 @@ def _base_model_of(folder: Path, info: dict[str, Any] | None, config: PeftConfig
 def _load_base_model(
     folder: Path, base_model: str | Path, config: PeftConfig, dtype: str, options: dict[str, Any]
 ) -> CLIPModel:
-    """The base model, once it is known that the adapter fits it."""
+    """The base model, loaded only after checking that the adapter fits it."""
     options = {**options, "revision": config.revision if not Path(base_model).is_dir() else None}
     clip_config = _read_clip_config(base_model, options)
     check_adapter(folder, clip_config, config)
-    # Given a folder with an adapter, transformers would put it into the model as well.
+    # If the folder also holds an adapter, transformers would put it into the model.
     if (Path(base_model) / ADAPTER_CONFIG).is_file():
         shards = [load_file(file) for file in sorted(Path(base_model).glob(BASE_WEIGHTS))]
         options = {"state_dict": dict(ChainMap(*shards))}
@@ -401,7 +401,7 @@ def _load_base_model(
 
 
 def _read_clip_config(base_model: str | Path, options: dict[str, Any]) -> CLIPConfig:
-    """The configuration of a CLIP model, if one can be made of it."""
+    """The configuration of a CLIP model, checked before a model is made from it."""
     what = f"the base model {str(base_model)!r}"
     with refusing(f"{what} cannot be read"):
         content, _ = CLIPConfig.get_config_dict(base_model, **options)
@@ -411,7 +411,7 @@ def _read_clip_config(base_model: str | Path, options: dict[str, Any]) -> CLIPCo
 
 
 def _load_clip(base_model: str | Path, config: CLIPConfig, dtype: str, options: dict[str, Any]) -> CLIPModel:
-    """A CLIP model, all of whose weights are there and finite; transformers would draw what is missing at random."""
+    """A CLIP model with all its weights, all finite; transformers would draw missing ones at random."""
     what = f"the base model {str(base_model)!r}"
     name = None if "state_dict" in options else base_model
     with refusing(f"{what} cannot be read"):
@@ -424,7 +424,7 @@ def _load_clip(base_model: str | Path, config: CLIPConfig, dtype: str, options: 
 
 
 def _check_base_model(model: PeftModel, info: dict[str, Any], base_model: str | Path) -> None:
-    """Refuse a base model whose weights are not those on which a checkpoint's adapter was trained."""
+    """Refuse a base model whose weights are not those that the checkpoint's adapter was trained on."""
     expected = info.get("base_model_sha256")
     if expected is not None and base_digest(model) != expected:
         raise ValueError(
@@ -435,7 +435,7 @@ def _check_base_model(model: PeftModel, info: dict[str, Any], base_model: str | 
 
 @contextmanager
 def _hinting_at_download(folder: Path) -> Iterator[None]:
-    """A file that was damaged on its way from the Hub stays in the cache until it is asked for anew."""
+    """Add to errors how to download again, since a file damaged on its way from the Hub stays in the cache."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""The parts of a run that may leave this machine: a checkpoint's files as they are pushed, text without secrets."""
+"""The parts of a run that may leave this machine: a checkpoint's files to push, and text without secrets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .checkpoint import (
 from .task_info import TASK_FILE, check_place, last_component, without_local_paths
 
 
-# Arguments that are always paths, so also where a relative one reads like the name of a repository.
+# Arguments that are always paths, even if a relative path reads like the name of a repository.
 PATH_ARGUMENTS = {"output_dir", "logging_dir", "dataset_path", "resume_from_checkpoint", "deepspeed"}
 PATH_KEYS = re.compile(r"_?(\w+_)?(name_or_path|file|path|dir)")
 TOKENS = re.compile(
@@ -32,30 +32,30 @@ TOKENS = re.compile(
 
 
 def public_files(folder: Path, repo_id: str) -> dict[str, Path | bytes]:
-    """The files of a task's checkpoint as they stand in the repository `repo_id`.
+    """The files of a task's checkpoint as they are pushed to the repository `repo_id`.
 
-    Only what this package writes is pushed; notes, logs and whatever else lies in the folder stay here. A base model
-    that is a folder of this machine comes along: the repository is then a whole model that holds an adapter, which
-    transformers loads at any revision. The files of the folder stay as they are.
+    Only files that this package writes are pushed; notes, logs and anything else in the folder stay here. If the base
+    model is a folder on this machine, it is pushed too: the repository is then a whole model with an adapter, which
+    transformers loads at any revision. The folder itself is not changed.
 
     Args:
         folder: A task's checkpoint.
-        repo_id: The repository, which `adapter_config.json` names as the place of a base model that comes along.
+        repo_id: The repository, which `adapter_config.json` names as the place of a base model that is pushed too.
 
     Returns:
-        Path in the repository → a file, or the content of one from which local paths were taken out; the model card
-        says how to load the task from `repo_id`.
+        Path in the repository → a file, or its content with local paths removed; the model card says how to load the
+        task from `repo_id`.
 
     Raises:
-        ValueError: If `folder` is no task checkpoint, or not as it was saved, or a file is a link out of its folder.
+        ValueError: If `folder` is no task checkpoint, is not as it was saved, or has a file that is a link out of it.
         FileNotFoundError: If its base model is a local folder that is no longer there or has no safetensors.
     """
-    info = read_sealed(folder)  # the copy is sealed anew: damage must not become what is expected
+    info = read_sealed(folder)  # checked first: the copy gets a new seal, which must not cover up damage
     files: dict[str, Path | bytes] = {
         path.relative_to(folder).as_posix(): path for path in checkpoint_parts(folder) if path.is_file()
     }
     for path in files.values():
-        check_place(path)  # what a link leads to is nobody else's business
+        check_place(path)  # a link must not publish a file from elsewhere
     is_local = info["base_model_is_local"]
     if is_local:
         files = {path.name: path for path in base_model_files(folder, info)} | files
@@ -86,7 +86,7 @@ def base_model_files(folder: Path, info: dict[str, Any]) -> list[Path]:
         FileNotFoundError: If they are no longer there, or are no safetensors.
     """
     recorded = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    # A checkpoint that came from the Hub holds its base model; the embedded sample is known by its name.
+    # A checkpoint from the Hub holds its base model; the embedded sample is found by its name.
     for place in (folder, Path(resolve(info["base_model"])), Path(recorded or ".")):
         if (place / BASE_CONFIG).is_file():
             weights = sorted(place.glob(BASE_WEIGHTS)) + sorted(place.glob("model.safetensors.index.json"))
@@ -112,7 +112,7 @@ def public_record(record: dict[str, Any], base_model_is_local: bool) -> dict[str
 
 
 def public_recipe(recipe: dict[str, Any], base_model_is_local: bool) -> dict[str, Any]:
-    """A recipe whose paths keep their last component alone; the same for a run on another machine."""
+    """A recipe with paths cut to their last component, so that it is the same on another machine."""
     paths = PATH_ARGUMENTS | ({"model_name_or_path"} if base_model_is_local else set())
     return {
         name: last_component(value) if name in paths and isinstance(value, str) else without_local_paths(value)
@@ -121,7 +121,7 @@ def public_recipe(recipe: dict[str, Any], base_model_is_local: bool) -> dict[str
 
 
 def redact(text: object, token: str | None = None) -> str:
-    """`text` without `token`, and without whatever else looks like a token or a password."""
+    """`text` without `token`, and without anything else that looks like a token or a password."""
     cleaned = str(text).replace(token, "<token>") if token else str(text)
     return TOKENS.sub("<token>", cleaned)
 

@@ -1,10 +1,10 @@
-"""A run's checkpoints to the Hub: in order, in the background, and from a queue that outlives the run.
+"""Push a run's checkpoints to the Hub: in order, in the background, and from a queue that outlives the run.
 
 A push writes
 
 - when a task is complete: one commit on `main` and the tag `task-03`. The commit holds exactly that task's checkpoint
   (`public.public_files`): adapter, processor, `task.json`, `results.json`, figure, card, and a base model that is a
-  local folder. `last-checkpoint/` goes; whatever else is on `main` stays (`repository.push_files`).
+  local folder. `last-checkpoint/` is deleted; anything else on `main` stays (`repository.push_files`).
 - within a task, if `hub_strategy` says so: one commit with the adapter, and with the Trainer's checkpoint in
   `last-checkpoint/` or `checkpoints/task-03/checkpoint-40/` (`PushOnSave`); no tag.
 - into the run's folder: `push_queue.json`, as long as a task waits (`PushQueue`).
@@ -51,20 +51,20 @@ logger = logging.get_logger(__name__)
 QUEUE_FILE = "push_queue.json"
 CHECK_PATIENCE = 60
 PATIENCE = 1800
-SCRATCH = ".push-"  # begins the name of a folder that lives as long as its push
+SCRATCH = ".push-"  # prefix of a folder that is kept only during its push
 PUSHED = (".safetensors", ".json", ".pt", ".pth")  # not the arguments (.bin): they hold tokens and paths
 
 
 @dataclass
 class PushQueue:
-    """The tasks that wait to be pushed, kept in `output_dir/push_queue.json` as long as there are any; no token.
+    """The tasks that wait to be pushed; while there are any, `output_dir/push_queue.json` keeps them, without a token.
 
     Args:
         output_dir: The run's folder.
-        repo_id: The repository as it was asked for, with or without a user's name before it.
+        repo_id: The repository as it was asked for, with or without the user's name.
         private: Whether the repository is private, if it has to be created.
         pending: The names of the tasks' folders, the next one first.
-        error: Why the next one could not be pushed.
+        error: Why the first pending task could not be pushed.
     """
 
     output_dir: Path
@@ -75,7 +75,7 @@ class PushQueue:
 
     @classmethod
     def read(cls, output_dir: Path) -> PushQueue | None:
-        """The queue that an earlier run left, if it left one; a ValueError if the file is no queue."""
+        """Read the queue that an earlier run left, if any; raise a ValueError if the file is no queue."""
         file = output_dir / QUEUE_FILE
         if not file.is_file():
             return None
@@ -89,7 +89,7 @@ class PushQueue:
             raise ValueError(f"{file}: expected a queue of tasks to push, as a run leaves it ({error}).") from error
 
     def write(self) -> None:
-        """Write it, or remove an empty one; on a full disk it lives on in memory, and a resumed run makes it anew."""
+        """Write the queue's file, or remove it if the queue is empty; if that fails, a resumed run makes it again."""
         file = self.output_dir / QUEUE_FILE
         try:
             if self.pending:
@@ -104,7 +104,7 @@ class PushQueue:
 
 @dataclass
 class Save:
-    """A push from within a task.
+    """A push of something saved within a task.
 
     Args:
         files: Path in the repository → file or content.
@@ -124,21 +124,21 @@ class Save:
 
 
 class HubPusher:
-    """Pushes a run's task checkpoints to one repository, in order, in a thread of its own.
+    """Pushes a run's task checkpoints to one repository, in order, in a background thread.
 
-    A push that fails is tried again after a while; one that keeps failing stays in the queue, with those after it, and
-    has its next chance with the next task, the next run or `python -m hf_zocl push`.
+    A failed push is tried again after a while. If it keeps failing, it stays in the queue with those after it, until
+    the next task, the next run or `python -m hf_zocl push` tries it again.
 
     Args:
         output_dir: The run's folder.
         repo_id: The repository, `name` or `user/name`; default: the folder's name.
         token: A token that may write; default: the one of `HF_TOKEN` or `hf auth login`.
-        private: Whether a new repository is private; None: as the user's or organization's default is.
-        waits: Seconds before each further attempt; `Retry-After` makes one longer.
+        private: Whether a new repository is private; None: the user's or organization's default.
+        waits: Seconds before each further attempt; `Retry-After` may lengthen a wait.
         always_push: Also push a checkpoint within a task while another push is under way.
 
     Raises:
-        ValueError: If `repo_id` is no name of a repository.
+        ValueError: If `repo_id` cannot be the name of a repository.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class HubPusher:
         except HFValidationError as error:
             raise ValueError(f"hub_model_id={name!r}: expected name or user/name ({error})") from None
         self.token, self.waits, self.always_push = token, waits, always_push
-        self.repo_id: str | None = None  # in full, once the Hub has said it
+        self.repo_id: str | None = None  # the full name, once the Hub has given it
         self.queue = PushQueue(self.output_dir, name, private)
         self._saves: deque[Save] = deque()
         self._lock = threading.Lock()
@@ -165,10 +165,10 @@ class HubPusher:
 
     @classmethod
     def from_arguments(cls, args: ZOCLTrainingArguments) -> HubPusher:
-        """The pusher that `push_to_hub` and its like ask for; the repository is created, if the Hub can be reached.
+        """Make the pusher that `push_to_hub` and `hub_*` ask for, and the repository, if the Hub can be reached.
 
         Raises:
-            ValueError: If `hub_model_id`, `hub_revision` or the token will not do.
+            ValueError: If `hub_model_id`, `hub_revision` or the token is not usable.
         """
         if args.hub_revision not in (None, "main"):
             raise ValueError(f"hub_revision={args.hub_revision!r}: a run's tasks are commits on main; leave it out.")
@@ -180,7 +180,7 @@ class HubPusher:
     def check(self) -> None:
         """Create the repository, so that a wrong token or name is known before any work is done.
 
-        A Hub that is down or switched off (`HF_HUB_OFFLINE`) is no reason not to train: what is pushed then waits.
+        If the Hub is down or switched off (`HF_HUB_OFFLINE`), training goes on, and checkpoints wait to be pushed.
 
         Raises:
             ValueError: If there is no token, or the Hub refuses it; or if the repository holds another model.
@@ -203,16 +203,16 @@ class HubPusher:
             logger.warning(f"The Hub cannot be reached ({reason}). Training goes on; checkpoints wait to be pushed.")
 
     def push(self, *tasks: int) -> None:
-        """Put tasks into the queue, and push in the background; returns at once."""
-        with self._lock:  # a task that is trained again is pushed again, after those before it
+        """Add tasks to the queue and push in the background; returns at once."""
+        with self._lock:  # sorted, because a task may be trained and pushed again
             self.queue.pending = sorted({*self.queue.pending, *map(task_folder, tasks)}, key=task_number)
             self.queue.write()
             self._start()
 
     def push_save(self, save: Save) -> None:
-        """Push what was saved within a task, in the background and once: the task's end pushes what matters of it.
+        """Push something saved within a task, in the background and once: the task's end pushes what matters anyway.
 
-        As with the Trainer, it is left out while another push is under way, unless `always_push` is set.
+        As with the Trainer, it is skipped while another push is under way, unless `always_push` is set.
         """
         with self._lock:
             if self._worker is not None and not self.always_push:
@@ -221,10 +221,10 @@ class HubPusher:
             self._start()
 
     def finish(self, patience: float = PATIENCE) -> list[str]:
-        """Wait until all is pushed or has failed, try once more what failed before, and report.
+        """Try once more what failed before, wait until all is pushed or has failed, and report.
 
         Args:
-            patience: Seconds after which an upload that is still going on is left to the next run.
+            patience: Seconds to wait; an upload that is still going on then is left to the next run.
 
         Returns:
             The names of the task folders that are not pushed.
@@ -247,10 +247,10 @@ class HubPusher:
         return left
 
     def drain(self) -> dict[str, str]:
-        """Push what is in the queue, in order, until it is empty or one push has failed for good.
+        """Push the queue's tasks, in order, until it is empty or one push has failed for good.
 
         Returns:
-            Task folder → `pushed`, `unchanged` (it was there already), or why it could not be pushed.
+            Task folder → `pushed`, `unchanged` (it was already there), or why it could not be pushed.
         """
         outcomes: dict[str, str] = {}
         while True:
@@ -273,9 +273,9 @@ class HubPusher:
                 return outcomes
 
     def _start(self) -> None:
-        """Start the worker where there is work and none at work; the caller holds the lock."""
+        """Start the worker thread if there is work and none is running; the caller holds the lock."""
         if self._worker is None and (self.queue.pending or self._saves):
-            # A daemon: a hanging upload must not keep a finished run from ending.
+            # A daemon, because a hanging upload must not keep a finished run from ending.
             self._worker = threading.Thread(target=self._work, name="push to the Hub", daemon=True)
             self._worker.start()
 
@@ -285,7 +285,7 @@ class HubPusher:
                 self.drain()
                 with self._lock:
                     if self.queue.pending and self.queue.error is None:
-                        continue  # it came when the one before was just done
+                        continue  # a task came just after the queue was empty
                     if not self._saves:
                         self._worker = None
                         return
@@ -306,7 +306,7 @@ class HubPusher:
     def _push_task(self, name: str) -> str:
         def note(error: Exception, wait: float) -> None:
             if isinstance(error, RepositoryNotFoundError):
-                self.repo_id = None  # it was deleted: the next attempt creates it
+                self.repo_id = None  # the repository was deleted: the next attempt creates it again
             logger.warning(f"Pushing failed ({self._describe(error)}); again in {wait:g} s.")
 
         def is_final(error: Exception) -> bool:
@@ -324,13 +324,13 @@ class HubPusher:
         return HfApi(token=self.token, library_name="hf_zocl")
 
     def _repository(self) -> str:
-        """The repository's full name; it is created if it is not there."""
+        """The repository's full name; the repository is created if it is not there."""
         if self.repo_id is None:
             self.repo_id = make_repository(self._api(), self.queue.repo_id, self.queue.private)
         return self.repo_id
 
     def _describe(self, error: BaseException) -> str:
-        """One line that says what happened and, where the user can do something about it, what."""
+        """One line that says what happened and, if there is a remedy, what the user can do."""
         text = one_line(error, most=3)
         if isinstance(error, RuntimeError) and str(error.__cause__ or "").strip():
             text += f" {str(error.__cause__).strip().splitlines()[0]}"
@@ -340,10 +340,10 @@ class HubPusher:
 
 
 class PushOnSave(TrainerCallback):
-    """Pushes the adapter at every save within a task, and the Trainer's checkpoint with it where that is asked for.
+    """Pushes the adapter at every save within a task, with the Trainer's checkpoint if that is asked for.
 
     Args:
-        pusher: Pushes it.
+        pusher: The pusher.
         strategy: `every_save`: the adapter; `checkpoint`: also the checkpoint, as `last-checkpoint/`;
             `all_checkpoints`: also every checkpoint, as `checkpoints/task-03/checkpoint-40/`.
         task: The task, counted from 1.
@@ -373,7 +373,7 @@ class PushOnSave(TrainerCallback):
 
 
 def _second_names(source: Path, target: Path) -> list[Path]:
-    """Give a folder's files a second name in `target`, or copy them where the file system has no links."""
+    """Hard-link a folder's files into `target`, or copy them if the file system has no links."""
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     for path in source.iterdir():
@@ -387,7 +387,7 @@ def _second_names(source: Path, target: Path) -> list[Path]:
 
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
-    """Bars of the background would run into the training's own."""
+    """Hide the Hub's progress bars, which would run into those of the training."""
     shown = not are_progress_bars_disabled()
     if shown:
         disable_progress_bars()

@@ -34,19 +34,19 @@ from .task_info import TASK_FILE, is_task_name, task_number
 
 logger = logging.get_logger(__name__)
 
-# The Trainer's checkpoint within a task, until the task is complete.
+# Folder of the Trainer's checkpoint within a task, until the task is complete.
 LAST_CHECKPOINT = "last-checkpoint/"
 
 
 class ForeignRepositoryError(ValueError):
-    """A repository holds something else, with which a run's checkpoints would be read."""
+    """A repository holds something else that would be read with a run's checkpoints."""
 
 
 def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes], message: str) -> str:
-    """Make one commit on `main` whose checkpoint is `files` and let `tag` name it; nothing if it is that already.
+    """Make one commit on `main` whose checkpoint is `files`, and tag it; do nothing if the tag has these files.
 
-    Whatever else is on `main` stays. A tag that names other files moves, and the tags of later tasks go: they belong
-    to a run that this one replaces, whose commits stay in the history.
+    Anything else on `main` stays. A tag with other files is moved, and the tags of later tasks are deleted: they
+    belong to an earlier run, which this one replaces and whose commits stay in the history.
 
     Args:
         api: The client.
@@ -74,7 +74,7 @@ def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes
             "checkpoint: remove or rename it there."
         )
     operations = _operations(tree, files, was_pushed)
-    commit = head  # a commit whose answer was lost is there already
+    commit = head  # nothing to do if an earlier attempt committed and its answer was lost
     if operations:
         commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head).oid
     stale = [name for name in tags if name == tag or (is_task_name(name) and task_number(name) > task_number(tag))]
@@ -84,19 +84,19 @@ def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes
     try:
         api.create_tag(repo_id, tag=tag, revision=commit)
     except HfHubHTTPError as error:
-        # There is one by now: its answer was lost, or another has made it in between.
+        # The tag exists by now: an earlier answer was lost, or another process made it.
         if error.response.status_code != 409 or _tags(api, repo_id).get(tag) != commit:
             raise
     return "pushed"
 
 
 def make_repository(api: HfApi, name: str, private: bool | None) -> str:
-    """Create a repository, if it is not there.
+    """Create a repository if it is not there.
 
     Args:
         api: The client.
-        name: The repository, as `hub_model_id` has it.
-        private: True for a private one; None: as the user's or organization's default is.
+        name: The repository, as `hub_model_id` gives it.
+        private: Whether a new one is private; None: the user's or organization's default.
 
     Returns:
         Its full name.
@@ -114,16 +114,16 @@ def make_repository(api: HfApi, name: str, private: bool | None) -> str:
 
 
 def _foreign_names(api: HfApi, repo_id: str) -> list[str]:
-    """What is in the way in a repository: files that would be read with a checkpoint and, if it holds no run, those
-    that pushing would replace, and tasks' tags.
+    """What stands in the way in a repository: files that would be read with a checkpoint or, if it holds no run, files
+    that pushing would replace and tasks' tags.
 
-    A card is no obstacle: the Hub's own form makes one.
+    A card is no obstacle, because the Hub's form for new repositories makes one.
     """
     names = [entry.path for entry in api.list_repo_tree(repo_id) if isinstance(entry, RepoFile)]
     if TASK_FILE in names:
         was_pushed = _was_pushed(api, repo_id, "main")
         return [name for name in names if is_loaded(name) and not was_pushed(name)]
-    # Within the first task the adapter alone is pushed.
+    # Within the first task, only the adapter is pushed, so that it may be there.
     files = [name for name in names if is_of_checkpoint(name) and name not in ("README.md", ADAPTER_WEIGHTS)]
     return files + [f"the tag {tag}" for tag in _tags(api, repo_id) if is_task_name(tag)]
 
@@ -136,7 +136,7 @@ def changes(
     is_ours: Callable[[str], bool],
     repo_type: str = "model",
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """The operations that turn the tree at `revision` into `files`, as far as its paths are ours."""
+    """The operations that turn the tree at `revision` into `files`; only paths that are ours are deleted."""
     return _operations(_tree(api, repo_id, revision, repo_type), files, is_ours)
 
 
@@ -154,7 +154,7 @@ def _operations(
 
 
 def _was_pushed(api: HfApi, repo_id: str, revision: str) -> Callable[[str], bool]:
-    """Tells whether a file at a revision is of the checkpoint there, or of one within a task."""
+    """A function that tells whether a file at a revision belongs to the checkpoint there, or to one within a task."""
     try:
         info = read_json(Path(api.hf_hub_download(repo_id, TASK_FILE, revision=revision)))
     except EntryNotFoundError:
@@ -167,7 +167,8 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
 
     Args:
         repo_id: The repository, `name` or `user/name`.
-        output_dir: Receives the folders `task-NN`, as the tags have them, and the last one's results and figure.
+        output_dir: Receives the folders `task-NN`, as they are at the tags, and copies of the last one's results,
+            predictions and figure.
         token: A token that may read; default: the one of `HF_TOKEN` or `hf auth login`.
         hub_kwargs: Further arguments for `huggingface_hub.snapshot_download`.
 
@@ -176,7 +177,8 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
 
     Raises:
         OSError: If the Hub cannot be reached.
-        ValueError: If `output_dir` holds a run, or a tag something else than its task's checkpoint, whole.
+        ValueError: If `output_dir` holds a run or files that would be replaced, or a tag does not hold its task's
+            whole checkpoint.
     """
     output_dir = Path(output_dir)
     if (output_dir / RESULTS_FILE).is_file():
@@ -196,9 +198,9 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
         return 0
     _check_free(output_dir, names)
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in reversed(names):  # without the first one nothing is taken for a run, so a fetch cut off begins again
+    for name in reversed(names):  # the first task last: without it there is no run, so a fetch can be repeated
         _fetch_task(api, repo_id, name, tags[name], output_dir, token, hub_kwargs)
-    for file in (FIGURE, PREDICTIONS_FILE, RESULTS_FILE):  # the results last, for they say that the rest is there
+    for file in (FIGURE, PREDICTIONS_FILE, RESULTS_FILE):  # the results last, because they say that the rest is there
         if not (output_dir / names[-1] / file).is_file():  # earlier releases kept no predictions
             continue
         with written_whole(output_dir / file) as unfinished:
@@ -208,8 +210,8 @@ def fetch_run(repo_id: str, output_dir: str | Path, token: str | None = None, **
 
 
 def _check_free(output_dir: Path, names: list[str]) -> None:
-    """Refuse files that fetching would replace, but for those of a fetch that was cut off."""
-    has_first = (output_dir / names[0] / TASK_FILE).is_file()  # which is fetched last
+    """Refuse files that fetching would replace, except those of a fetch that was cut off."""
+    has_first = (output_dir / names[0] / TASK_FILE).is_file()  # the first task is fetched last
     there = [] if has_first else [output_dir / file for file in (FIGURE, PREDICTIONS_FILE)]
     for folder in (output_dir / name for name in names):
         if folder.is_file():
@@ -233,14 +235,14 @@ def _fetch_task(
     try:
         paths = persistently(lambda: answered(lambda: api.list_repo_files(repo_id, revision=commit)))
         for path in paths:
-            windows = PureWindowsPath(path)  # which knows every way out that other systems know
+            windows = PureWindowsPath(path)  # it also knows the ways out of a folder that exist on other systems
             if windows.anchor or ".." in windows.parts:
                 raise PermissionError(f"the file name {path!r} leads out of the folder")
         options = {"allow_patterns": [path for path in paths if is_of_checkpoint(path)], "token": token, **hub_kwargs}
         persistently(lambda: snapshot_download(repo_id, revision=commit, local_dir=unfinished, **options))
     except Exception as error:  # the client's errors have no common class
         raise OSError(f"{repo_id}, {name}: it cannot be fetched from the Hub: {redact(error, token)}") from None
-    shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the client's notes
+    shutil.rmtree(unfinished / ".cache", ignore_errors=True)  # the client's own records
     found = read_sealed(unfinished)["task"]
     if found != task_number(name) or not all((unfinished / file).is_file() for file in (FIGURE, RESULTS_FILE)):
         raise ValueError(f"{repo_id}: the tag {name} does not hold that task's checkpoint (it is of task {found}).")

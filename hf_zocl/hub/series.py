@@ -34,15 +34,15 @@ from .untrusted import check_finite, refusing
 
 @dataclass(frozen=True)
 class Stage:
-    """The model at one place of a series.
+    """The model at one point of a series.
 
     Args:
-        task: The task after which it was so; 0: before any.
-        known: The places in `TaskSeries.classes` of those that images are predicted among.
+        task: The task that it had just learned; 0: before any.
+        known: The positions in `TaskSeries.classes` of the classes that images are predicted among.
         learned: The names of the classes that the task brought.
         title: The task's title, if it has one.
         prompt_template: The prompt or prompts.
-        weights: The adapter's; None: no adapter.
+        weights: The adapter's weights; None: no adapter.
     """
 
     task: int
@@ -58,9 +58,9 @@ class TaskSeries:
 
     Args:
         model: The classifier, with all the classes.
-        stages: The stages, the first one before any task.
-        info: The `task.json` of the last one.
-        untrained: The base model, where `model` with its adapter switched off is another (`gives_base_back`).
+        stages: The stages; the first one is before any task.
+        info: The `task.json` of the last stage.
+        untrained: The base model, if switching off the adapter of `model` does not give it (`gives_base_back`).
     """
 
     def __init__(
@@ -78,15 +78,15 @@ class TaskSeries:
 
     @classmethod
     def load(cls, path: str | Path, **hub_kwargs: Any) -> TaskSeries:
-        """Load all tasks' checkpoints of a run.
+        """Load the checkpoints of all tasks of a run.
 
         Args:
             path: The run's folder, or its repository on the Hub.
             hub_kwargs: As for `load_task_checkpoint`.
 
         Raises:
-            ValueError: If there is no such run, it has no task, a checkpoint is not as it was saved, or they are not
-                of one run.
+            ValueError: If there is no such run, it has no task, a checkpoint is not as it was saved, or the
+                checkpoints are not all of one run.
         """
         tasks = tasks_of(path, **hub_kwargs)
         folders = [find_task_checkpoint(path, task, **hub_kwargs) for task in tasks]
@@ -103,7 +103,7 @@ class TaskSeries:
 
     @torch.no_grad()
     def probabilities(self, images: Sequence[Any]) -> torch.Tensor:
-        """The probabilities of all classes at every stage; zero for those that are not known there.
+        """The probabilities of all classes at every stage; zero for classes not yet known there.
 
         Args:
             images: As `CLIPClassifier.predict` takes them.
@@ -112,7 +112,7 @@ class TaskSeries:
             `(images, stages, classes)`, on the CPU.
 
         Raises:
-            ValueError: If one is no image that can be read.
+            ValueError: If an image cannot be read.
         """
         with self._lock:
             pixels = self.model._pixel_values(list(images))
@@ -138,7 +138,7 @@ class TaskSeries:
                 yield self.model
 
     def _logits(self, model: CLIPClassifier, place: int, pixels: torch.Tensor) -> torch.Tensor:
-        if place not in self._texts:  # the classes' features are those of the stage, whatever the image
+        if place not in self._texts:  # text features depend on the stage, not on the image
             model.set_classes(self.classes, self.stages[place].prompt_template)
             self._texts[place] = model._encode_prompts()
         images = torch.cat([model.encode("vision", part) for part in pixels.split(64)])
@@ -146,10 +146,10 @@ class TaskSeries:
 
 
 def tasks_of(path: str | Path, **hub_kwargs: Any) -> list[int]:
-    """The tasks of a run whose checkpoints are there, in order.
+    """The tasks of a run that have checkpoints, in order.
 
     Args:
-        path: The run's folder, or its repository on the Hub; where the Hub is switched off, what was downloaded before
+        path: The run's folder, or its repository on the Hub; if the Hub is switched off, what was downloaded before
             counts.
 
     Raises:
@@ -175,7 +175,7 @@ def tasks_of(path: str | Path, **hub_kwargs: Any) -> list[int]:
 
 @dataclass(frozen=True)
 class _Saved:
-    """A task's checkpoint as it is on disk, its checksums compared."""
+    """A task's checkpoint as it is on disk, with its checksums verified."""
 
     folder: Path
     info: dict[str, Any]
@@ -196,7 +196,7 @@ class _Saved:
 
 
 def _stage(saved: _Saved, task: int, last: _Saved, model: CLIPClassifier) -> Stage:
-    """A task's stage, if its adapter is of the same shape and base model as the last one's, which was checked."""
+    """A task's stage, if its adapter has the shape and base model of the last task's, which were checked."""
     info = saved.info
     if info["task"] != task:
         raise ValueError(

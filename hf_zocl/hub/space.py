@@ -1,4 +1,4 @@
-"""A Space on the Hub: a folder of files with an app, pushed as one commit, and never over another's app."""
+"""A Space on the Hub: an app and its files, pushed as one commit, never over an app that is not ours."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .repository import ForeignRepositoryError, changes
 
 APP_FILE = "app.py"
 PATIENCE = 600  # seconds for a push
-# What the Hub's own form makes.
+# The files that the Hub makes in a new Space.
 FRESH = {"README.md", ".gitattributes"}
 
 
 def push_space(
     name: str, files: dict[str, Path | bytes], mark: str, token: str | None = None, private: bool | None = None
 ) -> str:
-    """Push files to a Space with Gradio, which is created if it is not there; other files in it stay.
+    """Push files to a Gradio Space, which is created if it is not there; other files in it stay.
 
     Args:
         name: The Space, `name` or `user/name`.
         files: Path in the Space → file or content; one is `app.py`.
-        mark: What `app.py` begins with, by which a Space is known as one that was pushed like this.
+        mark: The beginning of `app.py`, by which a Space that was pushed like this is recognised.
         token: A token that may write; default: the one of `HF_TOKEN` or `hf auth login`.
-        private: Whether a new Space is private; None: as the user's or organization's default is.
+        private: Whether a new Space is private; None: the user's or organization's default.
 
     Returns:
         The Space's full name.

@@ -1,4 +1,4 @@
-"""The record `task.json`, in which a checkpoint speaks of itself: written whole, read with every field checked."""
+"""`task.json`, a checkpoint's record of itself: written whole, and read with every field checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..files import read_json
 
 
 TASK_FILE = "task.json"
-FORMAT_VERSION = 2  # 1 had no checksums
+FORMAT_VERSION = 2  # version 1 had no checksums
 MODES = ("zo", "fo", "fo+zo")
 LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 
@@ -26,18 +26,18 @@ def task_folder(task: int) -> str:
 
 
 def is_task_name(name: str) -> bool:
-    """True of a name that `task_folder` gives."""
+    """True for a name that `task_folder` gives."""
     number = name.removeprefix("task-")
     return number.isdecimal() and int(number) > 0 and name == task_folder(int(number))
 
 
 def task_number(name: str) -> int:
-    """The task of a name that `task_folder` gives."""
+    """The task whose folder has this name, as `task_folder` gives it."""
     return int(name.removeprefix("task-"))
 
 
 def without_local_paths(value: Any) -> Any:
-    """A value, or the items of lists and dictionaries, of whose local paths only the last component is left."""
+    """A value in which local paths, also within lists and dictionaries, are cut to their last component."""
     if isinstance(value, list):
         return [without_local_paths(item) for item in value]
     if isinstance(value, dict):
@@ -51,17 +51,17 @@ def without_local_paths(value: Any) -> Any:
 
 
 def last_component(path: str | os.PathLike[str]) -> str:
-    """The last component of a path of any system."""
+    """The last component of a path, written for any operating system."""
     return re.split(r"[\\/]+", os.fspath(path).rstrip("\\/"))[-1]
 
 
 def is_snapshot(folder: Path) -> bool:
-    """True of a folder in the Hub's cache, which keeps files in `blobs` and links to them in `snapshots/COMMIT`."""
+    """True for a folder in the Hub's cache, which keeps files in `blobs` and links to them in `snapshots/COMMIT`."""
     return folder.resolve().parent.name == "snapshots"
 
 
 def check_place(file: Path) -> None:
-    """Check that a checkpoint's file is a file of its own.
+    """Check that a checkpoint's file is its own, not a link to somewhere else.
 
     Raises:
         ValueError: If it is a link out of the folder, or no file.
@@ -75,7 +75,7 @@ def check_place(file: Path) -> None:
 
 
 def read_task(folder: Path) -> dict[str, Any]:
-    """Read a checkpoint's `task.json`, and check that it holds what loading and cards use.
+    """Read a checkpoint's `task.json`, and check all that loading and cards use.
 
     Raises:
         ValueError: If there is none, this release cannot read it, something in it is missing or of a wrong type, or
@@ -102,18 +102,18 @@ def read_task(folder: Path) -> dict[str, Any]:
 
 
 def is_sealed(info: dict[str, Any]) -> bool:
-    """True of a `task.json` with checksums; those of the first release had none."""
+    """True for a `task.json` with checksums; the first release wrote none."""
     return "files" in info or "sha256" in info
 
 
 def task_digest(info: dict[str, Any]) -> str:
-    """SHA-256 of the meaning of a `task.json`, not of its text: blanks and the order of the keys do not count."""
+    """SHA-256 of the content of a `task.json`, whatever its blanks and the order of its keys."""
     rest = {name: value for name, value in info.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _contradiction(info: dict[str, Any]) -> str | None:
-    """The first statements that cannot all be true of one checkpoint."""
+    """The first contradiction within a `task.json`, as text; None if there is none."""
     tasks, metrics = info["task"], info["metrics"]
     lengths = {"task_sizes": info["task_sizes"], "metrics.accuracy_matrix": metrics["accuracy_matrix"]}
     lengths |= {"metrics.seen_accuracy": metrics["seen_accuracy"]}
@@ -132,7 +132,7 @@ def _contradiction(info: dict[str, Any]) -> str | None:
 
 
 def _is_text(value: Any) -> bool:
-    """Text that a file can hold: without half characters (lone surrogates)."""
+    """True for text that a file can hold: without half characters (lone surrogates)."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -145,15 +145,15 @@ def _is_count(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """True of a finite number; a bool is none."""
+    """True for a finite number; a bool is not a number."""
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # of more digits than a float has
+    except OverflowError:  # a whole number too large for a float
         return False
 
 
 def _is_prompt(value: Any) -> bool:
-    """A prompt with one `{}`, and no other field: a field can reach into what is formatted."""
+    """True for a prompt with one `{}` and no other field, because fields can reach into the formatted object."""
     return _is_text(value) and value.count("{}") == 1 and not {"{", "}"} & set(value.replace("{}", ""))
 
 

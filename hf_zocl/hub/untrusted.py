@@ -1,7 +1,7 @@
-"""A stranger's checkpoint, refused where its files say more than they may: known keys, plain names, finite numbers.
+"""Checks of a stranger's checkpoint: its files may hold only known keys, plain names and finite numbers.
 
 transformers and PEFT follow what such files name: other repositories, classes to import, kernels to fetch, expressions
-to search all module names by, sizes to allocate. Here all of that is refused by name before anything is done with it.
+to match module names with, sizes to allocate. All of that is refused here, by name, before anything is done with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .task_info import is_number
 PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 
-# A name, or a part of one, as modules, layers and tokens have them: no path, no repository, no expression.
+# A name of a module, layer or token, or a part of one: no path, no repository, no expression.
 PLAIN = re.compile(r"[\w.:-]{0,200}")
 REVISION = re.compile(r"[\w./-]{0,200}")
 LEADS_ELSEWHERE = re.compile(
@@ -39,7 +39,7 @@ LEADS_ELSEWHERE = re.compile(
     r"|_?configuration_files?|transformers_weights|trust_remote_code|adapters?|megatron_config"
     r"|prompt_tuning_init_state_dict_path|audio_tokenizer|\w*_processor_class|pretrained_model\w*"
 )
-OWN_ATTENTION = (None, "eager", "sdpa")  # those that transformers has itself
+OWN_ATTENTION = (None, "eager", "sdpa")  # implemented in transformers itself
 GREATEST = 2**31
 MOST_ITEMS = 100_000
 SIZES = {
@@ -53,7 +53,7 @@ SIZES = {
     "image_size": 16_384,
     "patch_size": 16_384,
     "num_channels": 64,
-    "r": 2**40,  # what does not fit the weights is refused by their shapes, before they are allocated
+    "r": 2**40,  # a rank that does not fit the weights is refused by their shapes, before any allocation
     "num_experts": 4096,
     "num_routers": 100_000,
 }
@@ -61,7 +61,7 @@ IMAGE_KEYS = {
     *("crop_size", "size", "resample", "image_mean", "image_std", "rescale_factor"),
     *("do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize"),
 }
-# Written by transformers, and of no effect here.
+# Written by transformers, without effect here.
 SILENT_IMAGE_KEYS = {
     *("processor_class", "image_processor_type", "feature_extractor_type", "_valid_processor_keys", "data_format"),
     *("default_to_square", "device", "disable_grouping", "do_pad", "pad_size", "input_data_format", "return_tensors"),
@@ -84,12 +84,12 @@ def check_known(content: Any, where: str, plain: bool = False) -> None:
 
     Args:
         content: The content.
-        where: What an error calls it.
+        where: The content's name in errors.
         plain: Whether every text must be a plain name.
 
     Raises:
-        ValueError: If a key names code, another repository or a path; a number is not finite or beyond any model's; or
-            a text is no plain name, where it must be one.
+        ValueError: If a key names code, another repository or a path; if a number is not finite or larger than in any
+            model; or if a text that must be a plain name is none.
     """
     if isinstance(content, dict):
         _check_count(content, where)
@@ -115,7 +115,7 @@ def check_known(content: Any, where: str, plain: bool = False) -> None:
 
 
 def check_adapter_config(content: dict[str, Any], where: str) -> None:
-    """Check a PEFT configuration: modules are named one by one, and by no expression.
+    """Check a PEFT configuration: modules must be named one by one, not by an expression.
 
     Raises:
         ValueError: As `check_known`.
@@ -135,7 +135,7 @@ def check_model_config(content: dict[str, Any], where: str) -> None:
     """Check the configuration of a CLIP model before a model is made of it.
 
     Raises:
-        ValueError: As `check_known`; if it is that of another kind of model, or an activation is unknown.
+        ValueError: As `check_known`, or if it is of another kind of model, or an activation is unknown.
     """
     check_known(content, where)
     if (kind := content.get("model_type", "clip")) != "clip":
@@ -149,25 +149,25 @@ def check_model_config(content: dict[str, Any], where: str) -> None:
 def read_processor(folder: Path, vocabulary: int) -> CLIPProcessor:
     """A checkpoint's processor, built from its known parts: CLIP's image processor and CLIP's tokenizer.
 
-    `AutoProcessor` would build what the files name, and follow them to other repositories.
+    `AutoProcessor` would build whatever the files name, and follow them to other repositories.
 
     Args:
         folder: The checkpoint's folder.
-        vocabulary: The tokens that the model knows.
+        vocabulary: How many tokens the model knows.
 
     Raises:
-        ValueError: If a file is missing, or says anything that those two parts do not know.
+        ValueError: If a file is missing, or says anything that these two parts do not know.
     """
     return CLIPProcessor(image_processor=_read_image_processor(folder), tokenizer=_read_tokenizer(folder, vocabulary))
 
 
 def check_processor(processor: ProcessorMixin, vocabulary: int, texts: Sequence[str]) -> None:
-    """Check that `read_processor` will find in a checkpoint the processor that was saved there.
+    """Check that `read_processor` would give back a processor that is saved in a checkpoint.
 
     Args:
-        processor: A run's.
-        vocabulary: The tokens that the model knows.
-        texts: Prompts, whose tokens must be the same.
+        processor: The run's processor.
+        vocabulary: How many tokens the model knows.
+        texts: Prompts whose tokens must stay the same.
 
     Raises:
         ValueError: As `read_processor`, or if the tokens differ.
@@ -184,7 +184,7 @@ def check_processor(processor: ProcessorMixin, vocabulary: int, texts: Sequence[
 
 @contextmanager
 def saved_on_trial(save: Callable[[Path], Any], what: str) -> Iterator[Path]:
-    """Save a part of a checkpoint into a temporary folder; what is refused there begins with `what`.
+    """Save a part of a checkpoint into a temporary folder; errors about it begin with `what`.
 
     Raises:
         OSError: If there is no room for it.
@@ -193,7 +193,7 @@ def saved_on_trial(save: Callable[[Path], Any], what: str) -> Iterator[Path]:
         folder = Path(name)
         try:
             save(folder)
-        except Exception as error:  # tokenizers has none of its own for want of room
+        except Exception as error:  # tokenizers has no error class of its own for a full disk
             cause = room_error(folder, error)
             if cause is None:
                 raise
@@ -206,10 +206,10 @@ def saved_on_trial(save: Callable[[Path], Any], what: str) -> Iterator[Path]:
 
 
 def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
-    """Check that no weight is infinite or NaN: a model of such weights would still name a class.
+    """Check that no weight is infinite or NaN, because a model with such weights would still name a class.
 
     Raises:
-        ValueError: If one is.
+        ValueError: If a weight is.
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -217,10 +217,10 @@ def check_finite(tensors: dict[str, torch.Tensor], what: str) -> None:
 
 
 def check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> None:
-    """Compare the adapter's tensors with those that the base model would be given, before either is loaded.
+    """Compare the adapter's tensors with those that its base model expects, before either is loaded.
 
     Raises:
-        ValueError: If they cannot be read, are damaged, or have other names or shapes.
+        ValueError: If the tensors cannot be read, are damaged, or have other names or shapes.
     """
     file = folder / ADAPTER_WEIGHTS
     with refusing(f"{file} is damaged: it cannot be read as safetensors"), safe_open(file, framework="pt") as tensors:
@@ -241,7 +241,7 @@ def check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> 
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Whatever transformers, PEFT and tokenizers stumble over in a file becomes one error that says where."""
+    """Turn any error that transformers, PEFT or tokenizers raise over a file into one that says where."""
     try:
         yield
     except Exception as error:
@@ -274,7 +274,7 @@ def _read_image_processor(folder: Path) -> CLIPImageProcessor:
 
 
 def _image_problem(key: str, value: Any) -> str | None:
-    """The values that an option of an image processor may have, if it has another one."""
+    """The values that an image processor's option may have, as text; None if its value is one of them."""
     if key.startswith("do_"):
         return None if isinstance(value, bool) or value is None else "true or false"
     if key in ("size", "crop_size"):
@@ -314,7 +314,7 @@ def _read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
     options = {key: _token(value) for key, value in config.items() if key in TOKENIZER_KEYS and value is not None}
     for key, value in options.items():
         if key == "model_max_length":
-            # Without a length of its own transformers writes a number of thirty digits.
+            # For a tokenizer without a length, transformers writes a number of thirty digits.
             options[key] = min(value, GREATEST) if is_number(value) and value >= 1 else None
         elif not isinstance(value, str) or (key.endswith("_side") and value not in ("left", "right")):
             raise ValueError(f"{folder / TOKENIZER_CONFIG}: {key}={shown(value)}: expected a token or a side.")

@@ -1,4 +1,4 @@
-"""Charts as SVG: their colours are the page's, so that one drawing serves on light and dark backgrounds."""
+"""Charts as SVG, in the colours of the page, so that one drawing suits light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 380, 230
 LEFT, RIGHT, TOP, BOTTOM = 60, 10, 10, 38
 COLORS, DASHES = 5, ("", "6 3", "2 3", "9 3 2 3")
-MOST_MARKED = 30  # points of a line that have a mark each
+MOST_MARKED = 30  # up to this many points, each point of a line has a mark
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Series:
     Args:
         name: Its name in the legend.
         x, y: Its points; a `y` that is NaN is not drawn.
-        number: Its colour, mark and dash: the same for one setting in all charts.
-        low, high: The ends of each point's bar; none: no bars.
+        number: Selects its colour, mark and dash; a setting has the same number in all charts.
+        low, high: The ends of each point's bar; empty: no bars.
         is_line: Whether the points are joined.
     """
 
@@ -37,7 +37,7 @@ class Series:
 
     @property
     def mark(self) -> Markup:
-        """Its sample in the legend."""
+        """The line's sample in the legend."""
         line = _path([(1, 7), (27, 7)], self.number) if self.is_line else ""
         return Markup('<svg class="key" viewBox="0 0 28 14" aria-hidden="true">{}{}</svg>').format(
             line, _mark(14, 7, self.number)
@@ -46,12 +46,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart with its words.
+    """A chart with its title and caption.
 
     Args:
         title, caption: What it shows, and how to read it.
         svg: The drawing.
-        series: The lines that the legend names; none where there is only one.
+        series: The lines that the legend names; empty if there is only one.
     """
 
     title: str
@@ -79,11 +79,11 @@ def draw(
         x_label, y_label: The axes' labels.
         is_log: Whether the vertical axis is logarithmic; values that are not above zero are left out.
         from_zero: Whether the vertical axis begins at zero.
-        whole_x: Whether only whole numbers stand at the horizontal axis.
-        breaks: Where vertical lines part the chart.
+        whole_x: Whether the horizontal axis has ticks at whole numbers only.
+        breaks: The positions of vertical lines that divide the chart.
 
     Returns:
-        The chart; None where there is no point.
+        The chart; None if there is no point to draw.
     """
     points = [
         (x, y)

@@ -80,20 +80,20 @@ COMPARISON_FILES = ("comparison.md", "comparison.tex")
 
 
 def compare_runs(folders: Sequence[str | Path], baseline: str | None = None) -> Comparison:
-    """Compare runs by their `results.json`, see `load_groups` and `compare_groups`."""
+    """Compare the runs in some folders, see `load_groups` and `compare_groups`."""
     return compare_groups(load_groups(folders), baseline)
 
 
 def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> Comparison:
-    """Mean ± sample standard deviation over the seeds of each setting, and how far it is from a baseline.
+    """A table of settings: mean ± sample standard deviation over the seeds, and paired differences to a baseline.
 
-    A paired difference is the mean ± standard deviation, over the seeds that both have, of the difference of the two
-    runs with the same seed: what the seeds have in common cancels out. Settings of several benchmarks are kept apart,
-    each with its own zero-shot accuracy, see `by_benchmark`.
+    A paired difference is taken between two runs with the same seed, so that what the seed does to both cancels out;
+    its mean ± standard deviation is over the seeds that both settings have. Settings of different benchmarks are kept
+    apart, each benchmark with its own zero-shot accuracy, see `by_benchmark`.
 
     Args:
         groups: The settings.
-        baseline: The name of the one to subtract; None: no differences.
+        baseline: The name of the setting to subtract; None: no differences.
 
     Raises:
         ValueError: If no setting has the baseline's name, or a setting has no seed in common with it.
@@ -144,7 +144,7 @@ def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
 
 
 def paired_differences(group: RunGroup, reference: RunGroup, name: str) -> np.ndarray:
-    """The differences of a figure between the runs and the reference's runs with the same seed.
+    """The differences of a figure between runs and the reference's runs with the same seeds.
 
     Args:
         group, reference: The two settings.
@@ -165,7 +165,7 @@ def paired_differences(group: RunGroup, reference: RunGroup, name: str) -> np.nd
 
 
 def mean_and_deviation(values: np.ndarray, decimals: int, sign: bool = False) -> str:
-    """A cell's text: the mean of the seeds' values ± their sample standard deviation; a single value alone."""
+    """A cell's text: mean ± sample standard deviation of the seeds' values; a single value stands alone."""
     values = values[np.isfinite(values)]
     if not len(values):
         return "–"

@@ -1,4 +1,4 @@
-"""The charts of one setting or several side by side, each drawn only where it has something to show."""
+"""Charts of one setting or of several side by side; each is drawn only if it has something to show."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from .charts import Chart, Series, draw
 from .runs import RunGroup
 
 
-ZERO_SHOT = 14  # grey, dotted and with diamonds, in every chart
+ZERO_SHOT = 14  # grey and dotted, with diamonds, in every chart
 VARIANCE = re.compile(r"zo_variance(?:_(?P<branch>vision|language))?(?:_(?:layers?_)?(?P<layer>\d+))?")
 SEEDS = " Bars: one standard deviation over the seeds."
 
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a setting stands on a scale from 0 to 100, in percent of its width.
+    """Where a setting stands on the scale that all settings share, in percent of the scale's width.
 
     Args:
         name: The setting's name.
-        marks: For Last and Avg: the mean, the bar's beginning and its length.
+        marks: For Last and for Avg: the mean, the bar's beginning and the bar's length.
         text: The two means in words.
     """
 
@@ -33,7 +33,7 @@ class Standing:
 
 
 def standings(groups: Sequence[RunGroup]) -> tuple[list[Standing], float]:
-    """Last and Avg of several settings on one scale, and the scale's end in percent; nothing of a single setting."""
+    """Last and Avg of several settings on one scale, and the scale's end in percent; empty for a single setting."""
     if len(groups) < 2:
         return [], 0.0
     figures = [(group.name, [group.percent(name) for name in ("last", "avg")]) for group in groups]
@@ -53,15 +53,15 @@ def standings(groups: Sequence[RunGroup]) -> tuple[list[Standing], float]:
 
 
 def comparison_charts(groups: Sequence[RunGroup]) -> list[Chart]:
-    """The charts that these settings, which can be compared, have the data for."""
+    """The charts that these comparable settings have the data for."""
     charts = [accuracy(groups)]
-    if len(groups) > 1:  # of one setting, the matrix and the curves say it better
+    if len(groups) > 1:  # the matrix and the curves of a single setting say it better
         charts += [forgetting(groups), memory(groups), variance(groups), variance_by_layer(groups)]
     return [chart for chart in charts if chart is not None]
 
 
 def accuracy(groups: Sequence[RunGroup]) -> Chart | None:
-    """The accuracy on all classes seen after every task, beside zero-shot."""
+    """The accuracy on all classes seen after every task, next to zero-shot."""
     if max(group.tasks for group in groups) < 2:
         return None
     series = [_over_tasks(group, 100 * group.curves("seen_accuracy"), number) for number, group in enumerate(groups)]
@@ -97,7 +97,7 @@ def memory(groups: Sequence[RunGroup]) -> Chart | None:
 
 
 def variance(groups: Sequence[RunGroup]) -> Chart | None:
-    """The variance of the zeroth-order gradient in every branch, its mean in each task."""
+    """The variance of the zeroth-order gradient by branch, as its mean in each task."""
     if max(group.tasks for group in groups) < 2:
         return None
     series = []
@@ -109,7 +109,7 @@ def variance(groups: Sequence[RunGroup]) -> Chart | None:
 
 
 def variance_by_layer(groups: Sequence[RunGroup]) -> Chart | None:
-    """The variance of the zeroth-order gradient in every layer, its mean over tasks; where the log has layers."""
+    """The variance of the zeroth-order gradient by layer, as its mean over tasks; None if the log has no layers."""
     values: dict[str, dict[int, float]] = {}
     for group, name, match in _variances(groups):
         if match["layer"]:
@@ -126,7 +126,7 @@ def variance_by_layer(groups: Sequence[RunGroup]) -> Chart | None:
 
 
 def forgotten(matrix: Sequence[Sequence[float]]) -> list[float]:
-    """The accuracy that each task but the last has lost since its best."""
+    """The accuracy that each task except the last has lost since its best."""
     last = len(matrix) - 1
     return [max(matrix[t][i] for t in range(i, last)) - matrix[last][i] for i in range(last)]
 

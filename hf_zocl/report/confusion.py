@@ -1,4 +1,4 @@
-"""The confusions of a model after its last task, with the classes grouped by the task that brought them."""
+"""The confusion matrix of a model after its last task, with the classes grouped by the task that brought them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 from .predictions import PredictionHistory
 
 
-MOST_NAMED = 20  # classes whose names have room beside the matrix
-MOST_NUMBERED = 10  # classes whose cells have room for a number
+MOST_NAMED = 20  # up to this many classes, the names have room next to the matrix
+MOST_NUMBERED = 10  # up to this many classes, the cells have room for numbers
 INK = (47, 127, 208)  # the page's --ink
 PAIRS = 8
 
@@ -25,10 +25,10 @@ class Confusion:
 
     Args:
         names: The classes, in order of arrival.
-        groups: (task, first class, classes) of every task that brought some.
-        shares: Row: the true class; column: the share of its test images that is called so, and last that of other
-            classes, `(classes, classes + 1)`.
-        pairs: What is mistaken most, as (true class, called, images, of how many).
+        groups: (task, first class, number of classes) of every task that brought classes.
+        shares: Row: the true class; column: the predicted class, the last column for all other classes; value: the
+            share of the row's test images, `(classes, classes + 1)`.
+        pairs: The most frequent mistakes, as (true class, predicted class, images, of how many).
     """
 
     names: tuple[str, ...]
@@ -54,12 +54,12 @@ class Confusion:
 
     @property
     def firsts(self) -> set[int]:
-        """The classes with which a task begins."""
+        """The first class of every task."""
         return {first for _, first, _ in self.groups}
 
     @property
     def uri(self) -> str:
-        """The matrix as a picture of one pixel a cell, darker for a greater share (its square root)."""
+        """The matrix as a picture with one pixel per cell, as dark as the square root of its share."""
         pixels = np.zeros((*self.shares[:, : self.columns].shape, 4), dtype=np.uint8)
         pixels[..., :3] = INK
         pixels[..., 3] = np.round(255 * np.sqrt(self.shares[:, : self.columns]))
@@ -69,10 +69,10 @@ class Confusion:
 
 
 def confusion(history: PredictionHistory, names: Sequence[str]) -> Confusion:
-    """Count what is taken for what after the last task.
+    """The confusion matrix after the last task.
 
     Args:
-        history: What the model said.
+        history: The model's predictions.
         names: The name of every class number.
     """
     last = max(history.after)

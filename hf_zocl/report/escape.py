@@ -12,7 +12,7 @@ def one_line(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text in Markdown, also in a table's cell: nothing in it is read as Markdown, HTML or a formula.
+    """Text for Markdown, also in a table cell: nothing in it is read as Markdown, HTML or a formula.
 
     An underscore within a word stays an underscore.
     """
@@ -20,7 +20,7 @@ def markdown(text: object) -> str:
 
 
 def markdown_code(text: object) -> str:
-    """Text as code within a line of Markdown."""
+    """Text as inline code in Markdown."""
     text = one_line(text)
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence, blank = "`" * (longest + 1), " " if "`" in text or not text else ""
@@ -36,11 +36,11 @@ _LATEX = {
 
 
 def latex(text: object) -> str:
-    """Text in LaTeX; a minus before a digit is a minus."""
+    """Text for LaTeX; a minus before a digit stays a minus sign."""
     escaped = "".join(_LATEX.get(character, character) for character in one_line(text))
     return re.sub(r"^-(?=\d)", "$-$", escaped)
 
 
 def mathtext(text: object) -> str:
-    """Text in a figure: matplotlib reads `$` as a formula, and leaves a label that begins with `_` out of a legend."""
+    """Text for a figure: matplotlib reads `$` as a formula, and drops labels that begin with `_` from a legend."""
     return re.sub("^_", " _", one_line(text).replace("$", r"\$"))

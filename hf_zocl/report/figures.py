@@ -22,7 +22,7 @@ MAX_TASKS_WITH_TEXT = 20
 
 
 def plot_accuracy_matrix(results: dict[str, Any], path: str | os.PathLike) -> Path:
-    """Draw a run into one PNG file, which is complete or absent at any moment.
+    """Draw a run's accuracy matrix into a PNG file, which is complete or absent at any moment.
 
     Args:
         results: the content of `results.json`, see `draw_accuracy_matrix`.
@@ -38,7 +38,7 @@ def plot_accuracy_matrix(results: dict[str, Any], path: str | os.PathLike) -> Pa
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG file of 150 dots an inch, which is complete or absent at any moment."""
+    """Write a PNG file of 150 dots per inch, which is complete or absent at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as unfinished:
         figure.savefig(unfinished, format="png", dpi=150, metadata={"Software": None})
@@ -49,8 +49,8 @@ def draw_accuracy_matrix(results: dict[str, Any]) -> Figure:
     """Draw the accuracy matrix as a heatmap and, next to it, the accuracy on all classes seen against zero-shot.
 
     Args:
-        results: the content of `results.json`; read are `benchmark`, `recipe`, `accuracy_matrix` (row t of length t,
-            fractions in [0, 1]), `seen_accuracy`, `last`, `avg` and `zero_shot["seen_accuracy"]`.
+        results: the content of `results.json`, of which it reads `benchmark`, `recipe`, `accuracy_matrix` (row t of
+            length t, fractions in [0, 1]), `seen_accuracy`, `last`, `avg` and `zero_shot["seen_accuracy"]`.
 
     Returns:
         A separate figure, outside pyplot, so that no global state is touched.
@@ -61,7 +61,7 @@ def draw_accuracy_matrix(results: dict[str, Any]) -> Figure:
     matrix = _percent_matrix(results["accuracy_matrix"])
     trained = 100 * np.asarray(results["seen_accuracy"][: len(matrix)], dtype=float)
     zero_shot = 100 * np.asarray(results["zero_shot"]["seen_accuracy"][: len(matrix)], dtype=float)
-    # One scale for both panels, up to the next ten: on 0 to 100 a weak model's panels would be all dark.
+    # One scale for both panels, up to the next ten: from 0 to 100, a weak model's panels would be all dark.
     top = 10 * max(1, math.ceil(max(np.nanmax(matrix), trained.max(), zero_shot.max()) / 10))
     figure = Figure(figsize=(12, 5.4), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.1, 1))
@@ -97,7 +97,7 @@ def _draw_heatmap(axes: Axes, matrix: np.ndarray, top: float) -> None:
     size = min(12.0, 150 / tasks)
     for row, column in np.transpose(np.tril_indices(tasks)):
         value = matrix[row, column]
-        # cividis grows evenly in lightness; at 0.47 of it black and white text read equally well.
+        # The lightness of cividis grows evenly; at 0.47, black and white text read equally well.
         color = "black" if value > 0.47 * top else "white"
         axes.text(column, row, f"{value:.{digits}f}", ha="center", va="center", color=color, fontsize=size)
 
@@ -111,12 +111,12 @@ def _draw_curves(axes: Axes, trained: np.ndarray, zero_shot: np.ndarray, top: fl
     _number_tasks(axes.xaxis, len(trained))
     axes.grid(axis="y", color="0.85")
     axes.spines[["top", "right"]].set_visible(False)
-    # Below the axes: no place inside is free of curves in every run.
+    # Below the axes, because no place inside is free of curves in every run.
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False)
 
 
 def _number_tasks(axis: Any, tasks: int) -> None:
-    """Ticks that count tasks from 1, thinned out where there are too many to read."""
+    """Set ticks that count tasks from 1, thinned out if there are too many to read."""
     step = math.ceil(tasks / MAX_TASKS_WITH_TEXT)
     ticks = range(0, tasks, step)
     axis.set_ticks(ticks, [str(tick + 1) for tick in ticks], fontsize=10 if tasks <= 10 else 8)

@@ -1,4 +1,4 @@
-"""A few test images of every task, and what the model said of each after every task."""
+"""A few test images of every task, and the model's prediction for each after every task."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .predictions import PredictionHistory
 GALLERY_FILE = "gallery.json"
 GALLERY_PICTURE = "gallery.png"
 PER_TASK, IN_ALL = 8, 160
-SIDE = 96  # pixels of a small image
+SIDE = 96  # pixels of a small image's longer side
 KINDS = {
     "forgotten": "right after an earlier task, wrong now",
     "learned": "wrong before training, right now",
@@ -41,8 +41,8 @@ class Shown:
     Args:
         task: Its task, counted from 1.
         kind: What became of it, one of `KINDS`.
-        label: Its class, by number.
-        said: When → what the model said of it, by number; 0 is zero-shot, the others are tasks.
+        label: The number of its class.
+        said: Moment → the number of the predicted class; moment 0 is zero-shot, the others are tasks.
         webp: The small image.
     """
 
@@ -57,7 +57,7 @@ class Shown:
         return f"data:image/webp;base64,{base64.b64encode(self.webp).decode('ascii')}"
 
     def spans(self) -> list[tuple[int, int, int]]:
-        """The answers, as (from, to, class): consecutive moments with the same answer are one."""
+        """The predictions as (from, to, class): consecutive tasks with the same prediction are one span."""
         spans: list[tuple[int, int, int]] = []
         for moment, said in self.said.items():
             if spans and spans[-1][2] == said and spans[-1][0] > 0:
@@ -68,7 +68,7 @@ class Shown:
 
 
 def kinds(history: PredictionHistory, task: int) -> dict[str, np.ndarray]:
-    """The images of a task by what became of them: kind → their places among the task's test images."""
+    """The images of a task by what became of them: kind → their positions among the task's test images."""
     labels = history.labels[history.of_task(task)]
     before, *later = (said == labels for said in history.path(task).values())
     if not later:
@@ -79,12 +79,12 @@ def kinds(history: PredictionHistory, task: int) -> dict[str, np.ndarray]:
 
 
 def choose(history: PredictionHistory, tasks: int) -> dict[int, list[int]]:
-    """The images that a gallery shows: task → their places among its test images, the most telling first.
+    """The images that a gallery shows: task → their positions among its test images, the most telling first.
 
-    Each kind has its turn, the forgotten first, and within a kind each class.
+    The kinds take turns, the forgotten first, and within a kind the classes do.
 
     Args:
-        history: What the model said.
+        history: The model's predictions.
         tasks: How many tasks are complete.
     """
     most = max(1, min(PER_TASK, IN_ALL // len(history.images)))
@@ -98,7 +98,7 @@ def choose(history: PredictionHistory, tasks: int) -> dict[int, list[int]]:
 
 
 def _class_by_class(places: np.ndarray, labels: np.ndarray) -> list[int]:
-    """The places, the first of every class before the second of any."""
+    """The positions, with the first of every class before the second of any."""
     seen: dict[int, int] = {}
     ranked = []
     for place in places.tolist():
@@ -120,7 +120,7 @@ def gallery_bytes(images: Mapping[int, Mapping[int, bytes]]) -> bytes:
     """The content of `gallery.json`.
 
     Args:
-        images: Task → place among its test images → small image.
+        images: Task → position among its test images → small image.
     """
     tasks = {
         str(task): [{"image": place, "webp": base64.b64encode(webp).decode("ascii")} for place, webp in own.items()]
@@ -130,7 +130,7 @@ def gallery_bytes(images: Mapping[int, Mapping[int, bytes]]) -> bytes:
 
 
 def read_gallery(path: Path, history: PredictionHistory) -> dict[int, list[Shown]]:
-    """The images of a run's gallery, task by task; within a task by kind, the forgotten first.
+    """Read the images of a run's gallery, task by task; within a task by kind, the forgotten first.
 
     Raises:
         ValueError: If the file is damaged, or not of this run.
@@ -167,7 +167,7 @@ def _checked(webp: bytes) -> bytes:
 
 
 def within(galleries: Sequence[Mapping[int, list[Shown]]], budget: int) -> Iterator[dict[int, list[Shown]]]:
-    """The galleries with as many images a task as keep all of them together within a number of bytes."""
+    """The galleries, with as many images per task as fit when all galleries share `budget` bytes."""
     most = next((most for most in range(PER_TASK, 0, -1) if _size(galleries, most) <= budget), 0)
     for gallery in galleries:
         yield {task: shown[:most] for task, shown in gallery.items()}
@@ -178,13 +178,13 @@ def _size(galleries: Sequence[Mapping[int, list[Shown]]], most: int) -> int:
 
 
 def best_row(gallery: Mapping[int, list[Shown]]) -> list[Shown]:
-    """The images of the task that shows most: that with the most forgotten ones; of equals, the earliest."""
+    """The images of the most telling task: the one with the most forgotten images; of equals, the earliest."""
     counts = {task: sum(one.kind == "forgotten" for one in shown) for task, shown in gallery.items()}
     return gallery[max(counts, key=lambda task: (counts[task], -task))] if counts else []
 
 
 def draw_row(shown: Sequence[Shown], names: Sequence[str]) -> Figure:
-    """One row of the gallery as a picture: the images, their classes, and what was said when.
+    """One row of the gallery as a picture: the images, their classes, and the predictions over time.
 
     Args:
         shown: Images of one task.
@@ -216,15 +216,15 @@ def draw_row(shown: Sequence[Shown], names: Sequence[str]) -> Figure:
 
 
 def row_png(shown: Sequence[Shown], names: Sequence[str]) -> bytes:
-    """`draw_row` as a PNG file of 100 dots an inch."""
+    """`draw_row` as a PNG file of 100 dots per inch."""
     file = io.BytesIO()
-    with warnings.catch_warnings():  # of a letter that the font lacks, its frame is drawn
+    with warnings.catch_warnings():  # a letter that the font lacks is drawn as a frame
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         draw_row(shown, names).savefig(file, format="png", dpi=100, metadata={"Software": None})
     return file.getvalue()
 
 
 def shorten(text: str, most: int) -> str:
-    """A name of at most this many letters; the middle of a longer one is left out."""
+    """A name cut to at most `most` letters; a longer one loses its middle."""
     head = math.ceil((most - 1) / 2)
     return text if len(text) <= most else f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"

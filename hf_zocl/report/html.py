@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, and, of several settings, their table beside it."""
+"""The report: one HTML file with everything in it and, for several settings, their table next to it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .runs import RunGroup, by_benchmark, load_groups
 
 
 TEMPLATE, STYLE = "report_template.html", "report.css"
-MAX_DRAWN = 16  # settings in a chart; more are no longer told apart
-MAX_LOOKED_INTO = 16  # settings whose pictures are in the page
+MAX_DRAWN = 16  # settings in a chart; more could not be told apart
+MAX_LOOKED_INTO = 16  # settings whose gallery and confusion matrix are in the page
 IMAGE_BUDGET = 2_500_000  # bytes of all small images together
 # An allow-list: a recipe also holds tokens, folders and host names, which must not be published.
 SHOWN_ARGUMENTS = re.compile(
@@ -38,7 +38,7 @@ class Compared:
     """Settings that can be compared, and their charts.
 
     Args:
-        name: Their benchmark; empty where there is only one.
+        name: Their benchmark; empty if there is only one.
         note: How many of them are drawn, if not all.
         standings, top: Last and Avg of each on one scale, and the scale's end.
         charts: Their charts.
@@ -63,7 +63,8 @@ def write_report(folders: Sequence[str | Path], output_dir: str | Path, baseline
         The path of report.html, which needs no other file.
 
     Raises:
-        ValueError: If there is no run to report, a file of one is damaged, or no setting has the baseline's name.
+        ValueError: If there is no run to report, a file of a run is damaged, no setting has the baseline's name, or
+            one has no seed in common with it.
     """
     groups, output_dir = load_groups(folders), Path(output_dir)
     comparison = compare_groups(groups, baseline)
@@ -90,7 +91,7 @@ def compared(groups: Sequence[RunGroup]) -> list[Compared]:
 
 
 def render_report(groups: Sequence[RunGroup], comparison: Comparison) -> str:
-    """The HTML text."""
+    """The report as HTML text."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters |= {"line": one_line, "short": shorten}
     here = resources.files("hf_zocl.report")

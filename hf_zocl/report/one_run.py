@@ -20,18 +20,18 @@ from .predictions import PREDICTIONS_FILE, PredictionHistory
 from .runs import TRAINING_LOG, RunGroup, class_names
 
 
-MOST_NUMBERED = 12  # tasks of a matrix whose cells have room for a number
+MOST_NUMBERED = 12  # up to this many tasks, the matrix cells have room for numbers
 MOST_LISTED = 10  # classes in a task's title
 MODES = {"zo": "ZO", "fo": "FO", "fo+zo": "mix"}
 
 
 @dataclass(frozen=True)
 class HeadFigure:
-    """One of the four numbers at the head.
+    """One of the four figures at the head.
 
     Args:
-        name, value: What it is, with its unit.
-        zero_shot: The same of the base model before any training.
+        name, value: The figure's name and its value, with the unit.
+        zero_shot: The same figure before any training.
         meaning: What it says, in a few words.
     """
 
@@ -47,7 +47,7 @@ class TaskGallery:
 
     Args:
         title: The task.
-        summary: How many of its test images became what.
+        summary: How many of its test images were forgotten, learned and so on.
         images: The images.
     """
 
@@ -62,14 +62,14 @@ class RunView:
 
     Args:
         group: The setting.
-        head: Four numbers.
+        head: The four figures at the head.
         titles: The name of every task.
         matrix: The accuracy matrix as rows of (text, percent).
         top: The percentage of the darkest cell.
         classes: The name of every class number.
         gallery: Task → its images.
-        history: What the model said, for the gallery's summaries.
-        confusion: What is taken for what; None where there are no predictions.
+        history: The predictions, for the gallery's summaries.
+        confusion: The confusion matrix; None if there are no predictions.
         charts: Curves of the training.
         layers: Tower → (name, mode) of every layer.
     """
@@ -91,7 +91,7 @@ class RunView:
         return len(self.matrix) <= MOST_NUMBERED
 
     def galleries(self, shown: Mapping[int, list[Shown]]) -> list[TaskGallery]:
-        """The gallery task by task, of the images that there is room for."""
+        """The gallery task by task, with the images in `shown`, for which there is room."""
         return [
             TaskGallery(self._title(task), self._summary(task), tuple(images))
             for task, images in shown.items()
@@ -114,7 +114,7 @@ class RunView:
 
 
 def view(group: RunGroup) -> RunView:
-    """Collect what the files of a setting's runs have for the report.
+    """Collect what the report shows from the files of a setting's runs.
 
     Raises:
         ValueError: If one of these files is damaged.
@@ -180,7 +180,7 @@ def _head(group: RunGroup) -> list[HeadFigure]:
 
 
 def _layers(run: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
-    """Name and mode of every layer trained, by tower: the numbered ones, then `other`, what is outside them."""
+    """Name and mode of every trained layer, by tower: the numbered layers, then `other`, all outside them."""
     towers = run.get("assignment", {}).get("towers", {})
     named = {
         tower: [(layer, MODES.get(layers[layer], layers[layer])) for layer in sorted(layers, key=_position)]
@@ -194,7 +194,7 @@ def _position(layer: str) -> float:
 
 
 def _curves(group: RunGroup, folder: Path | None) -> list[Chart]:
-    """The loss and the zeroth-order figures over the steps of the stream; of a run without logs, over its tasks."""
+    """The loss and the zeroth-order figures over the steps of the stream; without training logs, over the tasks."""
     logs = _logs(folder, group.tasks) if folder is not None else []
     if logs:
         steps, breaks, start = [], [], 0.0
@@ -246,7 +246,7 @@ def _curves(group: RunGroup, folder: Path | None) -> list[Chart]:
 
 
 def _logs(folder: Path, tasks: int) -> list[dict[str, list[float | None]]]:
-    """The training logs of all tasks; none if one is missing."""
+    """The training logs of all tasks; empty if one is missing."""
     logs = []
     for task in range(1, tasks + 1):
         file = folder / f"task-{task:02d}" / TRAINING_LOG

@@ -24,13 +24,14 @@ _AFTER = "after_task_"
 class PredictionHistory:
     """Class numbers of test images, task by task in the stream's order.
 
-    A number is a place in the run's `classes` followed by those of its `known_classes` that are not among them.
+    A class number is a position in the run's `classes` followed by the `known_classes` that are not among them.
 
     Args:
         images: How many test images each task has, `(tasks,)`.
         labels: The true class of every test image, `(images,)`.
-        zero_shot: What the untrained model said of it among the classes known when its task arrived, `(images,)`.
-        after: Task → what the model said after it of the images of tasks 1 to that one, `(their images,)`.
+        zero_shot: The untrained model's predictions, among the classes known when each image's task arrived,
+            `(images,)`.
+        after: Task → the predictions after it, for the images of tasks 1 to that one, `(their images,)`.
     """
 
     images: np.ndarray
@@ -53,29 +54,29 @@ class PredictionHistory:
         return np.cumsum(self.images)
 
     def of_task(self, task: int) -> slice:
-        """The places of the images of a task, counted from 1."""
+        """The positions of a task's images; tasks count from 1."""
         end = int(self.ends[task - 1])
         return slice(end - int(self.images[task - 1]), end)
 
     def with_task(self, task: int, predicted: np.ndarray) -> PredictionHistory:
-        """The same with what was said after `task`."""
+        """The same history with the predictions after `task`."""
         return replace(self, after={**self.after, task: predicted})
 
     def up_to(self, task: int) -> PredictionHistory:
-        """The same without what was said after later tasks."""
+        """The same history without the predictions after later tasks."""
         return replace(self, after={number: said for number, said in self.after.items() if number <= task})
 
     def is_of(self, images: Sequence[int]) -> bool:
-        """Tell whether it is of a stream with this many test images in its tasks."""
+        """Tell whether the history is of a stream whose tasks have these numbers of test images."""
         return list(self.images) == list(images)
 
     def path(self, task: int) -> dict[int, np.ndarray]:
-        """The predictions for a task's own images: 0 for zero-shot and each task from it on → class numbers."""
+        """The predictions for a task's own images: moment (0 for zero-shot, else a task) → class numbers."""
         own = self.of_task(task)
         return {0: self.zero_shot[own], **{t: self.after[t][own] for t in sorted(self.after) if t >= task}}
 
     def to_bytes(self) -> bytes:
-        """The content of the file: the same history gives the same bytes."""
+        """The content of the file; the same history always gives the same bytes."""
         highest = max((int(values.max()) for values in self._numbers().values() if values.size), default=0)
         kind = np.uint16 if highest < 2**16 else np.uint32
         tensors = {name: values.astype(kind) for name, values in self._numbers().items()}
@@ -83,7 +84,7 @@ class PredictionHistory:
         return save(tensors, metadata={"sha256": _digest(tensors)})
 
     def write(self, path: Path) -> None:
-        """Write the file, which is whole or absent at any moment."""
+        """Write the file, which is complete or absent at any moment."""
         with written_whole(path) as unfinished:
             unfinished.write_bytes(self.to_bytes())
 
@@ -96,7 +97,7 @@ class PredictionHistory:
         """Read the file.
 
         Raises:
-            ValueError: If it is damaged, or something else.
+            ValueError: If it is missing, damaged, or another kind of file.
         """
         try:
             with safe_open(path, framework="numpy") as file:

@@ -1,4 +1,4 @@
-"""Finished runs, read from their `results.json`, and grouped by setting over several seeds."""
+"""Finished runs, read from their `results.json`, and grouped into settings over several seeds."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class RunGroup:
 
     Args:
         name: Its name in tables and figures.
-        runs: The content of every seed's `results.json`, by seed.
-        folders: The folder of every seed; none where the runs are not from files.
+        runs: The content of every seed's `results.json`, in the order of the seeds.
+        folders: The folder of every seed; empty if the runs are not from files.
     """
 
     name: str
@@ -43,7 +43,7 @@ class RunGroup:
 
     @property
     def zero_shot(self) -> dict[str, Any]:
-        """What the first seed's untrained model had; of an unfinished run over the tasks that it has finished."""
+        """The figures of the first seed's untrained model; in an unfinished run, over its finished tasks."""
         run = self.first
         zero_shot, done = run["zero_shot"], len(run["accuracy_matrix"])
         if self.is_joint or not 0 < done < self.planned_tasks:
@@ -53,7 +53,7 @@ class RunGroup:
 
     @property
     def unfinished(self) -> list[str]:
-        """The seeds whose stream is not finished: their Last and Avg are those so far."""
+        """The seeds whose stream is not finished; their Last and Avg are the figures so far."""
         counts = [(run["seed"], len(run["accuracy_matrix"]), len(run.get("tasks") or ())) for run in self.runs]
         return [f"seed {seed} ({done} of {total} tasks)" for seed, done, total in counts if done < total]
 
@@ -64,12 +64,12 @@ class RunGroup:
 
     @property
     def is_joint(self) -> bool:
-        """True if all classes were learned at once, or none: there is then one task, whatever the benchmark's."""
+        """True if all classes were learned at once: there is then one task, whatever the benchmark's tasks are."""
         return self.first.get("recipe", {}).get("learning") == "joint"
 
     @property
     def protocol(self) -> tuple[str, str, tuple[str, ...], Any, str]:
-        """The evaluation protocol of the figures: benchmark, scenario, classes, test images, base model."""
+        """The evaluation protocol: benchmark, scenario, classes, cap on test images per class, base model."""
         run = self.first
         recipe = run.get("recipe", {})
         most = recipe.get("max_test_images_per_class")
@@ -88,12 +88,12 @@ class RunGroup:
         return np.array([np.nan if one.get(name) is None else one[name] for one in holders], dtype=float)
 
     def percent(self, name: str) -> tuple[float, float]:
-        """The mean and standard deviation of a figure over the seeds in percent; the deviation of one seed is zero."""
+        """A figure's mean and standard deviation over the seeds, in percent; with one seed, the deviation is zero."""
         values = 100 * self.values(name)
         return values.mean(), values.std(ddof=1) if len(values) > 1 else 0.0
 
     def curves(self, name: str) -> np.ndarray:
-        """One list by task of every seed, up to the last task that all have. Shape: (seeds, tasks)."""
+        """A figure by task for every seed, up to the last task that all seeds have. Shape: (seeds, tasks)."""
         return np.array([run[name][: self.tasks] for run in self.runs], dtype=float)
 
     def matrix(self) -> np.ndarray:
@@ -109,7 +109,7 @@ class RunGroup:
         return matrices.mean(axis=0)
 
     def logged(self, name: str) -> np.ndarray:
-        """A figure of the training log, its mean by task of every seed. Shape: (seeds, tasks)."""
+        """The mean of a logged training figure, by task for every seed. Shape: (seeds, tasks)."""
         entries = [run.get("training", [])[: self.tasks] for run in self.runs]
         return np.array([[entry.get(name, np.nan) for entry in run] for run in entries], dtype=float)
 
@@ -124,7 +124,7 @@ def class_names(results: Mapping[str, Any]) -> list[str]:
 
 
 def load_groups(folders: Iterable[str | Path]) -> list[RunGroup]:
-    """Read runs: each folder holds a `results.json`, or a folder for each seed that does.
+    """Read runs: each folder holds a `results.json`, or folders for several seeds that do.
 
     Args:
         folders: Folders of runs; their names are the groups' names. Files among them are skipped, because a shell's
@@ -154,11 +154,11 @@ def load_groups(folders: Iterable[str | Path]) -> list[RunGroup]:
 
 
 def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
-    """Read the runs of one setting, one folder a seed; those without a finished task are left out.
+    """Read the runs of one setting, one folder per seed; runs without a finished task are left out.
 
     Args:
         folders: Each holds a `results.json`.
-        name: The group's name; default: that of their parent folder.
+        name: The group's name; default: the name of their parent folder.
 
     Raises:
         ValueError: If a results.json cannot be read, two have the same seed, or they are of different settings.
@@ -184,14 +184,14 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
 
 
 def _base_model(run: Mapping[str, Any]) -> str:
-    """The base model's name or, of a run in Python, whose recipe has none, the beginning of its checksum."""
+    """The base model's name or, if the recipe has none (a run in Python), the beginning of its checksum."""
     named = base_name(run.get("recipe", {}).get("model_name_or_path"))
     digest = run.get("fingerprints", {}).get("base_model")
     return named or (f"base {digest[:8]}" if digest else "")
 
 
 def _setting(run: Mapping[str, Any]) -> dict[str, Any]:
-    """The run's arguments, and its base model, if anything tells it."""
+    """The run's arguments, with its base model if that is known."""
     base_model = _base_model(run)
     return run.get("recipe", {}) | ({"model_name_or_path": base_model} if base_model else {})
 
@@ -206,7 +206,7 @@ def _with_own_names(groups: list[RunGroup], folders: Sequence[str | Path]) -> li
 
 
 def by_benchmark(groups: Sequence[RunGroup]) -> dict[str, list[RunGroup]]:
-    """Group the settings whose figures can be compared: one benchmark, the same tasks, one base model.
+    """Group the settings whose figures can be compared: the same benchmark, tasks and base model.
 
     A run that learned all classes at once is grouped with those that learned them task by task.
 
@@ -278,7 +278,7 @@ def _contradiction(results: dict[str, Any]) -> str | None:
 def _is_number(value: Any) -> bool:
     try:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # of more digits than a float has
+    except OverflowError:  # a whole number too large for a float
         return False
 
 

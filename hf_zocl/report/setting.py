@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 
-# The arguments that define a run, by their names and prefixes. Where it is, how it is monitored and how it is saved
-# may change, and a new release of a library may add arguments: the run is still the same.
+# The arguments that define a run, by name or prefix. Others may change, and new releases of libraries may add some:
+# where a run is, how it is monitored and how it is saved do not make it another run.
 OF_THE_RUN = {
     *(
         "model_name_or_path",
@@ -38,7 +38,7 @@ OF_THE_RUN = {
     *("dataloader_drop_last", "train_sampling_strategy", "group_by_length", "length_column_name"),
 }
 OF_THE_RUN_BY_PREFIX = ("zo_", "lora_", "moe_")
-# What a seed draws, or what is chosen with it.
+# The seeds, and what is drawn by them or chosen along with them.
 OF_A_SEED = {"seed", "data_seed", "zo_seed", "class_order", "class_order_seed"}
 
 
@@ -47,13 +47,13 @@ def defines_run(argument: str) -> bool:
 
 
 def other_setting(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
-    """An argument by which two recipes are not seeds of one setting; one that only one of them has is not compared."""
+    """An argument in which two recipes of different settings differ; those that only one has are not compared."""
     common = sorted(first.keys() & second.keys() - OF_A_SEED)
     return next((name for name in common if defines_run(name) and _plain(name, first) != _plain(name, second)), None)
 
 
 def base_name(model: Any) -> str:
-    """The last part of a base model's name, for its folder lies elsewhere on another machine."""
+    """The last part of a base model's name, because its folder is elsewhere on another machine."""
     return re.split(r"[\\/]+", str(model or "").rstrip("\\/"))[-1]
 
 

@@ -66,6 +66,6 @@ def _align(rows: list[list[str]]) -> list[str]:
 
 
 def in_columns(row: list[str], widths: list[int]) -> str:
-    """One line of a table, its first cell at the left and the others at the right; the last ones may be missing."""
+    """One line of a table, the first cell left-aligned and the others right-aligned; the last ones may be missing."""
     cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
     return "  ".join([row[0].ljust(widths[0]), *cells[1:]])

@@ -18,5 +18,5 @@ def sample_path(name: str) -> Path:
 
 
 def resolve(name_or_path: str) -> str:
-    """Return an embedded sample's folder for its name; anything else (a Hub id, a path) comes back unchanged."""
+    """Return an embedded sample's folder for its name; any other name (a Hub id, a path) is returned unchanged."""
     return str(sample_path(name_or_path)) if name_or_path in NAMES else name_or_path

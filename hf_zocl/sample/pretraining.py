@@ -1,4 +1,4 @@
-"""The Tiny-ImageNet training images that the embedded mini CLIP was pretrained on; a stream takes the others."""
+"""The Tiny-ImageNet training images that the embedded mini CLIP was pretrained on; streams use the others."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,8 @@ import numpy as np
 def pretraining_rows(labels: Sequence[int]) -> np.ndarray:
     """Return the sorted rows of the training split that the embedded model has seen: four fifths of every class.
 
-    Class by class, in the order of the labels: the first four fifths of `RandomState(0).permutation` of its rows.
+    Of each class, in the order of the labels, these are the first four fifths of its rows after
+    `RandomState(0).permutation`.
 
     Args:
         labels: The label of every row of the training split.

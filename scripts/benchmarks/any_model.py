@@ -1,11 +1,11 @@
-"""Times a zeroth-order step on models that are no dual encoder, side by side in one run, over two bare forward passes.
+"""Times zeroth-order steps on models that are no dual encoders, side by side, as multiples of two bare forward passes.
 
     python scripts/benchmarks/any_model.py [--rounds 5] [--output docs/benchmarks/any_model.json]
     python scripts/benchmarks/any_model.py --models minilm --clock cpu --threads 1     # on a machine that others use
 
-A causal language model of 50 million parameters and a BERT of MiniLM's size, both of random weights. Beside ours:
-MeZO's `zo_step` as published (Malladi et al. 2023), and torchzero where it is installed. Prints a table
-of medians and of the peak memory of a process each, and writes JSON and a bar chart beside it.
+The models are a causal language model of 50 million parameters and a BERT of MiniLM's size, both with random weights.
+Our step is compared with MeZO's `zo_step` as published (Malladi et al. 2023), and with torchzero's if it is installed.
+Prints a table of medians, and of peak memory in a process each; writes JSON, and a bar chart next to it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from hf_zocl.zo import HybridOptimizer, LayerAssignment, ZOEstimator, build_zo_o
 
 MODELS = ("lm-50m", "minilm")
 EPS, RATE = 1e-3, 1e-9
-# Name, whether with LoRA, and what of ours it is: layers, estimator and queries.
+# Name, whether with LoRA, and for our own steps: layers, estimator and queries.
 WAYS = {
     "two passes": (False, None),
     "full, MeZO": (False, None),
@@ -53,7 +53,7 @@ PEERS = {"full, torchzero": "torchzero"}
 
 
 def build(name: str, batch: int, length: int) -> tuple[nn.Module, Callable[[], torch.Tensor]]:
-    """A model, and its loss on a batch without gradient."""
+    """A model, and a function that gives its loss on a batch, without gradient."""
     torch.manual_seed(0)
     if name == "lm-50m":
         sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 14, "num_attention_heads": 8}
@@ -76,7 +76,7 @@ def build(name: str, batch: int, length: int) -> tuple[nn.Module, Callable[[], t
 
 
 def step_of(way: str, name: str, batch: int, length: int) -> Callable[[], None]:
-    """One step by one of the ways, on a model of its own."""
+    """A function that takes one step in one of the ways, on a separate model."""
     with_lora, ours = WAYS[way]
     model, loss = build(name, batch, length)
     if with_lora:
@@ -84,7 +84,7 @@ def step_of(way: str, name: str, batch: int, length: int) -> Callable[[], None]:
         depth = model.config.num_hidden_layers
         quarter = ours is not None and ours[0] == "quarter"
         layers = list(range(depth - max(1, depth // 4), depth)) if quarter else None
-        # The adapter's layers are put into the model that the loss knows.
+        # PEFT changes the model in place, so the loss runs through the adapter as well.
         model = get_peft_model(model, LoraConfig(r=8, target_modules=targets, layers_to_transform=layers))
     if way == "two passes":
         return lambda: (loss(), loss())
@@ -134,7 +134,7 @@ def torchzero_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callab
 def our_step(
     model: nn.Module, loss: Callable[[], torch.Tensor], layers: str, estimator: str, queries: int
 ) -> Callable[[], None]:
-    """As the Trainer has it: parameters as many as a model's are streamed."""
+    """Our step as in the Trainer: many parameters, as in a whole model, are streamed."""
     split = LayerAssignment("dual", layers).split(model, EPS)
     for parameter in split.zo_parameters:
         parameter.requires_grad_(False)
@@ -201,7 +201,7 @@ def is_installed(way: str) -> bool:
 
 
 def measure(name: str, ways: list[str], args: argparse.Namespace) -> list[dict]:
-    """The rows of one model; one round runs all of them, so that load falls on all alike."""
+    """The rows of one model; every round runs all of them, so that other load affects all alike."""
     clock = time.perf_counter if args.clock == "wall" else time.process_time
     steps = {way: step_of(way, name, args.batch, args.length) for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -225,12 +225,12 @@ def measure(name: str, ways: list[str], args: argparse.Namespace) -> list[dict]:
 
 
 def peak_memory(way: str, name: str, batch: int, length: int) -> int:
-    """Of this process, after two steps."""
+    """The peak memory of this process in bytes, after two steps."""
     step = step_of(way, name, batch, length)
     for _ in range(2):
         step()
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage gives there begins with the parent's
+    if status.exists():  # Linux: getrusage would include the parent's peak
         line = next(line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -5,13 +5,13 @@
     python scripts/benchmarks/chaos.py --what damage --runs 20
 
 `kills`, the default, kills runs at random moments and resumes them until they are done. `pairs` starts two runs at
-once in one folder: one must run, the other must refuse and change nothing. `damage` kills a run, removes or cuts short
-a file of its folder, drawn at random, and resumes it: it must end as the undisturbed one, or name in one line what is
-broken, and touch nothing else.
+once in one folder: one must run, the other must refuse and change nothing. `damage` kills a run, removes or truncates
+a random file in its folder, and resumes it: it must end like the undisturbed run, or name in one line what is broken,
+and touch nothing else.
 
-Any further argument is a recipe's and overrides the short one below; in it, {run} stands for the run's number. With
---push_to_hub true --hub_model_id me/chaos-{run} the runs push, to the Hub that HF_ENDPOINT names, and are killed in a
-push, too. A run is a process of its own, which has imported the package already.
+Any further argument is an argument of a recipe, and overrides the short recipe below; in it, {run} stands for the
+run's number. With --push_to_hub true --hub_model_id me/chaos-{run}, the runs push to the Hub that HF_ENDPOINT names,
+and are also killed during pushes. A run is a separate process, forked after the package was imported.
 """
 
 import argparse
@@ -142,7 +142,7 @@ def kill_runs(
     kills: int,
     rng: random.Random,
 ) -> tuple[str, int]:
-    """The table of runs that were killed and resumed, and the number that ended like the undisturbed one."""
+    """The table of killed and resumed runs, and the number of those that ended like the undisturbed one."""
     runs = []
     for number, folder in enumerate(folders, start=1):
         own_aims = [aims[(number + kill * (len(aims) // 2)) % len(aims)] for kill in range(kills)]
@@ -163,7 +163,7 @@ RIGHT = {
 
 @dataclass
 class Disturbed:
-    """A row of the table of `pairs` or `damage`, and whether it ended as it must."""
+    """A row of the table of `pairs` or `damage`, and whether the run ended as it must."""
 
     row: str
     is_right: bool
@@ -252,7 +252,7 @@ def torment(
         elif run.kills or not aims:
             run.outcome = outcome_of(folder)
             return run
-        else:  # it was done before the first kill: once more, from the beginning
+        else:  # done before the first kill: run again from the beginning
             shutil.rmtree(folder)
             run.attempts = 0
 
@@ -285,7 +285,7 @@ def attempt(
         if deadline is not None and now >= deadline:
             os.kill(process, signal.SIGKILL)
             _, status = os.waitpid(process, 0)
-            if not os.WIFSIGNALED(status):  # it was quicker
+            if not os.WIFSIGNALED(status):  # the run ended before the kill
                 return os.waitstatus_to_exitcode(status), None
             return None, f"{trace.now()}, {now - started:.1f} s"
         time.sleep(0.0002)
@@ -301,7 +301,7 @@ def start(log: Path, folder: Path, number: int, further: list[str], trace: Trace
 
 
 def train(log: Path, arguments: list[str], trace: Trace) -> None:
-    """The life of a run's process."""
+    """What a run's process does; it never returns."""
     code = 1
     try:
         torch.set_num_threads(1)

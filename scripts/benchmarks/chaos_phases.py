@@ -13,7 +13,7 @@ from hf_zocl.hub import push
 from hf_zocl.trainer import ZOCLTrainer
 
 
-# The phases that a run may be in, and the function of each.
+# The phases that a run may be in, and the function that each of them runs.
 PHASES = {
     "starting": (train_command, "build_scheduler"),
     "measuring": (evaluation.StreamEvaluator, "_run"),
@@ -25,7 +25,7 @@ PHASES = {
 
 
 class Trace:
-    """The state of a run's phases, in memory that the run shares with its killer."""
+    """The state of a run's phases, in memory shared by the run and the process that kills it."""
 
     def __init__(self):
         shape = (len(PHASES), 3)
@@ -34,7 +34,7 @@ class Trace:
         )
 
     def watch(self) -> None:
-        """Let every phase's function record when it begins and ends, in the run's process."""
+        """In the run's process, make every phase's function record when it begins and ends."""
         for number, (owner, name) in enumerate(PHASES.values()):
             setattr(owner, name, self._watched(number, getattr(owner, name)))
 

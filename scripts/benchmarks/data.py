@@ -1,8 +1,9 @@
-"""Measure the share of a training step that goes into loading its images: decoded every time, and from the cache.
+"""Measure the share of a training step that loading images takes: decoded every time, and from the cache.
 
     python scripts/benchmarks/data.py --recipe quickstart [--dataset_path folder]
 
-Any further argument is a recipe's. Printed is a Markdown table: the median time of a step, and of loading before it.
+Any further argument is an argument of a recipe. Prints a Markdown table of the median times of a step and of the
+loading before it.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from hf_zocl.data.images import ImageCollator, PixelCodec, prepare_images
 
 
 class StepTimes(TrainerCallback):
-    """The beginning and end of each step; the time between two steps is the loading of a batch."""
+    """Records the time of each step, and of the loading between two steps."""
 
     def __init__(self):
         self.loading, self.computing = [], []
@@ -67,7 +68,7 @@ def main() -> None:
 
 
 def measure(scheduler, task, codec: PixelCodec | None) -> StepTimes:
-    """The times of one training on a task."""
+    """The step times of one training on a task."""
     scheduler.model.set_classes(task.class_names)
     times = StepTimes()
     args = dataclasses.replace(scheduler.args, remove_unused_columns=False, report_to="none", disable_tqdm=True)

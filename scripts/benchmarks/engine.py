@@ -55,7 +55,7 @@ def run_engine_benchmark(setting: Setting, which: str, output: Path | None) -> N
 
 
 def count_passes(rows: list[Row]) -> None:
-    """Say each row's arithmetic in passes: of inference with its adapter or, where none was measured, the first."""
+    """Give each row's arithmetic in passes of its adapter's inference row or, without one, of the first such row."""
     inference = {row.adapter: row.figures["flops"] for row in rows if row.kind == "inference"}
     for row in rows:
         if "flops" in row.figures:
@@ -97,7 +97,7 @@ def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None
 
 
 def quantise(model: nn.Module) -> None:
-    """Make the linear layers of the base int8, by torchao; an adapter stays as it is."""
+    """Make the base's linear layers int8, by torchao; adapters stay as they are."""
     require("torchao", extra="examples")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
@@ -119,9 +119,9 @@ def images(setting: Setting, classes: int) -> list[dict[str, Any]]:
 def make_step(
     row: Row, setting: Setting, model: CLIPClassifier, steps: int, at_step: Callable[[], None] = lambda: None
 ) -> Callable[[], dict[str, float]]:
-    """`steps` training steps as a function that returns the last one's seconds, and those of its zeroth-order part.
+    """A function that takes `steps` training steps, and returns the seconds of the last and of its zeroth-order part.
 
-    `at_step` is called as each begins.
+    `at_step` is called at the beginning of each step.
     """
     if row.kind in ("fo", "fo-checkpointing", "zocl"):
         return trainer_step(row, setting, model, steps, at_step)
@@ -132,7 +132,7 @@ def make_step(
 
     def timed() -> dict[str, float]:
         for _ in range(steps):
-            # The batch is the step's own, as a Trainer's is; making it is not timed.
+            # Every step makes its batch, as in a Trainer; making it is not timed.
             inputs["pixel_values"] = torch.stack([example["pixel_values"] for example in data]).to(setting.device)
             inputs["labels"] = torch.tensor([example["labels"] for example in data], device=setting.device)
             at_step()
@@ -183,7 +183,7 @@ def trainer_step(
         if row.kind == "fo-checkpointing":
             model.gradient_checkpointing_enable()
         trainer.train()
-        model.gradient_checkpointing_disable()  # which other rows share
+        model.gradient_checkpointing_disable()  # other rows share the model
         model.zero_grad()
         zo = {"zo_seconds": trainer.zo_seconds} if row.kind == "zocl" else {}
         return {"seconds": timer.seconds, **zo}
@@ -197,8 +197,8 @@ WARM_UP = 4  # images
 class TimedTrainer(ZOCLTrainer):
     """A `ZOCLTrainer` that times its zeroth-order part, and may leave out a shortcut.
 
-    What is done once a training (the noise of the loss, the check of the shortcuts) is done on a few images, in a step
-    of their own; the next ones are of the whole batch.
+    What is done once per training (measuring the loss's noise, checking the shortcuts) happens on a few images, in an
+    extra step; the following steps take the whole batch.
     """
 
     without: str | None = None
@@ -332,7 +332,7 @@ def time_rows(rows: list[Row], setting: Setting) -> dict[str, dict[str, float]]:
 
 def measure_apart(row: Row, setting: Setting) -> dict[str, float]:
     """Memory and arithmetic of a row, in a separate process, so that no other row's memory counts."""
-    # Every larger buffer comes from the system and goes back to it, so resident memory is memory in use.
+    # Larger buffers come from the system and go back to it, so that resident memory is memory in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     described = {name: value for name, value in asdict(row).items() if name != "figures"}
     command = [sys.executable, __file__, json.dumps(described), json.dumps(asdict(setting))]
@@ -361,7 +361,7 @@ def measure_here(row: Row, setting: Setting) -> dict[str, float]:
     step()
     peak = peak_memory(setting.device)
     activations = peak - (weights if setting.device != "cpu" else start)
-    with counter:  # apart from memory: with it, gradient checkpointing keeps all that it would compute again
+    with counter:  # not while measuring memory: the counter makes gradient checkpointing keep activations
         step()
     return {"peak_bytes": peak, "activation_bytes": activations, "flops": counter.get_total_flops() - before}
 
@@ -370,7 +370,7 @@ def memory_now(device: str) -> int:
     if device != "cpu":
         torch.get_device_module(device).reset_peak_memory_stats()
         return torch.get_device_module(device).memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: building the model does not count
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, so that building the model does not count
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 

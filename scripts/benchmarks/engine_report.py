@@ -36,7 +36,7 @@ def format_bars(bars: list[tuple], rows: dict[str, Row]) -> str:
     for title, row, beside, figure, limit in bars:
         if row not in rows or beside not in rows:
             continue
-        if rows[beside].figures[figure] == 0:  # a model so small that its pass takes no memory from the system
+        if rows[beside].figures[figure] == 0:  # the model is so small that its pass takes no memory from the system
             lines.append(f"{title:<52}{'–':>8}{limit:>9.3f}")
             continue
         ratio = rows[row].figures[figure] / rows[beside].figures[figure]

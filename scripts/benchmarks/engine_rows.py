@@ -35,7 +35,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train, and the figures measured of it."""
+    """One way to train, and its measured figures."""
 
     name: str
     kind: str = "zocl"  # inference, fo, fo-checkpointing, mezo, zocl or bare
@@ -46,13 +46,13 @@ class Row:
     estimator: str = "one-sided"
     queries: int | str = 1
     frozen: str | None = None  # a pattern of names: the adapter's parameters that are not trained
-    int8: bool = False  # the base's weights, by torchao
-    without: str | None = None  # a shortcut: towers, layers, batches (and packing), or packing
+    int8: bool = False  # whether torchao makes the base's weights int8
+    without: str | None = None  # the shortcut left out: towers, layers, batches (and packing), or packing
     figures: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
     def model(self) -> tuple[str, int, str | None, bool]:
-        """What its model is built from; rows with the same share one."""
+        """What the row's model is built from; rows in which it is equal share a model."""
         return self.adapter, self.classes, self.frozen, self.int8
 
 
@@ -87,8 +87,8 @@ ROWS = [
 ]
 SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
 
-# When forward passes alone pay: scripts/studies/when_it_pays.py sets these beside the accuracy of cells of the same
-# name, whose queries they have.
+# When forward passes alone pay off: scripts/studies/when_it_pays.py sets these rows against the accuracy of the cells
+# of the same name, which have the same queries.
 QUERIES = "vision=2,language=32"
 PRESET = yaml.safe_load(preset_file("all-zo").read_text(encoding="utf-8"))
 ALL_ZO = Row(
@@ -112,7 +112,7 @@ PAYS = [
     replace(ALL_ZO, name="all-zo, int8", int8=True, figures={}),
 ]
 
-# (name, the row, the row it is compared with, the figure, the greatest ratio)
+# (name, the row, the row it is compared with, the figure, the highest ratio allowed)
 BARS = [
     ("memory over the weights, dual vs inference", DUAL.name, "inference", "activation_bytes", 1.05),
     (
@@ -139,9 +139,9 @@ GPU_BARS = [
 
 
 def choose_rows(which: str, bars: list[tuple]) -> list[Row]:
-    """`all` rows, those that the `bars` need, or of these the `quick` ones: one adapter, 20 classes, no bare loop.
+    """`all` rows, those that the `bars` need, or the `quick` ones among these: LoRA, 20 classes, no bare loop.
 
-    `pays` are other rows: those beside which accuracies are set.
+    `pays` are other rows: those of when_it_pays.py.
     """
     if which == "pays":
         return PAYS

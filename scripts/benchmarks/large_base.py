@@ -3,12 +3,13 @@
     python scripts/benchmarks/large_base.py [--rounds 3] [--output docs/benchmarks/large_base.json]
     python scripts/benchmarks/large_base.py --limited disk     # trains within half the memory that the base has
 
-The base is a causal language model of random weights. For every way to hold it, a process each loads it, runs it once,
-and then infers, trains all-zeroth-order, or trains by backpropagation; the memory shown is the peak of that over what
-was resident before. Ways that need torchao or bitsandbytes are left out where these are not installed.
+The base is a causal language model with random weights. For every way to hold it and every task, a separate process
+loads it, runs it once, and then infers, trains with all layers zeroth-order, or trains by backpropagation. The memory
+shown is the peak during the task above what was resident before. Ways that need torchao or bitsandbytes are left out
+if these are not installed.
 
-`--limited` sets the limit of the process's address space (`ulimit -v`) to what it has when everything is imported, and
-`--allowed` more, by default half the size of the base; then it loads the base, trains, and prints the losses.
+`--limited` limits the process's address space (`ulimit -v`) to its size once everything is imported plus `--allowed`,
+by default half the size of the base. Then it loads the base, trains, and prints the losses.
 """
 
 from __future__ import annotations
@@ -39,18 +40,18 @@ from hf_zocl.commands import Parser, command
 from hf_zocl.files import write_json
 
 
-# How the base is held, and what that needs.
+# How the base is held, and the package that this needs.
 WAYS = {"memory": None, "disk": None, "torchao int8": "torchao", "int8": "bitsandbytes", "NF4": "bitsandbytes"}
 TASKS = ("inference", "all-ZO", "FO")
 MB, LAYER_MB = 1 << 20, 51.5
 OFFLOADED = "offloaded"
-M_MMAP_THRESHOLD = -3  # of glibc
+M_MMAP_THRESHOLD = -3  # a glibc constant
 
 
 def build(path: Path, megabytes: int) -> None:
-    """Write the base into a folder; beside its files, the weights as accelerate offloads them."""
+    """Write the base into a folder and, next to its files, the weights as accelerate offloads them."""
     model = base(layers=max(1, round((megabytes - 32) / LAYER_MB)))
-    model.save_pretrained(path, max_shard_size="16MB")  # a file is mapped as long as one of its tensors is used
+    model.save_pretrained(path, max_shard_size="16MB")  # a file stays mapped while one of its tensors is used
     offload_state_dict(path / OFFLOADED, model.state_dict())
 
 
@@ -74,7 +75,7 @@ def load(way: str, path: Path) -> nn.Module:
         four = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
         config = BitsAndBytesConfig(**({"load_in_8bit": True} if way == "int8" else four))
         options = {"quantization_config": config, "device_map": {"": "cpu"}}
-    if way == "disk":  # `from_pretrained` with a device_map does as well, but maps all of its files at first
+    if way == "disk":  # `from_pretrained` with a device_map works too, but first maps all files
         with init_empty_weights():
             model = LlamaForCausalLM(LlamaConfig.from_pretrained(path))
         disk_offload(model, path / OFFLOADED, execution_device=torch.device("cpu"))
@@ -90,7 +91,7 @@ def rows(count: int, length: int) -> list[dict[str, torch.Tensor]]:
 
 
 def train(model: nn.Module, data: list[dict[str, torch.Tensor]], folder: str, task: str, steps: int) -> list[float]:
-    """A few steps; returns the losses."""
+    """Train for a few steps; returns the losses."""
     args = ZOCLTrainingArguments(
         output_dir=folder,
         zo_branch="none" if task == "FO" else "dual",
@@ -117,15 +118,15 @@ def infer(model: nn.Module, data: list[dict[str, torch.Tensor]]) -> None:
 
 
 def measure(way: str, task: str, path: Path, data: list[dict[str, torch.Tensor]], folder: str) -> dict[str, int]:
-    """In bytes: what is resident for a model that has run once, and the peak of a task over that."""
-    train(get_peft_model(base(hidden=16), LoraConfig()), data[:1], folder, task, 1)  # all that is to be imported
+    """Bytes that a model that has run once keeps resident, and the peak of a task above that."""
+    train(get_peft_model(base(hidden=16), LoraConfig()), data[:1], folder, task, 1)  # imports everything
     empty = resident("VmRSS")
     model = load(way, path)
     infer(model, data)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # begin the peak anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # reset the peak
     if task == "inference":
         infer(model, data)
     else:
@@ -134,7 +135,7 @@ def measure(way: str, task: str, path: Path, data: list[dict[str, torch.Tensor]]
 
 
 def limited(way: str, path: Path, data: list[dict[str, torch.Tensor]], folder: str, allowed: int) -> None:
-    """Train in an address space of so many bytes more than there are before anything is loaded."""
+    """Train in an address space of `allowed` bytes more than before anything is loaded."""
     train(get_peft_model(base(hidden=16), LoraConfig()), data[:1], folder, "all-ZO", 1)
     before = resident("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (before + allowed, before + allowed))
@@ -144,18 +145,18 @@ def limited(way: str, path: Path, data: list[dict[str, torch.Tensor]], folder: s
 
 
 def resident(name: str) -> int:
-    """A figure of this process in bytes."""
+    """A memory figure of this process, from /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(name + ":")).split()[1]) * 1024
 
 
 def sizes(args: argparse.Namespace) -> list[str]:
-    """What a child is to be told."""
+    """The arguments to pass to a child process."""
     return [f"--{name}={getattr(args, name)}" for name in ("folder", "megabytes", "batch", "length")]
 
 
 def child(*arguments: str) -> str:
-    """What a process of its own prints."""
+    """Run this script in a child process, and return what it prints."""
     call = [sys.executable, __file__, *arguments]
     return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
 
@@ -177,13 +178,13 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "TASK"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed is given back at once
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # so that freed memory goes back to the system at once
     with tempfile.TemporaryDirectory() as folder:
         args.folder = args.folder or Path(folder)
         path = args.folder / f"base-{args.megabytes}"
         if args.build:
             return build(path, args.megabytes)
-        if not path.exists():  # in a process of its own, whose memory is given back
+        if not path.exists():  # in a child process, so that its memory goes back to the system
             child("--build", *sizes(args))
         data = rows(args.batch, args.length)
         if args.measure is not None:

@@ -4,9 +4,9 @@
     python scripts/benchmarks/peers.py --moe                                             # the MoE adapter of one block
     python scripts/benchmarks/peers.py --scaling [--output docs/benchmarks/scaling.json]  # what several processes send
 
-The first prints time, arithmetic and memory of a step on a CLIP of random weights at 224×224 (`--shape`, `--batch`),
-the ratios that it must keep, and writes JSON and a bar chart. `--rows bars` leaves out the rows that no ratio needs;
-`--quick` takes a small batch too.
+The first prints time, arithmetic and memory of a step on a CLIP with random weights at 224×224 (`--shape`, `--batch`)
+and the ratios that must hold, and writes JSON and a bar chart. `--rows bars` leaves out the rows that no ratio needs;
+`--quick` also takes a small batch.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def interleaved_medians(runs: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
-    """The median time of each, in milliseconds; one round runs all of them, so that load affects all alike."""
+    """The median time of each, in milliseconds; every round runs all of them, so that other load affects all alike."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 2):
         for name, run in runs.items():
@@ -89,7 +89,7 @@ MOE_SHAPES = {"ViT-B/16 block": (32, 197, 768), "text block, 100 prompts": (100,
 
 
 def benchmark_moe(device: str, repeats: int) -> None:
-    """One adapter in training mode: dispatch by sorting and splitting, against ours; forward, and with backward."""
+    """One adapter in training mode: dispatch by sorting and splitting against ours, forward and with backward."""
     print(f"{'MoE adapter':<40}{'pass':<20}{'dispatch':>10}{'ours':>10}{'speed-up':>10}")
     for shape_name, shape in MOE_SHAPES.items():
         for experts in (2, 22):

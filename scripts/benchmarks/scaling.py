@@ -1,7 +1,7 @@
 """The bytes that processes send each other in a step, and the time that a step takes; see docs/scaling.md.
 
-Measured for a few processes on this machine, with the embedded mini CLIP; then calculated for many ranks and slow
-links. `scripts/benchmarks/peers.py --scaling` runs it.
+They are measured for a few processes on this machine, with the embedded mini CLIP, and calculated for many ranks and
+slow links. `scripts/benchmarks/peers.py --scaling` runs it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Link:
-    """The link between any two ranks: bytes a second, and the seconds until the first byte arrives."""
+    """The link between any two ranks: bytes per second, and the seconds until the first byte arrives."""
 
     name: str
     bandwidth: float
@@ -52,25 +52,25 @@ class Link:
     def all_reduce(self, size: int, ranks: int) -> float:
         """Seconds of an all-reduce by recursive halving and doubling (Rabenseifner 2004).
 
-        2·⌈log₂ N⌉ messages one after another, in which every rank sends 2·(N−1)/N times the payload.
+        There are 2·⌈log₂ N⌉ messages one after another, in which every rank sends 2·(N−1)/N times the payload.
         """
         if ranks == 1 or size == 0:
             return 0.0
         return 2 * math.ceil(math.log2(ranks)) * self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
 
 
-# A rack's Ethernet; and distant homes or clouds, 20 ms one way, 100 Mbit/s.
+# Ethernet within a rack; and homes or clouds far apart, 20 ms one way, 100 Mbit/s.
 LINKS = (Link("10 Gbit/s", 1.25e9, 50e-6), Link("internet, 20 ms", 12.5e6, 20e-3))
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model's adapter in numbers.
+    """The sizes of a model's adapter.
 
     Args:
-        adapter: Its trainable parameters.
+        adapter: How many trainable parameters it has.
         zeroth_order: How many of them are zeroth-order in the hybrid.
-        queries: Queries a step, of both branches together.
+        queries: Queries per step, in both branches together.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Job:
         return [4 * count for count in (first_order, losses) if count]
 
 
-# ViT-B/16: 12 blocks a tower, widths 768 and 512. LoRA of rank 8 on q and v; two experts of 64 units and a router.
+# ViT-B/16: 12 blocks per tower, widths 768 and 512. LoRA of rank 8 on q and v; two experts of 64 units and a router.
 _LORA = 12 * 2 * 2 * 8 * (768 + 512)
 _MOE = 12 * sum(2 * (2 * 64 * width + 64 + width) + 4 * width for width in (768, 512))
 JOBS = (
@@ -96,9 +96,9 @@ JOBS = (
 
 
 class CountingGroup(dist.ProcessGroup):
-    """A gloo process group that counts the bytes handed to it: what one rank gives to collectives, without headers.
+    """A gloo process group that counts the bytes that this rank hands to collectives, without headers.
 
-    It counts at the lowest place that DDP's own reducer goes through as well.
+    It counts at a level so low that DDP's own reducer passes through it too.
     """
 
     def __init__(self, store, rank: int, size: int, timeout):
@@ -130,7 +130,7 @@ class CountingGroup(dist.ProcessGroup):
 
 
 def start_counting() -> CountingGroup:
-    """Make a `CountingGroup` this process's default group, where a launcher started it."""
+    """Make a `CountingGroup` the default group of this process, which a launcher started."""
     dist.Backend.register_backend("counting", CountingGroup, devices=["cpu"])
     dist.init_process_group("counting")
     return dist.group.WORLD
@@ -140,7 +140,7 @@ def start_counting() -> CountingGroup:
 
 
 class Watch(TrainerCallback):
-    """Records the time of every step, and the bytes of all but the Trainer's own gathering of a loss to log."""
+    """Records the time and the bytes of every step, without the Trainer's own gathering of the loss for its log."""
 
     def __init__(self, group: CountingGroup):
         self.group, self.seconds, self.bytes = group, [], []
@@ -155,7 +155,7 @@ class Watch(TrainerCallback):
 
 
 def measure(group: CountingGroup) -> dict[str, dict[str, float]]:
-    """Bytes and seconds of a step of every method, the batch of a process being the same for any number of them."""
+    """Bytes and seconds of a step of every method; the batch per process is the same for any number of processes."""
     folder = sample_path("mini-clip")
     figures = {}
     for method, options in METHODS.items():
@@ -214,7 +214,7 @@ def measure_with(processes: int) -> dict[str, dict[str, float]]:
 
 
 def step_seconds(job: Job, method: str, link: Link, ranks: int, compute: float) -> float:
-    """A step's time, if nothing of the communication is hidden behind computation."""
+    """A step's time if no communication overlaps with computation."""
     return compute + sum(link.all_reduce(size, ranks) for size in job.messages(method))
 
 
@@ -273,7 +273,7 @@ def run_scaling_benchmark(processes: tuple[int, ...], compute: float, output: Pa
 
     Args:
         processes: Numbers of processes to measure with, on this machine.
-        compute: Seconds of computation in a step of a rank, for the calculation.
+        compute: Seconds of computation per step and rank, for the calculation.
         output: A JSON file; the chart is written next to it.
     """
     measured = {count: measure_with(count) for count in processes}

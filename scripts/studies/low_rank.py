@@ -1,10 +1,10 @@
-"""Low-rank directions (LOZO, Chen et al., ICLR 2025) against dense ones, by accuracy after as many forward passes.
+"""Low-rank directions (LOZO, Chen et al., ICLR 2025) against dense ones, at equal numbers of forward passes.
 
     python scripts/studies/low_rank.py 0 2 8     # ranks; 0: dense, which is MeZO
 
-The text classifier of text_classifier.py, whose last two layers and head are trained whole by two-sided differences
-and plain SGD. A matrix moves along U·Vᵀ/√r: U is drawn at every step, and V is kept for 50 steps. Rates are tuned as
-there: threefold apart, until the best lies between two others, on held-out training texts.
+The last two layers and the head of the text classifier of text_classifier.py are trained whole, by two-sided
+differences and plain SGD. A matrix moves along U·Vᵀ/√r: U is drawn at every step, and V is kept for 50 steps. Rates
+are tuned as there: threefold apart, until the best lies between two others, on held-out training texts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures and findings of the paper (arXiv 2506.12409), to compare measurements with (read by reproduce.py)."""
+"""The figures and findings of the paper (arXiv 2506.12409), with which reproduce.py compares measurements."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ACCURACIES = {
         "best": (65.68, 72.16),
     },
 }  # fmt: skip
-# MoZO on top of dual hop-even: Last, Avg, points (CIFAR, Tiny-ImageNet, ImageNet-R).
+# MoZO's gain over dual hop-even: Last, Avg, points (CIFAR, Tiny-ImageNet, ImageNet-R).
 MOZO_GAINS = ((0.75, 0.44), (0.51, 0.70), (0.81, 0.53))
 # Peak memory of a training step on a GPU, batch 128, ViT-B/16; GB.
 PEAK_GB = {
@@ -53,7 +53,7 @@ def paper_differences(cell: str, benchmark: str) -> list[str]:
 
 def p_value(differences: Sequence[float]) -> float | None:
     """The p-value of the two-sided paired t-test; None for a single pair, or if all differences are equal."""
-    from scipy import stats  # of the extra `reproduce`
+    from scipy import stats  # from the extra `reproduce`
 
     return float(stats.ttest_1samp(differences, 0.0).pvalue) if np.ptp(differences) > 0 else None
 
@@ -64,12 +64,12 @@ def format_p(p: float | None) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim that some cells are better than others, each side the mean over its cells, seed by seed.
+    """A claim that some cells are better than others; each side is the mean over its cells, seed by seed.
 
     Args:
         claim: The claim in words.
-        better, worse: Patterns of the cells' names; None: all the others.
-        pick: Cells of the better side: `all`, or the one with the greatest (`best`) or least (`least`) mean.
+        better, worse: Patterns of the cells' names; None: all other cells.
+        pick: Cells of the better side: `all`, or the one with the highest (`best`) or lowest (`least`) mean.
     """
 
     claim: str

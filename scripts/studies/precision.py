@@ -1,9 +1,9 @@
-"""How well differences of losses say the derivatives, by model, tower and precision: the table of docs/precision.md.
+"""How well loss differences give the derivatives, by model, tower and precision: the table in docs/precision.md.
 
     python scripts/studies/precision.py [--model path/to/a/clip] [--estimator two-sided]
 
-The embedded CIFAR-10's first batch, adapters fresh or drawn at random, every layer zeroth-order, 16 directions. `auto`
-is what a training chooses; the other rows are a given ε in the training's own passes.
+It takes the first batch of the embedded CIFAR-10, adapters fresh or drawn at random, every layer zeroth-order, and 16
+directions. `auto` is the ε that a training chooses; the other rows are a given ε in the passes of a training.
 """
 
 import argparse

@@ -2,12 +2,12 @@
 
     python scripts/studies/rates.py --cifar10 path/to/cifar10 --tiny_imagenet path/to/tiny-imagenet-32
 
-The jobs: CIFAR-10 in five tasks and 80 classes of Tiny-ImageNet in four (100 and 75 training images a class that the
+The jobs: CIFAR-10 in five tasks and 80 classes of Tiny-ImageNet in four (100 and 75 training images per class that the
 embedded model has not seen), MiniLM on definitions (examples/data), and a causal language model that has read half of
-them and goes on to the other half. The settings: `preset: all-zo` (on the last two jobs all layer norms, and MiniLM's
-head, by 16 queries) and every second layer zeroth-order beside first-order ones. A column is `auto` times a factor, a
-cell the accuracy in percent: Avg and Last of a stream, of the texts, of the next byte. No test image or text is read:
-every fourth training example is held out. What is measured is kept, and the command can be stopped and repeated.
+them and goes on to the other half. The settings: `preset: all-zo` (on the last two jobs, all layer norms and MiniLM's
+head, with 16 queries), and every second layer zeroth-order, the others first-order. A column is `auto` times a factor;
+a cell is the accuracy in percent: Avg and Last of a stream, of the texts, of the next byte. No test image or text is
+read: every fourth training example is held out. Results are kept, so the command can be stopped and repeated.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ from choose_quickstart import write_held_out
 
 SETTINGS = ("all-zo", "hop-even")
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-STEPS = 60  # of the texts' trainings, as in the examples
-QUERIES = 16  # of these, whose passes are not as cheap as those of CLIP's prompts
+STEPS = 60  # steps of a training on texts, as in the examples
+QUERIES = 16  # queries of these trainings, whose passes cost more than those of CLIP's prompts
 CLASSES = 80
-# What the preset says of CLIP alone.
+# The preset's arguments that apply to CLIP alone.
 OF_CLIP = ("adapter", "adapter_config", "frozen_parameters", "zo_branch")
 
 
 @contextmanager
 def times(factor: float) -> Iterator[None]:
-    """`auto` chooses `factor` times what it would."""
+    """Make `auto` choose `factor` times the rate that it would."""
     names = ("PART", "CAREFUL_PART", "MAX_MOVE")
     with patch.multiple(rates, **{name: factor * getattr(rates, name) for name in names}):
         yield
@@ -62,9 +62,9 @@ def times(factor: float) -> Iterator[None]:
 def hold_out(
     dataset: str, folder: Path, images: int, exclude: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Path:
-    """A dataset of the first training images of every class, every fourth as a test image; returns its folder.
+    """Write the first training images of every class, every fourth as a test image, and return the folder.
 
-    `exclude` names, from all labels, the rows that are left out.
+    `exclude` gets all labels, and returns the rows to leave out.
     """
     rows = load_dataset(dataset, split="train")
     if exclude is not None:
@@ -157,7 +157,7 @@ def build_jobs(cifar10: str, tiny_imagenet: str, folder: Path) -> dict[str, tupl
 
 
 def lines(cells: dict[str, list[float]]) -> Iterator[str]:
-    """The mean over the seeds of every cell; bold: the best of a row."""
+    """The lines of the table: every cell's mean over the seeds, the best of a row in bold."""
     measured: dict[tuple[str, str], dict[float, list[list[float]]]] = {}
     for key, values in cells.items():
         setting, name, factor, _ = key.split(" | ")

@@ -1,4 +1,4 @@
-"""Run one of the paper's tables: every cell with several seeds, then the table beside the paper's own figures.
+"""Run one of the paper's tables: every cell with several seeds, then the table next to the paper's own figures.
 
     python scripts/studies/reproduce.py branch                          # FO, dual, vision, language
     python scripts/studies/reproduce.py layers --benchmark tiny-imagenet-32 --dataset_path path/to/it --adapter moe
@@ -8,16 +8,16 @@
     python scripts/studies/reproduce.py passes                          # all-ZO by the number of forward passes
     python scripts/studies/reproduce.py pays                            # the accuracies of when_it_pays.py
     python scripts/studies/reproduce.py seeds                           # what the seeds alone do to a figure
-    python scripts/studies/reproduce.py memory                          # of a training step of ViT-B/16
+    python scripts/studies/reproduce.py memory                          # memory of a training step of ViT-B/16
 
-Every cell is a folder, shared by the tables; one that is finished is not run again, so the command can be stopped and
-repeated. The table and its picture lie beside the cells. Any further argument goes to every run as to `train`.
-`--recipe` takes a recipe of one's own in the place of the benchmark's. Needs SciPy for the paired test.
+Every cell is a folder, shared by the tables. A finished cell is not run again, so the command can be stopped and
+repeated. The table and its picture are written next to the cells. Any further argument goes to every run, as to
+`train`. `--recipe` takes your own recipe in place of the benchmark's. The paired test needs SciPy.
 
-The cells of `mozo` and `variants` step in units of their own, so each has its own ZO learning rate: that with the
-greatest √(A·R) on the first task alone (`python -m hf_zocl tune --help` says what A and R are; first seed, one pass),
-or, with `--keep`, that which learns the most of those that retain so much. The choice is written to the cell's folder,
-`chosen.json`, with every candidate. All other cells have the recipe's rate.
+The steps of the `mozo` and `variants` cells differ in scale, so each cell has its own ZO learning rate: the one with
+the greatest √(A·R) on the first task alone (`python -m hf_zocl tune --help` says what A and R are; first seed, one
+pass) or, with `--keep`, the one with the greatest A among those with at least that R. The choice is written to
+`chosen.json` in the cell's folder, with every candidate. All other cells have the recipe's rate.
 """
 
 import argparse
@@ -57,9 +57,9 @@ BENCHMARKS = {
     "imagenet-r-inc20": "imagenet_r_inc20_{adapter}",
 }
 BRANCHES = ("vision", "language", "dual")
-# Queries of the vision tower, each a forward pass of the whole batch.
+# Numbers of vision queries; each query is a forward pass of the whole batch.
 PASSES = (1, 2, 4, 8)
-POINTS = 0.5  # the difference that the seeds' table reckons with
+POINTS = 0.5  # the difference, in points, that the `seeds` table is about
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Cell:
 
     Args:
         arguments: Arguments to add to the recipe.
-        rates: Candidates for its ZO learning rate; none: the recipe's.
-        int8: Train through a base of int8 weights (torchao).
+        rates: Candidates for its ZO learning rate; empty: the recipe's rate.
+        int8: Whether the base's weights are int8 (torchao).
     """
 
     arguments: tuple[str, ...]
@@ -98,7 +98,7 @@ def main() -> None:
     cells = {
         name: with_rate(cell, folder_of(folder, name), common, judge, options.keep) for name, cell in cells.items()
     }
-    # By seed first: a table of fewer seeds is available early.
+    # By seed first, so that a table of fewer seeds is available early.
     runs = [(cell, seed) for seed in options.seeds for cell in cells]
     for cell, seed in tqdm(runs, desc="cells"):
         arguments = ["--recipe", recipe, *common, *cells[cell].arguments]
@@ -187,7 +187,7 @@ def passes_cells(config: CLIPConfig) -> dict[str, Cell]:
 
 
 def pays_cells(config: CLIPConfig) -> dict[str, Cell]:
-    """The cells of `pays`, named as the benchmark's rows; gradient checkpointing has FO's accuracy."""
+    """The cells of `pays`, named like the benchmark's rows; FO's cell stands for gradient checkpointing too."""
     return {
         "FO": assigned("none"),
         "FO, text tower": assigned("none", "all", "--frozen_parameters", "vision_model"),
@@ -205,12 +205,12 @@ def assigned(branch: str, layers: str = "all", *more: str) -> Cell:
     return Cell(("--zo_branch", branch, "--zo_layers", layers, *more))
 
 
-# With the adapter once more, for the table's own --adapter would override the preset's.
+# It names the adapter again, because the table's own --adapter would override the preset's.
 ALL_ZO = Cell(("--preset", "all-zo", "--adapter", "ln_tuning"))
 
 
 def norms(branch: str) -> Cell:
-    """The preset's norms, zeroth-order in `branch` alone; the notebook has the other first-order rates tried."""
+    """The preset's norms, zeroth-order in `branch` alone; the notebook lists the other first-order rates tried."""
     return replace(ALL_ZO, arguments=(*ALL_ZO.arguments, "--zo_branch", branch, "--learning_rate", "1e-2"))
 
 
@@ -276,7 +276,7 @@ def folder_of(folder: Path, cell: str) -> Path:
 def run_cell(arguments: list[str], folder: Path, seed: int, int8: bool = False) -> None:
     """Run one cell with one seed, or go on with it; a finished one is read, not run."""
     folder = folder / f"seed-{seed}"
-    own = ["--seed", str(seed), "--output_dir", str(folder), "--push_to_hub", "false"]  # a cell is no repository
+    own = ["--seed", str(seed), "--output_dir", str(folder), "--push_to_hub", "false"]  # cells are not pushed
     scheduler = build_scheduler(parse_recipe([*arguments, *own]))
     if int8:
         quantise(scheduler.model.clip)
@@ -290,7 +290,7 @@ def read_cells(folder: Path, cells: dict[str, Cell], seeds: list[int]) -> list[R
 
 
 def with_paper(comparison: Comparison, groups: list[RunGroup], benchmark: str) -> Comparison:
-    """The table with the p-values of the paired differences, and with those of the paper."""
+    """The table with p-values of the paired differences, and with the paper's differences."""
     baseline, *others = groups
     columns = [["p (Last)", "p (Avg)", "paper Δ Last", "paper Δ Avg"], ["", "", "", ""], ["", "", "", ""]]
     for group in others:
@@ -304,7 +304,7 @@ def with_paper(comparison: Comparison, groups: list[RunGroup], benchmark: str) -
 
 
 def seeds_table(groups: list[RunGroup]) -> Comparison:
-    """The figures of every seed, and the number of seeds needed to see half a point against the baseline."""
+    """The figures of every seed, and how many seeds it takes to see half a point against the baseline."""
     baseline, numbers = groups[0], [run["seed"] for run in groups[0].runs]
     headings = ["setting"]
     headings += [f"{title}, seed {seed}" for title in ("Last", "Avg") for seed in numbers]
@@ -327,7 +327,7 @@ def seeds_table(groups: list[RunGroup]) -> Comparison:
 
 
 def draw_settings(groups: list[RunGroup]) -> Figure | None:
-    """Avg and Last of every setting, mean and standard deviation over the seeds; lines: the first setting."""
+    """Draw Avg and Last of every setting, mean and standard deviation over the seeds; lines: the first setting."""
     if len(groups) == 1:
         return None
     figure = Figure(figsize=(5.4, 1.4 + 0.3 * len(groups)), layout="constrained")
@@ -349,7 +349,7 @@ def draw_settings(groups: list[RunGroup]) -> Figure | None:
 
 
 def draw_passes(groups: list[RunGroup]) -> Figure:
-    """Avg against the vision tower's forward passes of a stream, each of the whole batch; FO as a line."""
+    """Draw Avg against the vision tower's forward passes in a stream, each of a whole batch; FO as a line."""
     baseline, others = groups[0], groups[1:]
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.subplots()

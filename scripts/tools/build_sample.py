@@ -53,7 +53,7 @@ def sample_rows(labels: np.ndarray, per_class: int, rng: np.random.Generator) ->
 
 
 def sample_split(source: Path, split: str, per_class: int, rng: np.random.Generator) -> pa.Table:
-    """Take a split's sample from its parquet files, whose JPEG bytes and schema (class names) stay as they are."""
+    """Take a split's sample from its parquet files; JPEG bytes and schema (class names) stay as they are."""
     files = sorted((source / "data").glob(f"{split}-*.parquet"))
     if not files:
         raise FileNotFoundError(f"no data/{split}-*.parquet in {source}")

@@ -1,11 +1,11 @@
-"""Choose the quickstart's stream and rates, on the embedded sample's training images alone.
+"""Choose the quickstart's stream and rates on the embedded sample's training images alone.
 
     python scripts/tools/choose_quickstart.py --grid increment=2,5 --grid learning_rate=1e-3,2e-3
 
-Every fourth training image of a class stands in for its test images; the sample's own test images are not read. A
-candidate is the whole recipe with some arguments changed. It wins by the accuracy after its last task less zero-shot;
-beside it stand what it forgets, how many of the ten classes are above 10 %, and its time. Further arguments go to
-every candidate, as on the command line of scripts/train.py.
+Every fourth training image of a class serves as a test image; the sample's own test images are not read. A candidate
+is the whole recipe with some arguments changed. The winner has the greatest accuracy after its last task minus
+zero-shot; the table also shows forgetting, how many of the ten classes are above 10 %, and the time. Further arguments
+go to every candidate, as on the command line of scripts/train.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PART = 4
 
 
 def write_held_out(images: Dataset, folder: Path, per_class: int | None = None) -> None:
-    """Write training images, or the first of every class, as a dataset, every fourth of a class as a test image."""
+    """Write all training images, or the first `per_class`, as a dataset; every fourth of a class is a test image."""
     (label_column,) = [name for name, feature in images.features.items() if hasattr(feature, "names")]
     seen: dict[int, int] = {}
     rows: dict[str, list[int]] = {"train": [], "test": []}
@@ -41,7 +41,7 @@ def write_held_out(images: Dataset, folder: Path, per_class: int | None = None) 
 
 
 def measure(argv: list[str]) -> dict[str, Any]:
-    """Run a candidate, and return what its row shows."""
+    """Run a candidate, and return the figures of its row."""
     results = build_scheduler(parse_recipe(argv)).run()
     classes = results["details"][-1]["per_class_accuracy"]
     return {

@@ -28,7 +28,7 @@ class ImageSet:
 
 
 def find_columns(dataset: Dataset) -> tuple[str, str]:
-    """Return the names of the image and the label column, found by type because datasets name them differently."""
+    """Return the names of the image and label columns, found by type because datasets name them differently."""
     images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
     labels = [name for name, feature in dataset.features.items() if isinstance(feature, ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
@@ -51,7 +51,7 @@ def load_images(path: str, split: str, max_images: int | None = None) -> ImageSe
 
 
 class Normalizer:
-    """The image processor's rescaling and normalisation on a device batch; images already have the model's size."""
+    """The image processor's rescaling and normalisation for a batch on the device; images have the model's size."""
 
     def __init__(self, processor: CLIPProcessor, device: torch.device):
         self.mean = torch.tensor(processor.image_processor.image_mean, device=device).view(3, 1, 1)
@@ -62,14 +62,14 @@ class Normalizer:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Crop, flip, sharpen or blur, and recolour images in [0, 1] mildly, each in its own way."""
+    """Mildly crop, flip, sharpen or blur, and recolour images in [0, 1], each at random."""
     return colour_jitter(random_sharpness(random_crop_flip(images)))
 
 
 def random_crop_flip(images: Tensor) -> Tensor:
-    """Crop each image at its own place, scale and aspect (padding by reflection where it leaves the image), and flip.
+    """Crop each image at a random place, scale and aspect (padded by reflection beyond its edges), and flip it.
 
-    One resampling does all of it, with no loop over the images.
+    One resampling does all of this, without a loop over the images.
     """
     n, device = len(images), images.device
     scale = torch.empty(n, device=device).uniform_(0.75, 1.05)
@@ -84,11 +84,11 @@ def random_crop_flip(images: Tensor) -> Tensor:
 
 
 def random_sharpness(images: Tensor, lowest: float = -0.5, highest: float = 1.5) -> Tensor:
-    """Sharpen (above 0) or blur (below 0) each image in [0, 1] by its own factor.
+    """Sharpen (factor above 0) or blur (below 0) each image in [0, 1] by a random factor.
 
-    The factor scales the image's difference from its blur by the kernel (1, 2, 1) / 4, along both axes. How sharp an
-    image is depends on how it was scaled, and the crop's bilinear resampling blurs: a model trained without this sees
-    better when its images are blurred.
+    The factor scales the difference between the image and its blur by the kernel (1, 2, 1) / 4 along both axes. The
+    sharpness of an image depends on how it was scaled, and the crop's bilinear resampling blurs: without this, a model
+    does better on blurred images.
     """
     kernel = torch.tensor([0.25, 0.5, 0.25], device=images.device)
     weight = torch.outer(kernel, kernel).expand(images.shape[1], 1, 3, 3)
@@ -98,7 +98,7 @@ def random_sharpness(images: Tensor, lowest: float = -0.5, highest: float = 1.5)
 
 
 def colour_jitter(images: Tensor, strength: float = 0.3) -> Tensor:
-    """Change brightness, contrast and saturation of each image in [0, 1] by its own factors."""
+    """Change brightness, contrast and saturation of each image in [0, 1] by random factors."""
     factors = torch.empty(3, len(images), 1, 1, 1, device=images.device).uniform_(1 - strength, 1 + strength)
     images = images * factors[0]
     images = torch.lerp(images.mean((1, 2, 3), keepdim=True), images, factors[1])

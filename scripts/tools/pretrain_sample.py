@@ -6,17 +6,16 @@
     nice python scripts/tools/pretrain_sample.py --data DATA/tiny-imagenet-32 --cifar10 DATA/cifar10 \
         --work_dir WORK --output_dir OUT/mini-clip
 
-It goes on where it stopped when it is started again with the same `--work_dir`. It trains on four fifths of
-Tiny-ImageNet's training images (`hf_zocl.sample.pretraining`); ten images a class of these are held out, and what was
-chosen was chosen on them and on CIFAR-10's training images, which draw the curve; test images are looked at once, for
-the card.
+Started again with the same `--work_dir`, it goes on where it stopped. It trains on four fifths of Tiny-ImageNet's
+training images (`hf_zocl.sample.pretraining`), of which ten per class are held out. All choices were made on these and
+on CIFAR-10's training images, which also give the curve; test images are used once, for the card.
 
-An image's target is its label, mixed with the teacher's classes. It is told from 256 classes, and from the kinds of a
-random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The logits are adjusted by what
-each has of all targets (arXiv 2007.07314), or ImageNet's 118 dogs would make a dog of every animal. The class vectors
-are a linear map of MiniLM's, so that words without an image ("deer") have their place among those with one; the text
-tower learns to give the same vector for a name in any prompt. In the last part of the training the learning rate
-falls to zero, the text tower's own vectors are learned with, and at the end all image tokens are there.
+An image's target is its label, mixed with the teacher's classes. The image is classified among 256 classes, and among
+the kinds of a random cut through WordNet's tree, in which a convertible may be a car or a vehicle. The logits are
+adjusted by each one's share of all targets (arXiv 2007.07314); otherwise ImageNet's 118 dogs would turn every animal
+into a dog. The class vectors are a linear map of MiniLM's, so that words without images ("deer") have their place
+among those with images; the text tower learns to give the same vector for a name in any prompt. In the last part of
+the training, the learning rate falls to zero, the text tower's own vectors are used, and finally all image tokens.
 """
 
 from __future__ import annotations
@@ -59,9 +58,9 @@ from hf_zocl.sample.pretraining import pretraining_rows
 
 
 HELD_OUT_PER_CLASS = 10
-CANDIDATES = 256  # classes that an image is told from, at a step, and the most kinds
-KINDS_WEIGHT = 0.5  # of the loss over kinds, next to the one over classes
-TEXTS = 160  # words that the text tower learns at a step, and as many of the step's own names
+CANDIDATES = 256  # classes that an image is classified among in a step, and the most kinds
+KINDS_WEIGHT = 0.5  # weight of the loss over kinds, next to the loss over classes
+TEXTS = 160  # words that the text tower learns in a step, and as many of the step's own names
 STOP = 0.15  # the chance that a kind of WordNet is kept whole
 TOKEN_DROP = 0.5
 WARMUP_STEPS = 200
@@ -103,7 +102,7 @@ and on CIFAR-10's training images.
 
 
 class Pretraining:
-    """The training: its state, a step, and how it is saved and taken up again."""
+    """The training: its state, its steps, and how it is saved and resumed."""
 
     def __init__(self, args: argparse.Namespace, train_set: ImageSet, soft: Tensor, seen: Tensor, words: Words):
         self.args, self.train_set, self.soft, self.teacher_features, self.words = args, train_set, soft, seen, words
@@ -116,14 +115,14 @@ class Pretraining:
         lengths = [
             len(ids) for ids in self.processor.tokenizer([words.texts[n] for n in words.vocabulary])["input_ids"]
         ]
-        # Common words have few tokens: the byte-pair encoding was made for them.
+        # Common words have few tokens, because the byte-pair encoding was made for them.
         self.commonness = 1 / (np.array(lengths) - 2.0) ** 2
         self.commonness /= self.commonness.sum()
         if args.init_from is None:
             self.model = build_model(args.processor_from, *shape).to(self.device)
         else:
             self.model = CLIPModel.from_pretrained(args.init_from).to(self.device)
-        if args.device == "cpu":  # for sequences this short, twice as fast as the fused kernel's backward pass
+        if args.device == "cpu":  # for such short sequences, twice as fast as the fused kernel's backward pass
             self.model.set_attn_implementation("eager")
         width, projection = self.model.config.vision_config.hidden_size, self.model.config.projection_dim
         self.bridge = Bridge(projection, width, words.vectors.shape[1], seen.shape[1]).to(self.device)
@@ -142,7 +141,7 @@ class Pretraining:
 
     @torch.no_grad()
     def fit_bridge(self, count: int = 4000) -> None:
-        """Fit the maps to a model that was trained before, over some names and some images."""
+        """Fit the maps to an already trained model, on some names and some images."""
         texts = self.words.vocabulary[:: max(1, len(self.words.vocabulary) // count)]
         prompts = [EVALUATION_TEMPLATE.format(self.words.texts[text]) for text in texts]
         batches = [prompts[first : first + 250] for first in range(0, len(prompts), 250)]
@@ -163,7 +162,7 @@ class Pretraining:
         return min(1.0, (self.steps - self.step) / (self.args.decay * self.steps))
 
     def rows(self) -> Tensor:
-        """The batch of the present step: every epoch has its own order, which follows from the seed."""
+        """The rows of this step's batch; every epoch has its own order, which follows from the seed."""
         size, count = self.args.batch_size, len(self.train_set.labels)
         numbers = torch.arange(self.step * size, (self.step + 1) * size)
         epochs = numbers // count
@@ -177,11 +176,11 @@ class Pretraining:
         """Draw the classes of a step: those that have images, and some of the others.
 
         Args:
-            targets: Of the images, over the 1,000 classes: (N, 1000).
+            targets: The images' targets over the 1,000 classes: (N, 1000).
 
         Returns:
-            A name of each, as positions in `words.texts`; the targets (N, CANDIDATES), each row adding up to 1; and
-            the logarithm of what each class has of all targets (CANDIDATES,).
+            A name for each class, as a position in `words.texts`; the targets (N, CANDIDATES), each row adding up to
+            1; and the logarithm of each class's share of all targets (CANDIDATES,).
         """
         others = np.setdiff1d(np.arange(len(self.words.leaves)), self.words.labels)
         labels = self.words.labels
@@ -191,7 +190,7 @@ class Pretraining:
         return names, mass / mass.sum(-1, keepdim=True), self.prior[drawn].clamp(min=1e-6).log()
 
     def kinds(self, targets: Tensor, rng: np.random.Generator) -> tuple[list[int], Tensor, Tensor]:
-        """Draw the kinds of a step by a cut through the tree; arguments and what is returned as of `classes`."""
+        """Draw the kinds of a step by a cut through the tree; arguments and results as for `classes`."""
         nodes = self.words.tree.cut(rng, STOP)
         owner = self.words.membership(nodes).to(targets.device)
         mass = torch.zeros(len(targets), len(nodes), device=targets.device).index_add_(1, owner, targets)
@@ -201,7 +200,7 @@ class Pretraining:
         return names, mass / mass.sum(-1, keepdim=True), prior[top].clamp(min=1e-6).log()
 
     def name(self, node: Node, rng: np.random.Generator) -> int:
-        """Draw one of a class's or a kind's names; the first ones are the usual ones."""
+        """Draw one of the names of a class or a kind, mostly one of the first."""
         own = node.described if rng.random() < 0.1 and self.decay == 1 else node.names
         return self.words.position[own[min(int(rng.exponential(0.7)), len(own) - 1)]]
 
@@ -250,7 +249,7 @@ class Pretraining:
         return {name: value.item() for name, value in losses.items()}
 
     def save(self, file: Path) -> None:
-        """Write all that the training needs to go on, next to the old state and then in its place."""
+        """Write all that the training needs to go on: next to the old state, then in its place."""
         state = {"model": self.model.state_dict(), "bridge": self.bridge.state_dict()}
         state |= {"average": self.average.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers]}
         state |= {"step": self.step, "seconds": self.seconds, "curve": self.curve}
@@ -267,7 +266,7 @@ class Pretraining:
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
     def run(self, held_out: ImageSet, cifar10: ImageSet) -> CLIPModel:
-        """Train to the end, with a line a minute, a state every few minutes, and a point of the curve with it."""
+        """Train to the end: a line every minute, and every few minutes a saved state and a point of the curve."""
         file = self.args.work_dir / "state.pt"
         if file.is_file():
             self.load(file)
@@ -301,7 +300,7 @@ class Pretraining:
 
 
 def describe_run(run: Pretraining) -> str:
-    """Return a run's paragraph and curve for the card."""
+    """Return a run's paragraph and its curve, as a table, for the card."""
     args = run.args
     device = "two shared CPU cores" if args.device == "cpu" else torch.cuda.get_device_name()
     rows = ["| images seen | Tiny-ImageNet | CIFAR-10 | probe |", "|---|---|---|---|"]
@@ -315,17 +314,17 @@ def describe_run(run: Pretraining) -> str:
 
 
 def earlier_runs(folder: Path | None) -> str:
-    """Return what the card of the model that the run went on from says of its own runs; nothing without a card."""
+    """Return what the initial model's card says about its own runs; empty without a card."""
     card = folder / "README.md" if folder else None
     if card is None or not card.is_file():
         return ""
     _, _, runs = card.read_text(encoding="utf-8").partition(f"\n{RUNS_HEADING}\n")
-    _, _, runs = runs.strip().partition("\n\n")  # the sentence that every card has
+    _, _, runs = runs.strip().partition("\n\n")  # skip the sentence that every card has
     return f"{runs}\n\n" if runs else ""
 
 
 def write_card(folder: Path, run: Pretraining, model: CLIPModel, table: str, by_class: str) -> None:
-    """Write the model card, its figures taken from the model and its runs."""
+    """Write the model card, with figures taken from the model and its runs."""
     vision, text, args = model.config.vision_config, model.config.text_config, run.args
     card = CARD.format(
         title=args.output_dir.name,
@@ -412,9 +411,9 @@ def main() -> None:
     features = cached_features(pool.images, args.work_dir, device)
     words = Words.load(order, args.work_dir, device, args.max_images)
     soft = soft_targets(features, pool.labels, words, device)
-    # The rows of a class follow no order, so its first ones are as good as any.
+    # The rows of a class are in no order, so its first ones are as good as any.
     one_hot = F.one_hot(pool.labels, len(pool.class_names))
-    most = one_hot.sum(0).max().item() // 2  # a smoke run has few of a class, and must have some to train on
+    most = one_hot.sum(0).max().item() // 2  # a smoke run has few images per class, and must keep some to train on
     is_held_out = (one_hot.cumsum(0) * one_hot).sum(-1) <= min(HELD_OUT_PER_CLASS, most)
     features = F.normalize(features.float() - features.float().mean(0), dim=-1).half().to(device)
     kept = (~is_held_out).nonzero().squeeze(-1)

@@ -1,8 +1,8 @@
-"""Screenshots of a run's report, for the documentation: taken by a headless Chromium.
+"""Screenshots of a run's report for the documentation, taken by a headless Chromium.
 
     python scripts/tools/screenshots.py runs/quickstart
 
-Writes docs/images/report.webp, the whole page, and docs/images/report_small.webp, its beginning, for the README.
+Writes docs/images/report.webp, the whole page, and docs/images/report_small.webp, the top of it, for the README.
 """
 
 import argparse

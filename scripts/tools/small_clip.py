@@ -24,7 +24,7 @@ def build_model(processor_from: Path, width: int, layers: int, text_width: int, 
     """Return a fresh CLIP for the tokenizer and the input size of the model in `processor_from`.
 
     Raises:
-        ValueError: if it has more than `MAX_PARAMETERS`, the most that the package can embed.
+        ValueError: if it has more than `MAX_PARAMETERS` parameters, the most that the package can embed.
     """
     config = CLIPConfig.from_pretrained(processor_from)
     for part, part_width, count in (
@@ -48,7 +48,7 @@ def image_features(model: CLIPModel, pixels: Tensor, drop: float = 0.0) -> tuple
     Args:
         model: The CLIP.
         pixels: Normalised images (N, 3, H, W).
-        drop: The part of the image's tokens that is left out, at random (FLIP, arXiv 2212.00794).
+        drop: The share of each image's tokens that is left out, at random (FLIP, arXiv 2212.00794).
     """
     tower = model.vision_model
     states = tower.embeddings(pixels)
@@ -94,7 +94,7 @@ def zero_shot_accuracy(model: CLIPModel, processor: CLIPProcessor, image_set: Im
 
 
 def linear_probe(model: CLIPModel, processor: CLIPProcessor, train: ImageSet, test: ImageSet) -> float:
-    """Return the accuracy on `test` of a ridge regression on `train`'s features, its strength chosen on `train`."""
+    """Return the accuracy on `test` of a ridge regression on `train`'s features, with a strength chosen on `train`."""
     x = all_image_features(model, processor, train.images).double()
     y = F.one_hot(train.labels.to(model.device), len(train.class_names)).double()
     x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
@@ -120,7 +120,7 @@ def linear_probe(model: CLIPModel, processor: CLIPProcessor, train: ImageSet, te
 def staged_folder(target: Path) -> Iterator[Path]:
     """Give an empty folder next to `target` that replaces it on success and is removed on failure.
 
-    A reader thus finds the old folder or the new one, never half of one.
+    A reader thus finds either the old folder or the new one, never half of one.
     """
     staged, old = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
     for leftover in (staged, old):
@@ -137,7 +137,7 @@ def staged_folder(target: Path) -> Iterator[Path]:
 
 
 def save_float16(model: CLIPModel, processor_from: Path, folder: Path) -> None:
-    """Save float16 weights under a config that says float32: half the size, and a plain `from_pretrained` trains."""
+    """Save float16 weights with a float32 config: half the size, and `from_pretrained` loads float32 to train."""
     half = {name: value.detach().cpu().half().contiguous() for name, value in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)
     for name in PROCESSOR_FILES:
@@ -147,7 +147,7 @@ def save_float16(model: CLIPModel, processor_from: Path, folder: Path) -> None:
 
 
 def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
-    """Return an exponential moving average that forgets the first steps faster, as `AveragedModel` wants it."""
+    """Return an exponential moving average for `AveragedModel` that forgets the first steps faster."""
 
     @torch.no_grad()
     def update(average: list[Tensor], present: list[Tensor], steps: Tensor) -> None:
@@ -157,7 +157,7 @@ def moving_average(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor
 
 
 class Bridge(nn.Module):
-    """The maps that training needs besides the CLIP: from MiniLM's space, and to the teacher's."""
+    """The maps that training needs besides the CLIP: from MiniLM's space, and to the teacher's space."""
 
     def __init__(self, projection: int, width: int, word_width: int, teacher_width: int):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The targets of an image of the pretraining set: its label, the teacher's classes, and the words for them."""
+"""The targets of the pretraining images: their labels, the teacher's classes, and the words for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from wordnet import ClassTree, Node
 from words import cached_embeddings
 
 
-LABEL_WEIGHT = 0.5  # of the label, next to the teacher's classes
+LABEL_WEIGHT = 0.5  # weight of the label, next to the teacher's classes
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Words:
         tree: WordNet above the classes of ImageNet-1k.
         texts: All names and descriptions.
         vectors: The vector of each text, (texts, 384).
-        vocabulary: The positions in `texts` of names, of classes and of other things.
-        labels: The numbers, of the 1,000, of the classes that have images, in the order of the images' labels.
+        vocabulary: The positions in `texts` of the names of classes and of other things.
+        labels: The numbers (of 1,000) of the classes that have images, in the order of the images' labels.
     """
 
     tree: ClassTree
@@ -56,7 +56,7 @@ class Words:
         return {text: number for number, text in enumerate(self.texts)}
 
     def membership(self, nodes: list) -> Tensor:
-        """Return which node every class belongs to: (1000,)."""
+        """Return the number of the node that every class belongs to: (1000,)."""
         owner = torch.empty(1000, dtype=torch.long)
         for number, node in enumerate(nodes):
             owner[node.leaves] = number
@@ -64,7 +64,7 @@ class Words:
 
 
 def soft_targets(features: Tensor, labels: Tensor, words: Words, device: torch.device) -> Tensor:
-    """Return each image's classes: its label and the teacher's probabilities of the 1,000 classes, in float16."""
+    """Return each image's label mixed with the teacher's probabilities of the 1,000 classes, float16: (N, 1000)."""
     head = load_teacher(device)._fc
     with torch.inference_mode():
         soft = torch.cat([head(part.to(device).float()).softmax(-1).half() for part in features.split(5000)])

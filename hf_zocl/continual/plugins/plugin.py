@@ -1,4 +1,4 @@
-"""`TaskPlugin`: a callback that also takes part in a stream, task by task."""
+"""`TaskPlugin`: a callback that also acts at the beginning and end of tasks."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from ...trainer.resumable import ResumeError
 class TaskPlugin(TrainerCallback):
     """A base for methods against forgetting: `ContinualTaskScheduler(..., callbacks=[Mine()])`.
 
-    All of it does nothing unless a subclass says otherwise. As a `TrainerCallback` it sees every step of every task,
-    whether its layers are zeroth-order or first-order.
+    Its methods do nothing unless a subclass overrides them. As a `TrainerCallback`, it sees every step of every task,
+    whether layers are zeroth-order or first-order.
 
-    A run that goes on must end as one that never stopped. So `end_task` may depend on the weights, the task and
-    `state()` alone, and not on what this process has done before.
+    A resumed run must end like one that never stopped. So `end_task` may depend only on the weights, the task and
+    `state()`, not on what this process has done before.
     """
 
     def begin_run(self, stream: TaskStream, model: CLIPClassifier) -> None:
-        """Called before any work, also where a run goes on; raise a `ValueError` for a run that it does not fit."""
+        """Called before any work, also when a run is resumed; raise a `ValueError` if this does not fit the run."""
 
     def begin_task(self, task: Task, trainer: ZOCLTrainer) -> None:
-        """Called before a task is trained by this trainer, also where it goes on within the task."""
+        """Called before this trainer trains a task, also when it goes on within the task."""
 
     def end_task(self, task: Task, trainer: ZOCLTrainer) -> None:
-        """Called after a task's last step; the model as it is then is what is measured, saved and trained further."""
+        """Called after a task's last step; the model is measured, saved and trained further as this leaves it."""
 
     def state(self) -> dict[str, torch.Tensor]:
         """The state after a task, saved with the task's checkpoint."""
         return {}
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state` gave; from nothing, as a run begins."""
+        """Go on from what `state` returned; an empty dictionary begins a run."""
 
 
 def task_plugins(callbacks: Iterable[TrainerCallback]) -> list[TaskPlugin]:
     """The plug-ins among some callbacks.
 
     Raises:
-        ValueError: If two are of one class, for their states have the class's name.
+        ValueError: If two are of one class, because their states are saved under the class's name.
     """
     plugins = [callback for callback in callbacks if isinstance(callback, TaskPlugin)]
     names = [_name(plugin) for plugin in plugins]
@@ -60,7 +60,7 @@ def task_plugins(callbacks: Iterable[TrainerCallback]) -> list[TaskPlugin]:
 
 
 def plugin_file(plugins: Sequence[TaskPlugin]) -> dict[str, bytes]:
-    """The file of a task's checkpoint with the plug-ins' states, by its name; nothing where there are none."""
+    """The checkpoint file with the plug-ins' states, by its name; empty if there are no plug-ins."""
     if not plugins:
         return {}
     states = {
@@ -72,7 +72,7 @@ def plugin_file(plugins: Sequence[TaskPlugin]) -> dict[str, bytes]:
 
 
 def load_plugins(plugins: Sequence[TaskPlugin], folder: Path | None) -> None:
-    """Let the plug-ins go on after the task whose checkpoint this is; None: a run begins.
+    """Load the plug-ins' states from a task's checkpoint folder; None: a run begins.
 
     Raises:
         ResumeError: If the checkpoint is of a run with other plug-ins, or their states are damaged.
