@@ -1,6 +1,6 @@
 """Zeroth- and first-order optimisation mixed per layer, and continual learning of CLIP, on Hugging Face's Trainer.
 
-A name is imported when it is first asked for, and the MoE adapters, which PEFT must know of, when PEFT is.
+A name is imported on first use. The MoE adapters, which PEFT must know, are imported as soon as PEFT is.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Imported when first asked for: `hf_zocl.zo` needs torch alone.
+# Imported on first use: `hf_zocl.zo` needs only torch.
 _HOMES = {
     "CLIPClassifier": "models",
     "ClassifierAlignment": "continual",

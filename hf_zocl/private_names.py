@@ -1,9 +1,9 @@
 """Private names of torch, and one each of accelerate and of transformers' configurations, each behind a function.
 
-They are here because the floors that know no Trainer need them (`zo`, `passes`, `models`). Those of the Trainer, of
-datasets and the others of accelerate are in `trainer/compat.py`, those of PEFT in `models/moe_adapter/model.py` and
-`models/placement.py`. All are true of torch 2.13, accelerate 1.15 and transformers 5.20 to 5.24;
-`tests/test_private_names.py` fails by the name of one that a release drops.
+They are here because the floors below the Trainer need them (`zo`, `passes`, `models`). The private names of the
+Trainer, of datasets and the rest of accelerate's are in `trainer/compat.py`, those of PEFT in
+`models/moe_adapter/model.py` and `models/placement.py`. All hold for torch 2.13, accelerate 1.15 and transformers 5.20
+to 5.24; if a release drops one, `tests/test_private_names.py` fails and names it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 
-# A module's attributes as they are where `module.compile()` was not called: its call is that of `forward`.
+# The attributes of a module on which `module.compile()` was not called: calling it runs `forward`.
 UNCOMPILED = {"_compiled_call_impl": None}
 
 
@@ -47,16 +47,16 @@ def version(tensor: torch.Tensor) -> int:
 def storage_id(tensor: torch.Tensor) -> int:
     """A number that a tensor and all views of it share (`UntypedStorage._cdata`).
 
-    The address of the data, which is public, is 0 of a storage without bytes, whichever it is.
+    The address of the data, which is public, is 0 for every storage without bytes.
 
     Raises:
-        NotImplementedError, RuntimeError: If the tensor has no storage, as a sparse one.
+        NotImplementedError, RuntimeError: If the tensor has no storage, like a sparse one.
     """
     return tensor.untyped_storage()._cdata
 
 
 def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor with its name; in the place of a wrapper, as torchao's quantised ones are, those that it is made of."""
+    """A tensor with its name; for a wrapper, such as torchao's quantised tensors, the tensors that it is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         yield name, tensor
         return
@@ -65,7 +65,7 @@ def plain_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.
 
 
 def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """A module's own buffers by name, also those that are None; what is set here is set (`Module._buffers`)."""
+    """A module's own buffers by name, including those that are None; the dictionary is live (`Module._buffers`)."""
     return module._buffers
 
 
@@ -103,7 +103,7 @@ def written_tensors(operation: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 @contextmanager
 def without_autocast(device_type: str) -> Iterator[None]:
-    """Inside, no autocast is on: neither one around this block, nor one entered within it (`autocast._enabled`)."""
+    """Inside, autocast is off, whether it was entered around this block or within it (`autocast._enabled`)."""
     enter = torch.autocast.__enter__
 
     def enter_disabled(context: torch.autocast) -> Any:
@@ -122,29 +122,29 @@ def without_autocast(device_type: str) -> Iterator[None]:
 
 
 def attention_kernel(module: nn.Module) -> str | None:
-    """Which attention a model of transformers runs, such as `sdpa`; None of another model.
+    """The attention that a transformers model runs, such as `sdpa`; None for any other model.
 
-    The configuration takes `attn_implementation`, and says what it took by `_attn_implementation` alone.
+    The configuration takes `attn_implementation`, but only `_attn_implementation` says which one is in use.
     """
     return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def execution_device(module: nn.Module) -> torch.device | None:
-    """Where accelerate runs a module that it has spread or offloaded; None of any other (`Module._hf_hook`)."""
+    """Where accelerate runs a module that it has spread or offloaded; None for any other (`Module._hf_hook`)."""
     devices = [getattr(hook, "execution_device", None) for hook in _dispatch_hooks(module)]
     return next((torch.device(device) for device in devices if device is not None), None)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """True if accelerate brings a module's own parameters when it runs, and takes them away again."""
+    """True if accelerate loads a module's own parameters when it runs, and unloads them afterwards."""
     return any(getattr(hook, "offload", False) for hook in _dispatch_hooks(module))
 
 
 @contextmanager
 def loaded(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Inside, what accelerate has offloaded of a module, or of one within it, is where it runs (`Module._hf_hook`).
+    """Inside, the offloaded parameters of a module and its submodules are where they run (`Module._hf_hook`).
 
-    What is written to it is lost.
+    Writes to them are lost.
     """
     parts = [part for part in module.modules() if is_offloaded(part)]
     hooks: list[tuple[nn.Module, Any]] = [(part, vars(part)["_hf_hook"]) for part in parts]
@@ -158,6 +158,6 @@ def loaded(module: nn.Module) -> Iterator[list[nn.Parameter]]:
 
 
 def _dispatch_hooks(module: nn.Module) -> Sequence[Any]:
-    """Those of accelerate around a module's forward pass: one, or a chain of them (`SequentialHook.hooks`)."""
+    """Accelerate's hooks around a module's forward pass: one, or a chain of them (`SequentialHook.hooks`)."""
     hook = getattr(module, "_hf_hook", None)
     return getattr(hook, "hooks", () if hook is None else (hook,))

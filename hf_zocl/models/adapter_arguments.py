@@ -1,4 +1,4 @@
-"""`AdapterArguments`: the adapter by its PEFT method's name, and the configuration that PEFT makes of it."""
+"""`AdapterArguments`: an adapter by the name of its PEFT method, and the PEFT configuration made from it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, cast
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PromptLearningConfig
 
 from ..checks import check_fields, check_type
-from .moe_adapter.config import PEFT_TYPE as MOE  # and with it a method of PEFT's
+from .moe_adapter.config import PEFT_TYPE as MOE  # this import registers the method
 
 
-# More would only fill the memory.
+# Upper limits: more would only fill the memory.
 SIZES = {"lora_rank": 16384, "moe_num_experts": 4096, "moe_top_k": 4096}
-# The arguments of a method that have names of their own here, by their names in PEFT's configuration.
+# A method's arguments that have names of their own here, by their names in PEFT's configuration.
 OWN_ARGUMENTS = {
     "lora": {
         "r": "lora_rank",
@@ -40,10 +40,10 @@ class AdapterArguments:
 
     Args:
         adapter: The PEFT method by its name: `lora`, `moe`, `vera`, `fourierft`, `ln_tuning`, … Methods that add
-            virtual tokens (prompt tuning and its kin) do not take a CLIP.
-        adapter_config: What the method's PEFT configuration takes beside the arguments below: a mapping, or JSON. Of
-            `moe` for example `bottleneck`, `router_token` or `layers_to_transform`, see `MoEAdapterConfig`; of other
-            methods all there is, `target_modules` included.
+            virtual tokens (prompt tuning and its kin) do not work with a CLIP.
+        adapter_config: What else the method's PEFT configuration takes, besides the arguments below: a mapping, or
+            JSON. For `moe`, for example, `bottleneck`, `router_token` or `layers_to_transform` (`MoEAdapterConfig`);
+            for methods other than `lora` and `moe`, all of it, including `target_modules`.
         target_modules: Names of the linear layers that get LoRA, in both towers.
         lora_rank: The rank r.
         lora_alpha: The scale is α/r.
@@ -54,9 +54,10 @@ class AdapterArguments:
         moe_dropout: Dropout on an expert's hidden units.
         moe_noise: Whether the router is noisy in training.
         moe_router_per_task: A router for every task, instead of one for all.
-        frozen_parameters: Regular expressions: the adapter's parameters with such a name stay as they were drawn. With
-            `lora_A`, B alone is trained (LoRA-FA, Zhang et al. 2023); with `down` and `routers`, the experts' second
-            layers. A factor has no effect while the other one is zero, so it only adds noise to zeroth-order steps.
+        frozen_parameters: Regular expressions: adapter parameters whose names match stay as they were drawn. With
+            `lora_A`, only B is trained (LoRA-FA, Zhang et al. 2023); with `down` and `routers`, only the experts'
+            second layers. A factor has no effect while the other one is zero, and only adds noise to zeroth-order
+            steps.
 
     Raises:
         TypeError: If a value has the wrong type.
@@ -115,10 +116,10 @@ def _mapping(given: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
 
 
 def config_class(adapter: str) -> type[PeftConfig]:
-    """The configuration of a PEFT method.
+    """The configuration class of a PEFT method.
 
     Raises:
-        ValueError: If PEFT has no such method, or one that a CLIP cannot carry.
+        ValueError: If PEFT has no such method, or a CLIP cannot carry it.
     """
     classes = {_plain(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     known = {name: cls for name, cls in classes.items() if not issubclass(cls, PromptLearningConfig)}
@@ -155,7 +156,7 @@ def peft_config(args: AdapterArguments, num_tasks: int = 1) -> PeftConfig:
     try:
         return cls(**given, **more)
     except (TypeError, ValueError) as error:
-        name = re.match(r"\w*", str(error)).group()  # which our own configuration's errors begin with
+        name = re.match(r"\w*", str(error)).group()  # with which our own configuration's errors begin
         placed = own[name] + str(error).removeprefix(name) if name in own else f"adapter_config: {error}"
         raise ValueError(placed) from error
 
@@ -171,7 +172,7 @@ def _options(cls: type[PeftConfig]) -> dict[str, Any]:
 
 
 def adapter_name(config: PeftConfig) -> str:
-    """The name in `AdapterArguments.adapter` of the PEFT method of `config`."""
+    """The PEFT method of `config`, as `AdapterArguments.adapter` names it."""
     return _plain(config.peft_type.value)
 
 
@@ -194,12 +195,12 @@ def adapter_arguments(config: PeftConfig) -> dict[str, Any]:
 
 
 def configured(config: PeftConfig, names: Iterable[str]) -> dict[str, Any]:
-    """The values that a configuration has for these names, as a recipe has them; None where it has none."""
+    """A configuration's values for these names, as a recipe writes them; None where it has none."""
     return {name: _listed(getattr(config, name, None)) for name in names}
 
 
 def _listed(value: Any) -> Any:
-    """A value as a recipe has it: sets, which have no order, are sorted lists."""
+    """A value as a recipe writes it: sets, which have no order, become sorted lists."""
     if isinstance(value, (set, frozenset)):
         return sorted(value)
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""The trainable units that a frozen CLIP carries in every layer, each a PEFT method."""
+"""The adapters that a frozen CLIP carries in its layers, each a PEFT method."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..zo.assignment import locate
 from .adapter_arguments import AdapterArguments, peft_config
 
 
-# What says where an adapter came from, or how it began, and not what it computes. `rank_pattern` AdaLoRA changes.
+# Fields that say where an adapter came from or how it began, not what it computes. AdaLoRA changes `rank_pattern`.
 _OF_ITS_ORIGIN = (
     "inference_mode",
     "base_model_name_or_path",
@@ -127,9 +127,9 @@ def adapter_weights(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def unsaved_parameters(model: PeftModel, trained: dict[str, nn.Parameter]) -> list[str]:
-    """The names of those of `trained` that PEFT would not give back from a checkpoint of all adapters.
+    """The names in `trained` that PEFT would not give back from a checkpoint of all adapters.
 
-    Of prompts that an encoder makes, as p-tuning's and a projected prefix, PEFT saves what it has made of them alone.
+    If an encoder makes the prompts, as in p-tuning or with a projected prefix, PEFT saves only the finished prompts.
     """
     encoders = getattr(model, "prompt_encoder", {})
     given_back = [encoder.embedding.weight for encoder in encoders.values() if len(list(encoder.parameters())) == 1]
@@ -141,16 +141,16 @@ def unsaved_parameters(model: PeftModel, trained: dict[str, nn.Parameter]) -> li
 
 
 def gives_base_back(config: PeftConfig) -> bool:
-    """Whether a model whose adapter is switched off is the base model: not if biases of it are trained, or a part of
-    its weights has become the adapter's beginning, as PiSSA's."""
+    """Whether a model whose adapter is switched off is the base model again: not if biases of the base are trained, or
+    if a part of its weights went into the adapter's initial values, as with PiSSA."""
     begins_apart = getattr(config, "init_lora_weights", True) in (True, False, "gaussian", "eva")
     return getattr(config, "bias", "none") == "none" and begins_apart
 
 
 def base_digest(model: PeftModel) -> str:
-    """SHA-256 of the weights under the active adapter: all parameters but those that its checkpoint holds.
+    """SHA-256 of the weights under the active adapter: all parameters except those that its checkpoint holds.
 
-    Half-precision weights are hashed as float32, quantised ones as what they are made of.
+    Half-precision weights are hashed as float32, quantised ones as the tensors they are made of.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(_base_parameters(model).items()):
@@ -169,7 +169,7 @@ def base_dtype(model: PeftModel) -> str | None:
 
 
 def _base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """All parameters but those that the active adapter's checkpoint holds, as the base model names them."""
+    """All parameters except those that the active adapter's checkpoint holds, as the base model names them."""
     saved = {tensor.data_ptr() for tensor in adapter_weights(model).values()}
     prefix = getattr(model.base_model, "prefix", None)
     return {
@@ -187,7 +187,7 @@ def adapter_digest(model: PeftModel) -> str:
     given = {
         key: _plain(value)
         for key, value in config.to_dict().items()
-        # Modules are told by the tensors' names; another release may choose them by other words.
+        # The tensors' names tell the modules; another release may choose the same modules by other words.
         if key not in _OF_ITS_ORIGIN and not key.startswith("init_") and not key.endswith("modules")
         if value != defaults.get(key) and value not in (None, {}, [])
     }
@@ -196,7 +196,7 @@ def adapter_digest(model: PeftModel) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value of a configuration as JSON has it; of what JSON has not, its type alone."""
+    """A value of a configuration as JSON can hold it; for any other value, only the name of its type."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -24,7 +24,7 @@ from .moe_adapter import collect_balance_losses
 from .pixels import read_image
 
 
-PROMPTS_AT_ONCE = 1024  # that go through the text tower together when images are predicted
+PROMPTS_AT_ONCE = 1024  # that go through the text tower at once when images are predicted
 # One lock for all classifiers: a lock in a module could be neither copied nor pickled with it.
 _CLASSES = threading.RLock()
 
@@ -35,7 +35,7 @@ Images = str | os.PathLike | Image.Image | np.ndarray | torch.Tensor | Sequence[
 class CLIPClassifierOutput(ModelOutput):
     """
     Attributes:
-        loss: Cross-entropy over the present classes, scalar; None without labels. In training mode it includes the
+        loss: Cross-entropy over the current classes, scalar; None without labels. In training mode it includes the
             adapters' load-balancing loss, if they have one.
         logits: Scaled cosine similarities, float32 or wider, `(batch, classes)`.
     """
@@ -59,7 +59,7 @@ class CLIPClassifier(TaskAware, nn.Module):
         ValueError: If there is no class, two have the same prompt, or a template does not have exactly one `{}`.
     """
 
-    image_processor: BaseImageProcessor | None = None  # what `predict` makes pixel values with
+    image_processor: BaseImageProcessor | None = None  # with which `predict` makes pixel values
     reloads_frozen_weights = True
 
     def __init__(
@@ -212,8 +212,8 @@ class CLIPClassifier(TaskAware, nn.Module):
 
         Raises:
             TypeError: If `batch_size` is not a whole number.
-            ValueError: If it is less than 1; if the classifier has no `image_processor`, which `load_task_checkpoint`
-                gives it, and the images need one; or if one cannot be read, see `read_image`.
+            ValueError: If `batch_size` is less than 1; if the images need an `image_processor` and the classifier has
+                none (`load_task_checkpoint` sets it); or if an image cannot be read, see `read_image`.
         """
         check_count("batch_size", batch_size)
         if self.training:
@@ -276,8 +276,8 @@ class CLIPClassifier(TaskAware, nn.Module):
         self.clip.activation_checkpointing_disable()
 
     def _cached_text_embeds(self) -> torch.Tensor:
-        """The text features, encoded once in evaluation; again after new classes, `eval()`, another adapter or
-        weights.
+        """The text features, encoded once in evaluation, and again after new classes, `eval()`, another adapter or
+        other weights.
 
         Changes that torch does not see (through `.data`, by a fused optimizer) take effect at the next `eval()`.
         """
@@ -301,7 +301,7 @@ class CLIPClassifier(TaskAware, nn.Module):
         )
 
     def _encode_prompts(self) -> torch.Tensor:
-        """The text features without a gradient, some prompts at a time, so that memory does not grow with them."""
+        """The text features without a gradient, some prompts at a time: memory does not grow with their number."""
         size = max(1, PROMPTS_AT_ONCE // self.prompts_per_class)
         if len(self.class_names) <= size:
             return self.encode("language")

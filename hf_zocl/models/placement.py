@@ -1,6 +1,6 @@
-"""An adapter stands where its base layer runs, also where accelerate keeps the base's weights elsewhere.
+"""Puts an adapter where its base layer runs, even if accelerate keeps the base's weights elsewhere.
 
-PEFT puts an adapter onto the device of its base layer's weight. Of an offloaded layer that is the meta device, where
+PEFT puts an adapter on the device of its base layer's weight. For an offloaded layer that is the meta device, where
 the adapter would lose its values.
 """
 
@@ -17,7 +17,7 @@ from ..private_names import loaded
 
 
 def place_adapters_where_layers_run() -> None:
-    """Have PEFT add an adapter while the weights of the layer are there (`BaseTuner._create_and_replace`)."""
+    """Have PEFT add an adapter while the layer's weights are loaded (`BaseTuner._create_and_replace`)."""
     inject = BaseTuner.inject_adapter
     if hasattr(inject, "__wrapped__"):
         return

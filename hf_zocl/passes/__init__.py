@@ -1,4 +1,4 @@
-"""The cheapest way to a loss under a perturbation."""
+"""The cheapest way to compute a loss under a perturbation."""
 
 from .candidates import stacked_linear
 from .plain import PlainEvaluation

@@ -1,4 +1,4 @@
-"""Candidates of one step, through a tower as one batch: weights stacked, rows repeated."""
+"""Runs the candidates of one step through a tower as one batch: weights stacked, rows repeated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Holder = tuple[nn.Module, str, int]
 def stackable(
     perturbation: Perturbation, tower: nn.Module, owners: dict[int, list[tuple[nn.Module, str]]]
 ) -> list[Holder] | None:
-    """The module that holds each parameter, and its name there; None if one cannot hold candidates' side by side."""
+    """The holder of each perturbed parameter; None if one cannot hold the candidates' weights side by side."""
     if isinstance(perturbation, StreamedPerturbation):
         return None
     mine = {id(parameter) for parameter in perturbation.parameters}
@@ -41,7 +41,7 @@ def stackable(
 
 @contextmanager
 def stacked(holders: Sequence[Holder], stacks: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Inside, every perturbed module holds the weights of all candidates, and maps each one's rows by its own."""
+    """Inside, every perturbed module holds the weights of all candidates, and applies each to its own rows."""
     with ExitStack() as stack:
         for module, parameter, index in holders:
             stack.enter_context(shadowed(module, **{parameter: stacks[index]}))
@@ -53,7 +53,7 @@ def stacked(holders: Sequence[Holder], stacks: Sequence[torch.Tensor]) -> Iterat
 
 def _stacked_forward(module: nn.Module) -> Callable[[Any, torch.Tensor], torch.Tensor] | None:
     """The forward pass of a module while its weights are stacked, if it is of a kind that has one."""
-    # A subclass may have its weight read by another module, as `nn.MultiheadAttention` does.
+    # Not subclasses: another module may read their weight, as `nn.MultiheadAttention` does.
     if type(module) is nn.Linear:
         return lambda module, inputs: stacked_linear(inputs, module.weight, module.bias)
     if type(module) is nn.LayerNorm and len(module.normalized_shape) == 1:
@@ -62,7 +62,7 @@ def _stacked_forward(module: nn.Module) -> Callable[[Any, torch.Tensor], torch.T
 
 
 def _stacked_layer_norm(module: nn.LayerNorm, inputs: torch.Tensor) -> torch.Tensor:
-    """A layer norm with a weight or a bias, or both, of every candidate: `(candidates, width)`."""
+    """A layer norm whose weight, bias or both are stacked: `(candidates, width)`."""
     outputs = nn.functional.layer_norm(inputs, module.normalized_shape, None, None, module.eps)
     for values, combine in ((module.weight, torch.mul), (module.bias, torch.add)):
         if values is not None:
@@ -86,7 +86,7 @@ def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
     if weight.dim() == 2:
         if bias is None or bias.dim() == 1:
             return nn.functional.linear(inputs, weight, bias)
-        weight = weight.expand(len(bias), -1, -1)  # a bias of every candidate beside the weight of all
+        weight = weight.expand(len(bias), -1, -1)  # one bias per candidate, one weight for all
     rows = inputs.reshape(len(weight), -1, inputs.shape[-1])
     if bias is None:
         outputs = torch.bmm(rows, weight.mT)
@@ -96,7 +96,7 @@ def stacked_linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
 
 
 def rows_of(value: Any) -> int | None:
-    """The rows of the first tensor that is found in a tower's inputs."""
+    """The number of rows of the first tensor in a tower's inputs."""
     if isinstance(value, torch.Tensor):
         return len(value) if value.dim() else None
     items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
@@ -104,7 +104,7 @@ def rows_of(value: Any) -> int | None:
 
 
 def repeat(value: Any, copies: int, rows: int | None) -> Any:
-    """Tensors with the rows of a batch once per candidate, in candidate order; anything else as it is."""
+    """Repeat the rows of a batch once per candidate, in candidate order; anything else stays as it is."""
     if copies == 1:
         return value
     if isinstance(value, torch.Tensor):
@@ -117,11 +117,11 @@ def repeat(value: Any, copies: int, rows: int | None) -> Any:
 
 
 class SharedDraws(TorchDispatchMode):
-    """Inside, the rows of every candidate are given the random numbers that the rows of one are given on their own.
+    """Inside, every candidate's rows get the same random numbers, those that a single candidate would get.
 
     Args:
-        copies: The candidates.
-        rows: The rows of each.
+        copies: The number of candidates.
+        rows: The number of rows of each.
     """
 
     def __init__(self, copies: int, rows: int):
@@ -136,7 +136,7 @@ class SharedDraws(TorchDispatchMode):
         if func.overloadpacket not in _DRAWN_LIKE or not isinstance(like, torch.Tensor):
             raise NotImplementedError(f"{func} draws random numbers in a way that candidates cannot share")
         if not like.dim() or len(like) % (self._copies * self._rows):
-            return func(*args, **kwargs)  # not of the rows: one for all
+            return func(*args, **kwargs)  # not drawn per row: one draw for all
         own = like[: len(like) // self._copies]
         if is_mutable(func):
             own = own.clone()
@@ -146,7 +146,7 @@ class SharedDraws(TorchDispatchMode):
         return drawn.repeat(self._copies, *[1] * (own.dim() - 1))
 
 
-# What draws a tensor of its first argument's shape, from nothing else of it.
+# Operations that draw a tensor of their first argument's shape, and use nothing else of it.
 _DRAWN_LIKE = {
     torch.ops.aten.bernoulli_,
     torch.ops.aten.normal_,
@@ -157,7 +157,7 @@ _DRAWN_LIKE = {
 
 
 def _draws_nothing(func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-    """An attention kernel or a dropout that could draw, and has nothing to drop."""
+    """True for an attention kernel that could draw random numbers, but has nothing to drop."""
     if "attention" not in func.name():
         return False
     given = named_arguments(func, args, kwargs)

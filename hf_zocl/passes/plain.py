@@ -14,10 +14,10 @@ from .random_state import ForwardState
 
 
 class PlainEvaluation:
-    """Every loss by one full forward pass, all of them from the same state, so that dropout masks do not differ.
+    """Computes every loss by one full forward pass, all from the same state, so that dropout masks do not differ.
 
     Args:
-        forward: Returns the loss, a scalar, at the present parameters.
+        forward: Returns the loss, a scalar, at the current parameters.
         before: The state in which the step's first forward pass started: every evaluation starts there too.
         after: The state that a single pass leaves behind, to which `close` returns, so that the number of queries does
             not change what the next step draws; by default, the state after the first evaluation.
@@ -68,7 +68,7 @@ class PlainEvaluation:
 
 @contextmanager
 def at(point: Point) -> Iterator[None]:
-    """All perturbations of the point at once."""
+    """Inside, all perturbations of the point are in place."""
     with ExitStack() as stack:
         for perturbation, offset in point.items():
             stack.enter_context(perturbation.at(offset))
@@ -76,7 +76,7 @@ def at(point: Point) -> Iterator[None]:
 
 
 def watch(points: Iterable[Point], full_pass: Callable[[], Any]) -> None:
-    """See once, in a full pass at θ, where streamed parameters are read (`StreamedPerturbation.watching`)."""
+    """Find out once, in a full pass at θ, when streamed parameters are read (`StreamedPerturbation.watching`)."""
     unseen = {perturbation for point in points for perturbation in _streamed(point) if not perturbation.is_watched}
     if unseen:
         with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""The parts of a model's passes that may be left out: found once a training."""
+"""The parts of a model's passes that may be left out: found once per training."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ REST, LAYERS, STACKING = "weights left as they are", "the reuse of layers", "can
 class TowerPlan:
     """The plan of all steps: which tower a perturbation runs, from which layer on, and by which shortcuts.
 
-    A model without towers may have a stack, of whose layers those below the first perturbed one are left out.
+    A model without towers may have a stack; its layers below the first perturbed one are then left out.
 
-    Modules may say what they stand, by attributes: `stackable` (its parameters may have a leading dimension of
-    candidates, all of them together; default: those of linear layers and layer norms may) and `packable` (a row may
-    hold several prompts; default: it may). What the model says of itself is `TaskAware`.
+    Modules may say by attributes what they support: `stackable` (all parameters together may have a leading dimension
+    of candidates; default: those of linear layers and layer norms may) and `packable` (a row may hold several prompts;
+    default: it may). The model itself may be `TaskAware`.
 
     Args:
         model: The model, unwrapped.
@@ -46,11 +46,11 @@ class TowerPlan:
         reduce: Averages a tensor of losses over data-parallel ranks.
 
     Attributes:
-        devices: Those on which the model runs.
-        towers: By name; none in a model that is no dual encoder.
-        stack: Where there are no towers, the layers below the first perturbed one; None where there are none.
-        used: The shortcuts that were seen to hold; None as long as none was looked at.
-        writes_inputs: Whether a pass writes into its inputs; None as long as none was looked at.
+        devices: The devices on which the model runs.
+        towers: The towers by name; none if the model is not a dual encoder.
+        stack: Without towers, the stack whose lower layers are left out; None if there is none.
+        used: The shortcuts that were found to hold; None before the check.
+        writes_inputs: Whether a pass writes into its inputs; None until that is known.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class TowerPlan:
                     continue
                 units = perturbation.units if isinstance(perturbation, StreamedPerturbation) else []
                 moves_with_tower = any(tower.module in scope for unit in units for scope in unit.scopes)
-                if self.perturbations[name] is not None or moves_with_tower:  # two branches in one tower, or its call
+                if self.perturbations[name] is not None or moves_with_tower:  # shared by branches, or a unit's scope
                     self.towers = {}
                     return
                 self.perturbations[name] = perturbation
@@ -102,7 +102,7 @@ class TowerPlan:
 
     @property
     def shortcuts(self) -> list[Shortcut]:
-        """Those that there are, the one first that the others build on."""
+        """The available shortcuts; the others build on the first."""
         if not self.towers:
             return [(LAYERS, None)] if self.stack is not None else []
         moved = [name for name, perturbation in self.perturbations.items() if perturbation is not None]
@@ -116,13 +116,13 @@ class TowerPlan:
 
     @property
     def precision(self) -> float:
-        """The relative spacing of the coarsest numbers among the weights, of those in which anything is computed."""
+        """The relative spacing of the weights' coarsest number format; nothing is computed in 8-bit formats."""
         dtypes = {parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point()}
         widths = (torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1)
         return max(widths, default=torch.finfo(torch.bfloat16).eps)
 
     def offset(self, name: str, point: Point) -> Combination | None:
-        """Where the tower's parameters are at `point`: an offset, or None at θ."""
+        """The offset of the tower's parameters at `point`; None at θ."""
         return point.get(self.perturbations[name])
 
     def check(
@@ -131,15 +131,15 @@ class TowerPlan:
         before: ForwardState,
         losses_by: Callable[[Collection[Shortcut]], Losses],
     ) -> None:
-        """See once a training which shortcuts hold (`used`); where nothing can be seen, none is taken for now.
+        """Find out once per training which shortcuts hold (`used`); none for now if the loss is too flat to tell.
 
-        In float32, where rounding hides the least. It leaves no trace: parameters, buffers and random numbers are as
-        they were, and what a model counts of its passes is not counted.
+        The check runs in float32, where rounding hides the least. It leaves no trace: parameters, buffers, random
+        states and the model's counts of its passes are as before.
 
         Args:
-            forward: A full pass: the loss, a scalar, at the present parameters.
+            forward: A full pass: the loss, a scalar, at the current parameters.
             before: The state in which passes start.
-            losses_by: Gives the losses by some shortcuts alone.
+            losses_by: Computes losses with the given shortcuts and no others.
         """
         state = before.now()
         with uncounted(self.model), without_autocast(before.devices[0].type):

@@ -8,9 +8,9 @@ from torch import nn
 from ..private_names import version
 
 
-# Attention grows with the square of a row's length; about here a longer row stops paying.
+# Attention grows with the square of a row's length; beyond about this, longer rows do not pay.
 MAX_ROW_TOKENS = 128
-# Fewer tokens than this part of the padded ones, or packing is not worth its indexing.
+# Packing must leave less than this part of the padded tokens to be worth its indexing.
 WORTHWHILE = 0.8
 
 
@@ -39,7 +39,7 @@ class PackedPrompts:
             rows[-1].append(prompt)
         longest = max(prefix + sum(lengths[prompt] - prefix for prompt in row) for row in rows)
         index = torch.zeros(len(rows), longest, dtype=torch.long)
-        # Every token sees itself, padding too: a row of the mask without a token would give no number.
+        # Every token sees itself, even padding: attention to no token at all would give NaN.
         mask = torch.eye(longest, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
         last = torch.zeros(self.prompts, dtype=torch.long)
         causal = torch.ones(longest, longest, dtype=torch.bool).tril()
@@ -68,13 +68,13 @@ class PackedPrompts:
 
 
 class Packing:
-    """The packed prompts of a tower, where its prompts are buffers of the model.
+    """Packs the prompts of a tower, if they are buffers of the model.
 
-    A buffer stays the same from step to step, as a batch does not. Nothing is learned from earlier steps, so a run
-    that is resumed packs as one that never stopped, and gets the same rounding.
+    Unlike a batch, a buffer stays the same from step to step. Nothing carries over from earlier steps, so a resumed
+    run packs like one that never stopped, and gets the same rounding.
 
     Args:
-        model: The model that the buffers are looked for in.
+        model: The model in which to look for the buffers.
     """
 
     def __init__(self, model: nn.Module):
@@ -88,7 +88,7 @@ class Packing:
         """The packed prompts, or None where the tower should run them as they are."""
         if ids is None or mask is None or mask.dim() != 2:
             return None
-        # How often each was changed in place, too. Both are kept, so that no other tensor takes their identity.
+        # The versions count changes in place. Both tensors are kept, so that no other can take over their id.
         key = (id(ids), version(ids), id(mask), version(mask))
         if key != self._key:
             buffers = {id(buffer) for buffer in self._model.buffers()}

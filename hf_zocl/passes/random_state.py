@@ -16,17 +16,18 @@ from ..private_names import TorchDispatchMode, own_buffers, version, written_ten
 from .task_aware import task_aware
 
 
-# Of a buffer of up to so many bytes (statistics, counters, masks), a copy costs nothing.
+# Copying a buffer of up to this many bytes (statistics, counters, masks) costs nothing.
 SMALL_BYTES = 1 << 20
-# Their kernels write the running statistics without a word to torch's counter.
+# Their kernels write the running statistics without raising torch's version counter.
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Buffers:
-    """A model's buffers, and which of them a forward pass changes. Made once a training.
+    """A model's buffers, and which of them a forward pass changes. Made once per training.
 
-    Small ones are copied always. Large ones are quantised weights as a rule, which a pass leaves alone, and a copy
-    would double the model's memory: of these, what a pass was seen to change is copied, such as a queue of features.
+    Small buffers are always copied. Large ones are mostly quantised weights: a pass leaves these alone, and a copy
+    would double the model's memory. So only large buffers that a pass was seen to change are copied, such as a queue
+    of features.
 
     Args:
         source: The model; or its buffers, if they stay the same objects.
@@ -39,7 +40,7 @@ class Buffers:
         self._checksums: dict[str, tuple[weakref.ref[torch.Tensor], int, int | None]] = {}
 
     def places(self) -> dict[str, tuple[nn.Module, str]]:
-        """The module that holds each buffer, and its name there, by its full name."""
+        """The module that holds each buffer, and its name there, by the buffer's full name."""
         modules = [(f"{path}." if path else "", module) for path, module in self._model.named_modules()]
         return {prefix + name: (module, name) for prefix, module in modules for name in own_buffers(module)}
 
@@ -54,10 +55,10 @@ class Buffers:
         return name in self.changing or (module.training and isinstance(module, BATCH_NORMS))
 
     def watch(self, devices: Collection[torch.device], run: Callable[[], Any]) -> None:
-        """Find out by a forward pass, `run`, which buffers it changes; whatever it changes is put back.
+        """Find out which buffers the forward pass `run` changes, and put them back.
 
         Raises:
-            RuntimeError: If it changes a large one in a way that torch does not see.
+            RuntimeError: If it changes a large buffer in a way that torch does not see.
         """
         self.is_watched = True
         state = ForwardState(devices, self)
@@ -76,7 +77,7 @@ class Buffers:
         state.restore()
 
     def checksum(self, name: str, tensor: torch.Tensor) -> int | None:
-        """Of a large buffer that is not copied; None before it is known which are changed."""
+        """The checksum of a large buffer that is not copied; None before `watch`."""
         if not self.is_watched:
             return None
         known, seen, checksum = self._checksums.get(name, (lambda: None, 0, None))
@@ -87,17 +88,17 @@ class Buffers:
 
 
 class ForwardState:
-    """The random generators, and a model's buffers and modes, as they are now.
+    """A snapshot of the random generators, and of a model's buffers and modes.
 
-    The generators are torch's, Python's, and numpy's where it is loaded (SpecAugment draws its masks there). Of the
-    buffers there is a copy of every small one, and of those large ones that a pass changes (see `Buffers`). A module's
-    mode is training or not: a loss that calls `eval()` would leave the next pass without dropout.
+    The generators are torch's, Python's, and numpy's if it is loaded (SpecAugment draws its masks there). Every small
+    buffer is copied, and every large one that a pass changes (see `Buffers`). A module's mode is training or not: a
+    loss that calls `eval()` would leave the next pass without dropout.
 
     Args:
-        devices: Where the model runs: one device, or all that it is spread over. Their generators are kept beside the
-            CPU's.
+        devices: Where the model runs: one device, or all that it is spread over. Their generators are kept as well as
+            the CPU's.
         buffers: A model's `Buffers`, or the buffers themselves: for example running statistics of batch normalisation.
-        earlier: A state of the same buffers, whose copies serve where nothing has changed since.
+        earlier: A state of the same buffers; its copies are reused where nothing has changed since.
     """
 
     @torch.compiler.disable
@@ -112,7 +113,7 @@ class ForwardState:
         self.places: dict[str, tuple[nn.Module, str]] = self.buffers.places() if earlier is None else earlier.places
         present = {name: own_buffers(module).get(key) for name, (module, key) in self.places.items()}
         self.tensors = {name: tensor for name, tensor in present.items() if tensor is not None}
-        # A module that replaces a buffer may say in an attribute that it has.
+        # A module that replaces a buffer may record that in an attribute.
         self.attributes = {module: _plain_attributes(module) for module, _ in self.places.values()}
         modules = self.buffers.modules() if earlier is None else earlier.modes
         self.modes: dict[nn.Module, bool] = {module: module.training for module in modules}
@@ -133,7 +134,7 @@ class ForwardState:
         self.accelerators = {device: torch.get_device_module(device).get_rng_state(device) for device in on}
 
     def now(self) -> ForwardState:
-        """The present state of the same generators, buffers and modules."""
+        """The current state of the same generators, buffers and modules."""
         return ForwardState(self.devices, self.buffers, earlier=self)
 
     @torch.compiler.disable
@@ -162,7 +163,7 @@ class ForwardState:
             torch.get_device_module(device).set_rng_state(state, device)
 
     def see_that_it_holds_the_same(self, name: str, tensor: torch.Tensor, checksum: int | None) -> None:
-        """Of a large buffer that may have been written to: a broadcast among processes writes what was there."""
+        """Check a large buffer that may have been written to: a broadcast between processes writes the same values."""
         if checksum is None or checksum != self.checksums[name]:
             raise RuntimeError(
                 f"The buffer {name} ({tuple(tensor.shape)}, {tensor.nbytes >> 20} MB) was changed by a "
@@ -200,7 +201,7 @@ def uncounted(model: nn.Module | None) -> Iterator[None]:
 
 
 class _CopyBeforeWriting(TorchDispatchMode):
-    """Copies a tensor just before the first operation that writes to it; entering it gives the copies, by name."""
+    """Copies a tensor just before the first operation that writes to it; entering returns the copies, by name."""
 
     supports_higher_order_operators = True
 
@@ -244,7 +245,7 @@ def _address(tensor: torch.Tensor) -> int | None:
 
 
 def _checksum(tensor: torch.Tensor) -> int | None:
-    """A number that another content, or the same in another order, does not give; None if it cannot be read so."""
+    """A checksum of the content and its order; None if the tensor cannot be read as bytes."""
     try:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
     except (RuntimeError, NotImplementedError):

@@ -1,4 +1,4 @@
-"""Checks that a cheaper way to a loss gives the differences of plain passes, before it is used."""
+"""Checks that a cheaper way to compute losses gives the differences of plain passes, before it is used."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ..zo.estimators.base import wide
 from ..zo.perturbation import Perturbation
 
 
-# A perturbation is so many times ε: the first of these at which the loss changes by so much of itself, and so many
-# times its noise. The smallest are seldom needed.
+# The size of a perturbation in ε: the first of these at which the loss changes by SEEN_PART of itself, and by
+# SEEN_NOISES times its noise. The smallest are seldom needed.
 SIZES = (16.0, 64.0, 256.0, 1024.0, 4096.0, 4.0, 1.0)
 SEEN_PART, SEEN_NOISES = 5e-3, 3e4
-# A shortcut's loss is another where it is off by so much of the change, and so many times the noise.
+# A shortcut is at fault if its loss is off by more than this part of the change, and this many times the noise.
 FAULT_PART, FAULT_NOISES = 3e-4, 10
-# Where less than this part of the change would go unnoticed, something is seen at all.
+# The check is valid only if faults of this part of the change would be noticed.
 NOTICED_PART = 0.1
 
 Losses = Callable[[Sequence[Point]], Sequence[torch.Tensor]]
@@ -30,17 +30,17 @@ Key = TypeVar("Key")
 
 @dataclass
 class SelfCheck:
-    """Losses by plain passes, where perturbations are so large that they are seen; a shortcut's are held against them.
+    """Compares a shortcut's losses with those of plain passes, at perturbations large enough to be seen.
 
-    A fault of a shortcut grows with the perturbation, as the differences of losses do; the rounding noise does not. So
-    a part of a loss that only plain passes see is noticed where it makes more than 0.03 % of a difference.
+    A fault of a shortcut grows with the perturbation, as differences of losses do; rounding noise does not. So a part
+    of the loss that a shortcut misses is noticed if it makes up more than 0.03 % of a difference.
 
     Attributes:
-        plain: Gives the losses at points by plain passes.
-        precision: The relative spacing of the coarsest numbers among the model's weights.
-        reduce: Averages a tensor of losses over data-parallel ranks, so that all of them find the same.
+        plain: Computes the losses at points by plain passes.
+        precision: The relative spacing of the coarsest number format of the model's weights.
+        reduce: Averages a tensor of losses over data-parallel ranks, so that all ranks find the same.
         points: Where losses are compared.
-        is_seen: Whether every perturbation changes the loss by so much that something can be said.
+        is_seen: Whether every perturbation changes the loss enough for the check to be valid.
     """
 
     plain: Losses
@@ -52,7 +52,7 @@ class SelfCheck:
     _tolerance: list[float] = field(default_factory=list)
 
     def look(self, perturbations: Collection[Perturbation]) -> None:
-        """Find for every perturbation a size at which it is seen, and take the plain losses there."""
+        """Find a size at which each perturbation is seen, and compute the plain losses there."""
         base = self._losses(self.plain, [{}])[0]
         noises, halves = [], {}
         for perturbation in perturbations:
@@ -67,12 +67,12 @@ class SelfCheck:
             self._add([{perturbation: halves[perturbation]}], None, tolerance)
         if len(halves) > 1:
             self._add([halves], None, max(self._tolerance))
-        # Twice: a shortcut takes the first of all passes in full.
+        # Twice, because a shortcut runs its first pass in full.
         self.points[:0], self._expected[:0] = [{}, {}], [base, base]
         self._tolerance[:0] = [FAULT_NOISES * max(noises)] * 2
 
     def fault(self, evaluate: Losses) -> str | None:
-        """The fault of the losses that `evaluate` gives; None if there is none."""
+        """What is wrong with the losses that `evaluate` computes; None if nothing is."""
         try:
             found = self._losses(evaluate, self.points)
         except torch.OutOfMemoryError:
@@ -96,7 +96,7 @@ class SelfCheck:
         return self.reduce(wide(losses)).tolist()
 
     def _seen(self, perturbation: Perturbation, base: float) -> tuple[float, float, float]:
-        """The size at which the perturbation is seen best, or the largest with a finite loss; that loss, its noise."""
+        """The size at which the perturbation is seen best, else the largest with a finite loss; its loss and noise."""
         size, loss, limit, seen = 0.0, base, math.inf, []
         for step in SIZES:
             if step > limit:
@@ -123,7 +123,7 @@ class SelfCheck:
         return max(seen, key=lambda found: abs(found[1] - base) / (found[2] or math.inf))
 
     def _noise(self, perturbation: Perturbation, size: float, loss: float) -> float:
-        """How far rounding throws the loss: what is left of its changes over tiny steps without their trend."""
+        """How far rounding throws the loss off: its changes over tiny steps, less their trend."""
         steps = [size * (1 + 8 * self.precision * number) for number in (1, 2, 3)]
         near = self._losses(self.plain, [{perturbation: _offset(perturbation, step)} for step in steps])
         bends = torch.tensor([loss, *near], dtype=torch.float64).diff(n=2).abs() / math.sqrt(6)
@@ -135,11 +135,11 @@ def _offset(perturbation: Perturbation, size: float) -> Combination:
 
 
 def holding(keys: Sequence[Key], fault: Callable[[Collection[Key]], str | None]) -> tuple[set[Key], Mapping[Key, str]]:
-    """Those shortcuts that hold, and what is wrong with each of the others.
+    """The shortcuts that hold, and what is wrong with each of the others.
 
     Args:
-        keys: The shortcuts; the first is what the others build on.
-        fault: What is wrong with the losses by some of them together.
+        keys: The shortcuts; the others build on the first.
+        fault: Says what is wrong with the losses if some of them are taken together; None if nothing is.
     """
     if fault(keys) is None:
         return set(keys), {}

@@ -1,9 +1,9 @@
-"""A loss from the first perturbed layer on, in any model that runs a stack of layers one after another.
+"""Computes a loss from the first perturbed layer on, in any model that runs a stack of layers one after another.
 
-The layers below give what they gave in the step's first pass, and leave the random state as they did then. What the
-model does around its layers (embeddings, masks, positions, caches, a head) runs as ever, so nothing needs to be known
-of it. A pass that calls the layers below otherwise than once each, in their order and before any perturbed one, is
-followed by full passes: gradient checkpointing runs layers again, LayerDrop leaves some out, experts are no stack.
+The layers below return what they returned in the step's first pass, and leave the random state as they did then. What
+the model does around its layers (embeddings, masks, positions, caches, a head) runs as usual, so nothing needs to be
+known about it. If a pass does not call the layers below once each, in order and before any perturbed one, full passes
+follow: gradient checkpointing runs layers again, LayerDrop leaves some out, and experts are not a stack.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from .structure import forward_of
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of a model that no perturbation moves, below the first that one does.
+    """A stack of layers, split at the first one that a perturbation moves.
 
     Attributes:
-        below: Those, in their order; at least one.
-        above: The others of their stack.
+        below: The layers before it, in order; at least one.
+        above: That layer and those after it.
     """
 
     below: tuple[nn.Module, ...]
@@ -38,19 +38,19 @@ class Stack:
 
 
 def find_stack(model: nn.Module, perturbations: Collection[Perturbation]) -> Stack | None:
-    """The stack that holds all perturbed parameters, and most others below them; None if there is none."""
+    """The stack that holds all perturbed parameters, with the most parameters below them; None if there is none."""
     moved = {id(parameter) for perturbation in perturbations for parameter in perturbation.parameters}
     best, most = None, 0
     for holder in model.modules():
         if not isinstance(holder, (nn.ModuleList, nn.Sequential)) or len(holder) < 2:
             continue
-        layers = list(holder)  # a part of an `nn.Sequential` would be another module of its class
+        layers = list(holder)  # slicing an `nn.Sequential` would make another module
         inside = [{id(parameter) for parameter in layer.parameters()} for layer in layers]
         if not moved <= set().union(*inside):
             continue
         first = next(index for index, own in enumerate(inside) if own & moved)
         saved = sum(parameter.numel() for layer in layers[:first] for parameter in layer.parameters())
-        if saved > most and len(set(layers)) == len(layers):  # a layer that stands there twice runs twice
+        if saved > most and len(set(layers)) == len(layers):  # a layer listed twice runs twice
             best, most = Stack(tuple(layers[:first]), tuple(layers[first:])), saved
     return best
 
@@ -60,8 +60,8 @@ class StackEvaluation:
 
     Args:
         plan: A `TowerPlan` that has a stack.
-        forward, before: As `PlainEvaluation`'s.
-        used: The shortcuts to take; default: those of the plan, each seen to hold before any is taken.
+        forward, before: As for `PlainEvaluation`.
+        used: The shortcuts to take; default: those of the plan, which are checked before any is taken.
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class StackEvaluation:
 
     def _replay(self, *args: Any, **kwargs: Any) -> Any:
         self._exit.restore()
-        return tree_map(lambda value: value, self._output)  # containers of its own
+        return tree_map(lambda value: value, self._output)  # in new containers
 
     def close(self) -> None:
         if self.plain is not None:

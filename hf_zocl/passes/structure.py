@@ -1,4 +1,4 @@
-"""The structure of a model, its towers and their layers; and attributes that stand in for its own for a while."""
+"""The structure of a model (its towers and their layers), and temporary replacements for its attributes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Tower:
 
     Attributes:
         name: `vision` or `language`.
-        module: What the model calls.
-        layers: Its stack of layers, run in order; None where it is built otherwise.
+        module: The module that the model calls.
+        layers: Its stack of layers, run in order; None if it is built differently.
     """
 
     name: str
@@ -29,9 +29,9 @@ class Tower:
     layers: nn.ModuleList | None
 
     def first_layer_of(self, perturbation: Perturbation) -> int | None:
-        """The index of the first layer with a parameter of `perturbation`, or None where one lies in front of them.
+        """The index of the first layer with a parameter of `perturbation`; None if one lies in front of the layers.
 
-        What stands behind the layers (the last norm, a head) counts as one more layer.
+        Everything behind the layers (the last norm, a head) counts as one more layer.
         """
         mine = {id(parameter) for parameter in perturbation.parameters} & {id(p) for p in self.module.parameters()}
         if self.layers is None:
@@ -71,7 +71,7 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def devices_of(model: nn.Module) -> list[torch.device]:
-    """Where a model runs: the devices of its parameters, and those to which accelerate brings offloaded ones."""
+    """Where a model runs: the devices of its parameters, and those on which accelerate runs offloaded modules."""
     found = dict.fromkeys(parameter.device for parameter in model.parameters() if not parameter.is_meta)
     hooked = map(execution_device, model.modules())
     return list(found | dict.fromkeys(device for device in hooked if device is not None))
@@ -79,7 +79,7 @@ def devices_of(model: nn.Module) -> list[torch.device]:
 
 @contextmanager
 def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Let attributes of a module be others for a while: an instance's own come before its class's."""
+    """Inside, a module has other attributes: an instance's own take precedence over its class's."""
     own = vars(module)
     saved = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
@@ -92,5 +92,5 @@ def shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
 
 
 def forward_of(module: nn.Module, forward: Callable) -> AbstractContextManager:
-    """Let `forward` stand in for the module's own, also where `module.compile()` was called."""
+    """Let `forward` replace the module's own, even if `module.compile()` was called."""
     return shadowed(module, forward=forward, **UNCOMPILED)

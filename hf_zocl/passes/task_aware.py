@@ -1,4 +1,4 @@
-"""`TaskAware`: what a model may do at the beginning and the end of a task, and what it may say of itself."""
+"""`TaskAware`: what a model may do at the beginning and the end of a task, and what it may say about itself."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import nn
 class TaskAware:
     """A base for models, or for adapters within them, that take part in their own training.
 
-    All of it does nothing unless a subclass says otherwise, so a model overrides what it needs:
-    `class Mine(TaskAware, nn.Module)`. A model that is not `TaskAware` is trained as it is.
+    The methods do nothing by default, so a model overrides those it needs: `class Mine(TaskAware, nn.Module)`. A model
+    that is not `TaskAware` is trained as it is.
 
     Attributes:
-        couples_towers: The loss is not made of the towers' features alone, or reads inner states or weights later that
-            it does not read at first. Each loss then takes a full forward pass, also in a model without towers.
-        reloads_frozen_weights: The frozen weights are those of a base model that is loaded anew, so the checkpoints
-            within a training leave them out.
+        couples_towers: Whether the loss depends on more than the towers' features, or later reads inner states or
+            weights that it does not read at first. Every loss then takes a full forward pass, even without towers.
+        reloads_frozen_weights: Whether the frozen weights come from a base model that is loaded again, so that
+            checkpoints within a training leave them out.
     """
 
     couples_towers: bool = False
@@ -33,11 +33,11 @@ class TaskAware:
         return {}
 
     def training_state(self) -> dict[str, torch.Tensor]:
-        """The counts that forward passes change beside parameters and buffers, for a checkpoint within a task."""
+        """The counts, other than buffers, that forward passes change, for a checkpoint within a task."""
         return {}
 
     def load_training_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Count on from what `training_state` gave."""
+        """Continue from the counts that `training_state` returned."""
 
 
 _UNAWARE = TaskAware()

@@ -1,13 +1,13 @@
-"""The cheapest way to a loss under a perturbation.
+"""The cheapest way to compute a loss under a perturbation.
 
 A dual encoder's towers meet only in the last product, and a perturbation that starts in layer k leaves the layers
 below as they are. So one step runs each tower once at θ (the first-order pass does, where there is one) and once for
 every perturbation of its own parameters, from layer k on; a loss is then the model's own forward pass with both towers
 replayed. Several small candidates of one tower go through it as one batch.
 
-Nothing of the model is rewritten: for the length of a call, an attribute of a module (`forward`, `layers`, `weight`)
-is shadowed by another. Every loss equals that of the plain forward pass, to rounding: each shortcut is compared with
-it once (see `SelfCheck`), and one that differs is switched off by name.
+The model is not rewritten: for the length of a call, an attribute of a module (`forward`, `layers`, `weight`) is
+shadowed by another. Every loss equals that of the plain forward pass, up to rounding: each shortcut is compared with
+it once (see `SelfCheck`), and one that differs is switched off with a warning.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIN_BATCH_ELEMENTS = 1 << 22
 
 @dataclass
 class _TowerRecord:
-    """What one step knows of a tower."""
+    """What one step has recorded of a tower."""
 
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -64,13 +64,13 @@ class TowerEvaluation:
 
     Args:
         plan: See `TowerPlan`.
-        forward: The model's whole forward pass without gradient: the loss, a scalar, at the present parameters.
-        context: Under which a tower runs on its own, such as autocast.
+        forward: The model's full forward pass without gradient: the loss, a scalar, at the current parameters.
+        context: The context in which a tower runs on its own, such as autocast.
         before: The state in which the step's first forward pass started.
         batch_candidates: Whether candidates may go through a tower as one batch.
         reuse_layers: Whether the layers below the first perturbed one may be skipped.
         pack_prompts: Whether prompts that begin alike may share their beginning.
-        used: The shortcuts to take; default: those of the plan, each seen to hold before any is taken.
+        used: The shortcuts to take; default: those of the plan, which are checked before any is taken.
     """
 
     def __init__(
@@ -106,12 +106,12 @@ class TowerEvaluation:
     ) -> PlainEvaluation | TowerEvaluation:
         """The evaluation of the same micro-batch by another, finer forward pass.
 
-        What was recorded serves: the states before the first perturbed layer, and the features of the other tower, are
-        the same in all losses that are compared.
+        It reuses what was recorded: the states before the first perturbed layer, and the features of the other tower,
+        are the same in all losses that are compared.
 
         Args:
             forward, context: As for the evaluation itself.
-            towers: Those that run anew.
+            towers: The towers that run again.
         """
         if self.plain is not None:
             return self.plain.finer(forward)
@@ -149,11 +149,11 @@ class TowerEvaluation:
         return self.plan.used if self._own_used is None else self._own_used
 
     def _uses(self, shortcut: Shortcut) -> bool:
-        """Whether a shortcut is taken; as long as it is not known, what it needs is recorded."""
+        """Whether a shortcut is taken; True before the check, so that what it needs is recorded."""
         return self._used is None or shortcut in self._used
 
     def _by(self, used: Collection[Shortcut]) -> Callable[[Sequence[Point]], list[torch.Tensor]]:
-        """Losses by some shortcuts alone."""
+        """Computes losses with these shortcuts and no others."""
         options = self.batch_candidates, self.reuse_layers, self.pack_prompts
         return lambda points: TowerEvaluation(
             self.plan, self.forward, self.before, self.context, *options, used=used
@@ -180,7 +180,7 @@ class TowerEvaluation:
         self.draws = not self.before.same_random_state(self.after)
         for name, record in list(self.records.items()):
             if record.calls == 0 and self.plan.perturbations[name] is None:
-                del self.records[name]  # a loss of features that are there already
+                del self.records[name]  # the loss reads features computed earlier
         is_dual = all(record.calls == 1 and record.outputs for record in self.records.values())
         if not is_dual or not self.before.same_buffers(self.after):
             self.plain = self._plain_evaluation()
@@ -232,7 +232,7 @@ class TowerEvaluation:
             yield
 
     def _run_tower(self, name: str, offsets: Iterable[Combination | None]) -> None:
-        """Make sure of the tower's output at every offset."""
+        """Make sure that the tower's output at every offset is recorded."""
         record, perturbation = self.records[name], self.plan.perturbations[name]
         missing = [offset for offset in offsets if offset not in record.outputs]
         if None in missing:
@@ -255,7 +255,7 @@ class TowerEvaluation:
             record.outputs.update(zip(chunk, outputs, strict=True))
 
     def _stacked_outputs(self, name: str, offsets: Sequence[Combination]) -> list[Any]:
-        """The tower's output at every offset by one pass, of a copy of the batch for each."""
+        """The tower's output at every offset, by one pass over one copy of the batch per offset."""
         record = self.records[name]
         with ExitStack() as stack:
             stack.enter_context(stacked(self.plan.stacked[name], self.plan.perturbations[name].stack(offsets)))
@@ -265,10 +265,10 @@ class TowerEvaluation:
         return _split(output, len(offsets))
 
     def _batch_size(self, name: str, count: int) -> int:
-        """How many candidates go through the tower at once: so many that no more memory is used than elsewhere.
+        """How many candidates go through the tower at once without using more memory than the step does elsewhere.
 
         Their hidden states and weights together may have as many elements as the largest tower's hidden states. Where
-        random numbers are drawn, all of them are given the same.
+        random numbers are drawn, all candidates get the same ones.
         """
         record = self.records[name]
         if count < 2 or not self.batch_candidates or not self._stacks(name) or not record.elements:
@@ -299,7 +299,7 @@ class TowerEvaluation:
                 stack.enter_context(shadowed(tower.module, embeddings=lambda *_, **__: hidden))
             if record.draws:
                 (record.entry if hidden is None else record.resume).restore()
-            # What was recorded has been through the module's hooks, and its output will go through them.
+            # Not the module itself: the recorded inputs have passed its hooks, and its output will pass them later.
             output = tower.module.forward(*repeat(record.args, copies, rows), **repeat(kwargs, copies, rows))
             if packed is not None:
                 output.pooler_output = packed.last_states(output.last_hidden_state, copies)
@@ -308,8 +308,8 @@ class TowerEvaluation:
     def _combine(self, point: Point) -> torch.Tensor:
         """The loss from the towers' outputs: the model's forward pass with both of them replayed.
 
-        Parameters outside the towers, such as a projection's, and those that the loss reads itself are where the point
-        says.
+        Parameters outside the towers, such as a projection's, and those that the loss itself reads are moved to the
+        point.
         """
         resting = {p for name, p in self.plan.perturbations.items() if self._uses((REST, name))}
         outside = {p: offset for p, offset in point.items() if p not in resting & self.plan.within_towers}
@@ -325,7 +325,7 @@ class TowerEvaluation:
 
 
 class _Replay:
-    """A tower that gives what it gave before, and leaves the random state as it did then."""
+    """Stands in for a tower: returns its recorded output, and leaves the random state as the tower did."""
 
     def __init__(self, output: Any, state: ForwardState | None):
         self.output, self.state = output, state
@@ -341,14 +341,14 @@ def _is_pooled(output: Any) -> bool:
 
 
 def _pooled(output: Any) -> Any:
-    """What a dual encoder reads of its tower's output: the pooled features; the hidden states would fill memory."""
+    """The part of a tower's output that a dual encoder reads, its pooled features; hidden states would fill memory."""
     features = output["pooler_output"]
-    # `detach` would also take a tangent away.
+    # `detach` would also drop a tangent.
     return _with_features(output, features.detach() if features.requires_grad else features)
 
 
 def _with_features(output: Any, features: torch.Tensor) -> Any:
-    """Pooled features alone, as an output; at their place, for some models read it by number."""
+    """An output with only pooled features, at their usual index, because some models read it by index."""
     states = output.get("last_hidden_state")
     stand_in = {} if states is None else {"last_hidden_state": torch.empty(states.shape, device="meta")}
     return type(output)(**stand_in, pooler_output=features)

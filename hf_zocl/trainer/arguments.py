@@ -1,4 +1,4 @@
-"""The zeroth-order arguments, beside those of any Trainer; and together with those of `transformers.Trainer`."""
+"""The zeroth-order arguments: as a base for those of any Trainer, and together with `transformers.Trainer`'s."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .ranges import check_ranges
 
 HUB_STRATEGIES = ("every_task", "end", "every_save", "checkpoint", "all_checkpoints")
 TOWERS = ("vision", "language")
-# What may be set for each tower apart, and what its values are.
+# What may be set for each tower separately, and the type of its values.
 PER_TOWER = {"zo_queries": int, "zo_eps": float, "zo_learning_rate": float}
 MEASURED = ("zo_eps", "zo_learning_rate")  # where `auto` is a value
 
@@ -47,20 +47,20 @@ if TYPE_CHECKING:
     OnePerTower = float | str | Mapping[str, float | str]
     Layers = str | int | list[int] | list[str]
 else:
-    # What HfArgumentParser is to make of a command line, which may say "auto" or "vision=2,language=16".
+    # For HfArgumentParser: a command line may say "auto" or "vision=2,language=16".
     OnePerTower = str
     Layers = str | list[str]
 
 
 @dataclass(repr=False, kw_only=True)  # the repr of TrainingArguments shows no token
 class ZeroOrderArguments:
-    """Arguments of the zeroth-order (ZO) side of a training, a base beside any `TrainingArguments`.
+    """Arguments of the zeroth-order (ZO) side of a training, a base class next to any `TrainingArguments`.
 
         @dataclass
         class ZOSFTConfig(ZeroOrderArguments, SFTConfig): ...
 
-    `learning_rate`, `optim`, `weight_decay`, `max_grad_norm` and their like rule the first-order (FO) parameters, the
-    arguments below the zeroth-order ones; `lr_scheduler_type` and `warmup_steps` drive both.
+    `learning_rate`, `optim`, `weight_decay`, `max_grad_norm` and the like apply to the first-order (FO) parameters,
+    the arguments below to the zeroth-order ones; `lr_scheduler_type` and `warmup_steps` apply to both.
 
     Args:
         zo_branch: Where the zeroth-order layers are: `none`, `vision`, `language` or `dual` (every tower).
@@ -69,32 +69,32 @@ class ZeroOrderArguments:
             (`LayerAssignment`).
         zo_estimator: `one-sided` (equation 2 of arXiv 2506.12409), `two-sided` (SPSA), `conservative`, `fzoo` or
             `forward-gradient` (the derivative along the direction, without ε; twice the memory of inference).
-        zo_queries: Directions per branch and step; their estimates are averaged. Many where a pass is cheap: this,
-            `zo_eps` and `zo_learning_rate` take one value, or one for each tower, `vision=2,language=16` or a mapping.
+        zo_queries: Directions per branch and step; their estimates are averaged. Use many where a pass is cheap. This,
+            `zo_eps` and `zo_learning_rate` take one value, or one per tower: `vision=2,language=16`, or a mapping.
         zo_eps: ε, the size of the perturbation; `auto` measures the rounding noise of the loss as a training begins,
             and takes the ε at which truncation and rounding are least.
-        zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO). By default where it is of a
-            `zo_objective` and would be stepped along as it is, for an objective's scale says nothing of the weights'.
+        zo_sign: Step by the sign of the estimate, not by its magnitude (MoZO). Default: on where the size of a step
+            would follow the scale of a `zo_objective`, which says nothing about that of the weights.
         zo_optim: `sign` (of the momentum: every weight moves by the learning rate, whatever the scale of the loss),
             `sgd` or `adamw`; default: `sign`, but `sgd` with `fzoo`, whose steps do not depend on that scale.
         zo_learning_rate: The peak learning rate of the zeroth-order parameters; `auto` takes it from the slope and
             the curvature of the loss along random directions, measured as a training begins (`hf_zocl.zo.rates`).
-            Where nothing is measured, by `forward-gradient` or with a `zo_objective`, it is 3e-4.
+            Where nothing is measured, with `forward-gradient` or a `zo_objective`, it is 3e-4.
         zo_momentum: Momentum of `sgd` and `sign`; default: 0.9 with `sign`, but 0 where `conservative` judges its
             steps, and 0 with `sgd`.
         zo_weight_decay: Weight decay of the zeroth-order parameters.
-        zo_max_grad_norm: Clips the zeroth-order estimate, apart from the gradient; 0 does not clip.
+        zo_max_grad_norm: Clips the zeroth-order estimate, separately from the first-order gradient; 0 does not clip.
         zo_seed: Keys the directions; default `seed`.
 
     Raises:
         TypeError: If a value has a type that it cannot have.
-        ValueError: On an unknown choice or a number out of its range, which it names; or if a launcher asks for
-            FSDP, DeepSpeed or another sharding of the model, which zeroth-order layers cannot have.
+        ValueError: If a choice is unknown or a number is out of its range, which the message names; or if FSDP,
+            DeepSpeed or another sharding of the model is asked for, which zeroth-order layers cannot have.
     """
 
     zo_branch: str = field(default="dual", metadata={"help": f"Zeroth-order branch: {', '.join(BRANCHES)}."})
     zo_layers: Layers = field(
-        default_factory=lambda: "hop-even",  # HfArgumentParser reads the default of a list from its factory alone
+        default_factory=lambda: "hop-even",  # HfArgumentParser reads a list's default only from its factory
         metadata={"help": f"Zeroth-order layers: {', '.join(LAYER_SCHEMES)}, numbers from 1, or regular expressions."},
     )
     zo_estimator: str = field(default="one-sided", metadata={"help": f"Estimator: {', '.join(ESTIMATORS)}."})
@@ -120,7 +120,7 @@ class ZeroOrderArguments:
     zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
 
     def __init_subclass__(cls, **kwargs: Any):
-        """Check these arguments first, wherever this class stands among the bases: a host's may not call `super`."""
+        """Check these arguments first, in any order of bases: a host's `__post_init__` may not call `super`."""
         super().__init_subclass__(**kwargs)
         own = vars(cls).get("__post_init__")
 
@@ -134,7 +134,7 @@ class ZeroOrderArguments:
         cls.__post_init__ = __post_init__
 
     def _check_zero_order(self) -> None:
-        """Read what may be given in several ways, and refuse what cannot be; may be called again."""
+        """Normalise arguments that may be given in several forms, and refuse invalid ones; may be called again."""
         own = [each.name for each in fields(ZeroOrderArguments)]
         check_fields(self, own, but=("zo_layers", *PER_TOWER, "zo_eps_vision", "zo_eps_language"))
         self.zo_layers = parse_layers(self.zo_layers)
@@ -172,7 +172,7 @@ class ZeroOrderArguments:
 
     @property
     def sharding(self) -> str | None:
-        """The sharding of the weights: `FSDP`, `DeepSpeed` or `parallelism_config`, by argument or launcher."""
+        """The sharding that an argument or the launcher asks for: `FSDP`, `DeepSpeed` or `parallelism_config`."""
         asked = {
             "FSDP": self.fsdp or _is_on("ACCELERATE_USE_FSDP"),
             "DeepSpeed": self.deepspeed or _is_on("ACCELERATE_USE_DEEPSPEED"),
@@ -203,7 +203,7 @@ class ZeroOrderArguments:
         return [(f"{name} ({tower})", own) for tower, own in value.items()]
 
     def _check_judged_step(self) -> None:
-        """The estimator judges plain SGD steps along one micro-batch's estimate; others it cannot answer for."""
+        """Refuse any step but those that the estimator judges: plain SGD steps along one micro-batch's estimate."""
         others = {
             "zo_max_grad_norm": (0.0, "it judges its steps unclipped"),
             "zo_momentum": (0.0, "it judges a step without what earlier ones add to it"),
@@ -241,7 +241,7 @@ class ZeroOrderArguments:
 
     @property
     def queries_by_branch(self) -> dict[str | None, int]:
-        """The number of queries of each tower; None stands for a model with a single one."""
+        """The number of queries of each tower; the key None stands for the only tower of a model."""
         return self._by_branch("zo_queries")
 
     @property
@@ -250,7 +250,7 @@ class ZeroOrderArguments:
         return self._by_branch("zo_learning_rate")
 
     def _by_branch(self, name: str) -> dict[str | None, Any]:
-        """An argument's value by branch; None stands for the branch of a model with a single one, and for `auto`."""
+        """An argument's value by branch; the key None stands for a model's only branch, the value None for `auto`."""
         value = getattr(self, name)
         if not isinstance(value, Mapping):
             value = dict.fromkeys((None, *TOWERS), value)
@@ -264,12 +264,12 @@ class ZeroOrderArguments:
 
 @dataclass(repr=False)
 class ZOCLTrainingArguments(ZeroOrderArguments, TrainingArguments):
-    """Arguments of a run that mixes zeroth-order and first-order optimisation: both bases' together.
+    """Arguments of a run that mixes zeroth-order and first-order optimisation: those of both bases.
 
     Args:
-        hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of `every_task`, the
-            last one alone (`end`), or, besides every task's, what is saved within a task, as the Trainer does:
-            `every_save`, `checkpoint`, `all_checkpoints`. Outside of a stream `every_task` is `every_save`.
+        hub_strategy: What `push_to_hub` pushes of a stream of tasks (docs/hub.md): the checkpoint of every task
+            (`every_task`), only the last one (`end`), or every task's and also what is saved within a task, as the
+            Trainer does: `every_save`, `checkpoint`, `all_checkpoints`. Outside a stream `every_task` is `every_save`.
 
     Raises:
         TypeError: If a value has a type that it cannot have.
@@ -297,7 +297,7 @@ class ZOCLTrainingArguments(ZeroOrderArguments, TrainingArguments):
 
 
 def _number(name: str, value: Any, kind: type, words: tuple[str, ...]) -> Any:
-    """A number, as it stands or as a text says it; or one of the words."""
+    """Read a number, given as such or as text, or one of the words."""
     if value in words:
         return value
     try:

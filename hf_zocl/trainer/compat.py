@@ -1,9 +1,9 @@
-"""Private and undocumented names of the Trainer, accelerate and datasets: all that the package uses are here.
+"""The private and undocumented names of the Trainer, accelerate and datasets that the package uses.
 
-`HookedTrainer` is a Trainer with places to step in that transformers does not offer; the functions say what has no
-public name. All are true of transformers 5.20 to 5.24, accelerate 1.15 and datasets 5.1 to 5.2;
-`tests/trainer/test_compat.py` fails by the name of one that a release drops. Those that the lower floors use are in
-`private_names.py`, PEFT's in `models/moe_adapter/model.py` and `models/placement.py`.
+`HookedTrainer` is a Trainer with hooks that transformers does not offer; the functions stand for what has no public
+name. All hold for transformers 5.20 to 5.24, accelerate 1.15 and datasets 5.1 to 5.2; if a release drops one,
+`tests/trainer/test_compat.py` fails and names it. Those that the lower floors use are in `private_names.py`, PEFT's in
+`models/moe_adapter/model.py` and `models/placement.py`.
 
 Of transformers: overridden are `_save_checkpoint`, `_save_rng_state`, `_run_epoch`, `_issue_warnings_after_load`,
 `_wrap_model`, `_move_model_to_device`, `_load_from_checkpoint`, `_load_best_model` and the undocumented
@@ -36,35 +36,35 @@ from ..private_names import is_offloaded
 
 
 class HookedTrainer(Trainer):
-    """A `Trainer` with more places to step in. It does nothing of its own: a subclass extends the hooks it needs.
+    """A `Trainer` with more hooks. It does nothing by itself: a subclass extends the hooks it needs.
 
-    Callbacks come too late for all of them, or too early: `on_save` when older checkpoints are gone, `on_epoch_begin`
-    before a step that nothing stops, `on_train_begin` when the model is wrapped.
+    Callbacks come too late or too early for them: `on_save` when older checkpoints are gone, `on_epoch_begin` before
+    a step that nothing stops, `on_train_begin` when the model is wrapped.
     """
 
     def _saving_checkpoint(self, folder: Path) -> AbstractContextManager:
-        """What surrounds the saving of a checkpoint, in every process."""
+        """A context around the saving of a checkpoint, in every process."""
         return nullcontext()
 
     def _before_state(self, folder: Path) -> None:
-        """Called in every process when all of a checkpoint is saved but the Trainer's state."""
+        """Called in every process when all of a checkpoint except the Trainer's state is saved."""
 
     def _after_state(self, folder: Path) -> None:
-        """Called where the state is saved, just after it: before a checkpoint is pushed, and older ones removed."""
+        """Called where the state is saved, just after it: before a checkpoint is pushed and older ones are removed."""
 
     def _has_epoch(self) -> bool:
         """Whether there is a step left for the next epoch."""
         return True
 
     def _accepts(self, load_result: Any) -> bool:
-        """Whether a checkpoint's weights, just loaded, need no warning of what is missing or too many."""
+        """Whether a checkpoint's weights, just loaded, need no warning about missing or unexpected ones."""
         return False
 
     def _before_wrapping(self, model: nn.Module) -> nn.Module:
-        """The model that accelerate will prepare for training; or another, if it is prepared already."""
+        """The model that accelerate will prepare for training; or another one, already prepared."""
         return model
 
-    # What transformers calls.
+    # Called by transformers.
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """`Trainer._save_checkpoint` saves a checkpoint within a training, and removes older ones."""
@@ -73,12 +73,12 @@ class HookedTrainer(Trainer):
             super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """`Trainer._save_rng_state` is the last that it does for a checkpoint in every process."""
+        """`Trainer._save_rng_state` is the Trainer's last act for a checkpoint in every process."""
         super()._save_rng_state(output_dir)
         self._before_state(Path(output_dir))
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        """`Trainer._run_epoch` takes the steps of an epoch, and one at least."""
+        """`Trainer._run_epoch` takes the steps of an epoch, at least one."""
         if self._has_epoch():
             super()._run_epoch(*args, **kwargs)
         else:
@@ -92,30 +92,30 @@ class HookedTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """`Trainer.create_accelerator_and_postprocess`; accelerate then leaves alone whatever it has offloaded itself.
 
-        It knows such a model by a map of two devices (`Accelerator.verify_device_map`), and would move another.
+        It recognises such a model by a map of two devices (`Accelerator.verify_device_map`), and would move any other.
         """
         super().create_accelerator_and_postprocess()
         verify = self.accelerator.verify_device_map
         self.accelerator.verify_device_map = lambda model: has_offloaded(model) or verify(model)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """`Trainer._move_model_to_device`; an offloaded model stays where it is, also without a `hf_device_map`."""
+        """`Trainer._move_model_to_device`; an offloaded model stays where it is, even without a `hf_device_map`."""
         if not has_offloaded(model):
             super()._move_model_to_device(model, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """`Trainer._load_from_checkpoint` loads a checkpoint's weights as a training goes on."""
         with _staying_in_place(self.model if model is None else model):
-            # An override of the host's may take no model, as that of sentence-transformers does.
+            # A host's override may take no model, like that of sentence-transformers.
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
-        """`Trainer._load_best_model` does so as a training ends."""
+        """`Trainer._load_best_model` loads the best checkpoint's weights as a training ends."""
         with _staying_in_place(self.model):
             super()._load_best_model()
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
-        """`Trainer._wrap_model` comes just before `accelerator.prepare`; a model other than its own is prepared."""
+        """`Trainer._wrap_model` comes just before `accelerator.prepare`; a different model counts as prepared."""
         if training and model is self.model:
             model = self._before_wrapping(model)
         return super()._wrap_model(model, training, dataloader)
@@ -127,7 +127,7 @@ def has_offloaded(model: nn.Module) -> bool:
 
 
 def _staying_in_place(model: nn.Module) -> AbstractContextManager:
-    """Inside, PEFT loads an adapter without spreading the model anew, by a map of its own (`hf_device_map`)."""
+    """Inside, PEFT loads an adapter without spreading the model again by a map of its own (`hf_device_map`)."""
     is_spread = getattr(model, "hf_device_map", None) is not None
     return shadowed(model, hf_device_map=None) if is_spread else nullcontext()
 
@@ -151,7 +151,7 @@ def _after_saving(state: TrainerState, call: Callable[[], None]) -> Iterator[Non
 def pending_loss(trainer: Trainer) -> torch.Tensor:
     """The sum of the losses of the steps not yet logged (`_tr_loss`), not summed over processes.
 
-    A callback is given no loss, and `Trainer.log` the mean over several steps.
+    A callback gets no loss, and `Trainer.log` only the mean over several steps.
     """
     return trainer._tr_loss
 
@@ -162,10 +162,10 @@ def last_logged_step(trainer: Trainer) -> int:
 
 
 def continue_logging(trainer: Trainer, step: int, loss: torch.Tensor) -> None:
-    """As a training begins: let it have logged last at `step`, with the sum `loss` since then.
+    """As a training begins, go on as if it had last logged at `step`, with the sum `loss` since then.
 
-    The Trainer begins with 0 at its first step. What was lost by earlier calls counts in the log, but not in
-    `train_loss` (`_total_loss_scalar`), which is of the steps of this call.
+    The Trainer itself starts from 0 at its first step. The loss of earlier calls counts in the log, but not in
+    `train_loss` (`_total_loss_scalar`), which covers only the steps of this call.
     """
     trainer._globalstep_last_logged = step
     trainer._tr_loss += loss.to(trainer._tr_loss.device)
@@ -173,7 +173,7 @@ def continue_logging(trainer: Trainer, step: int, loss: torch.Tensor) -> None:
 
 
 def scales_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | None) -> bool:
-    """True if a micro-batch's loss is scaled by its items already; else it is to be divided by the micro-batches.
+    """True if a micro-batch's loss is already scaled by its items; else it is divided by the number of micro-batches.
 
     `Trainer.training_step` decides by `loss_is_scaled_for_ga`, where a host sets it, and else by
     `model_accepts_loss_kwargs` and `compute_loss_func`.
@@ -185,12 +185,12 @@ def scales_loss(trainer: Trainer, num_items_in_batch: torch.Tensor | int | None)
 
 
 def accumulated_batches(trainer: Trainer) -> int:
-    """The micro-batches of this step: an epoch's last has fewer (`current_gradient_accumulation_steps`)."""
+    """The number of micro-batches in this step; an epoch's last has fewer (`current_gradient_accumulation_steps`)."""
     return trainer.current_gradient_accumulation_steps
 
 
 def asks_for_items(trainer: Trainer) -> bool:
-    """True if the loss is told of the items of a step (`model_accepts_loss_kwargs`, `compute_loss_func`)."""
+    """True if the loss is told the number of items of a step (`model_accepts_loss_kwargs`, `compute_loss_func`)."""
     return trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
 
 
@@ -209,16 +209,16 @@ def put_first(trainer: Trainer, callback: TrainerCallback) -> None:
 def training_shard(trainer: Trainer) -> BatchSamplerShard | None:
     """The sampler that shares out the training examples among the processes, if they are shared out.
 
-    `callback_handler.train_dataloader` is the one in use, whoever has made it; a callback is given it, too.
+    `callback_handler.train_dataloader` is the loader in use, whoever made it; callbacks get it, too.
     """
     sampler = getattr(trainer.callback_handler.train_dataloader, "batch_sampler", None)
     return sampler if isinstance(sampler, BatchSamplerShard) else None
 
 
 def dispatched_examples(trainer: Trainer) -> int:
-    """The examples of an epoch's last batch over all processes, where the main process hands them out; else 0.
+    """The number of examples in an epoch's last batch, over all processes, if the main process hands them out; else 0.
 
-    `remainder` is written beside the batch, and counts no example that is repeated to give all as many.
+    `remainder` is set along with the batch, and does not count examples repeated to give every process as many.
     """
     is_dispatched = isinstance(trainer.callback_handler.train_dataloader, DataLoaderDispatcher)
     return max(trainer.accelerator.gradient_state.remainder, 0) if is_dispatched else 0
@@ -236,24 +236,24 @@ def gradient_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
 
 
 def forget_prepared(accelerator: Accelerator, model: nn.Module) -> None:
-    """Let accelerate prepare a model anew for which it has done so (`_is_accelerate_prepared`).
+    """Let accelerate prepare a model again that it has prepared before (`_is_accelerate_prepared`).
 
-    One that was prepared for an evaluation it takes as it is from then on, without a data-parallel wrapper.
+    Otherwise a model prepared for an evaluation would stay as it is, without a data-parallel wrapper.
     """
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model._is_accelerate_prepared = False  # type: ignore[assignment]
 
 
 def leave_out_of_wrapper(model: nn.Module, names: Sequence[str]) -> None:
-    """Let a data-parallel wrapper take no notice of some parameters; the function for it begins with an underscore."""
+    """Make a data-parallel wrapper ignore some parameters; the function for this begins with an underscore."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, list(names))
 
 
 def rows_in_table(data: datasets.Dataset) -> pa.ChunkedArray | None:
-    """The rows of `data.data`, its table, that a dataset is made of; None if it is all of them (`_indices`)."""
+    """The rows of its table `data.data` that a dataset consists of; None if it is all of them (`_indices`)."""
     return None if data._indices is None else data._indices.column(0)
 
 
 def dataset_fingerprint(data: datasets.Dataset) -> str:
-    """The name of a dataset's content in datasets' own cache, which changes with every change (`_fingerprint`)."""
+    """The fingerprint of a dataset in datasets' own cache, which changes with every change (`_fingerprint`)."""
     return data._fingerprint

@@ -34,34 +34,34 @@ logger = logging.get_logger(__name__)
 
 
 class DataParallelTrainer(HookedTrainer):
-    """The mean of the processes' losses, and so of their gradients, is that over all examples of the batch.
+    """A `Trainer` whose losses and gradients, averaged over processes, are the means over all examples of the batch.
 
-    Also where an epoch's last batch gives the processes unequal shares, which accelerate evens out by repeating
-    examples: these are cut off, and a process's loss is multiplied by what its own examples count. It takes the
-    arguments of `Trainer`.
+    This also holds for an epoch's last batch, which may give the processes unequal shares. accelerate evens these out
+    by repeating examples; here the repeats are cut off, and each process's loss is weighted by its own examples. It
+    takes the arguments of `Trainer`.
 
-    A subclass that takes losses beside `Trainer.training_step`'s does so within `_counting_own_examples`, and says
-    what it trains without autograd (`_gradient_free_parameters`).
+    A subclass that computes losses besides those of `Trainer.training_step` does so within `_counting_own_examples`,
+    and says what it trains without autograd (`_gradient_free_parameters`).
     """
 
     @property
     def _gradient_free_parameters(self) -> Sequence[nn.Parameter]:
-        """Parameters that are trained though they require no gradient."""
+        """Parameters that are trained although they require no gradient."""
         return ()
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         # How the examples are shared out among the processes, if they are.
         self._shard: BatchSamplerShard | None = None
-        # What this process's examples count in the mean over the processes: for every micro-batch of the step, and
-        # for the present one, within its training step.
+        # The weight of this process's examples in the mean over processes: for every micro-batch of the step, and for
+        # the current one during its training step.
         self._shares: list[float] = []
         self._share: float | None = None
         # Labels that are hidden while items are counted.
         self._uncounted: dict[str, torch.Tensor] = {}
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device):
-        """The Trainer's, without the examples that accelerate repeats to fill the last batch of every process."""
+        """As in `Trainer`, without the examples that accelerate repeats to fill the last batch of every process."""
         self._shares.clear()
         shard = self._shard = training_shard(self)
         if shard is not None and not hasattr(shard.batch_sampler, "sampler"):
@@ -84,13 +84,13 @@ class DataParallelTrainer(HookedTrainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """`Trainer.training_step`, in which the loss counts what this process's examples do."""
+        """`Trainer.training_step`, with the loss weighted by this process's own examples."""
         with self._counting_own_examples():
             return super().training_step(model, inputs, num_items_in_batch)
 
     @contextmanager
     def _counting_own_examples(self) -> Iterator[None]:
-        """Inside, every loss of the next micro-batch counts what this process's examples do; may be nested."""
+        """Inside, every loss of the next micro-batch is weighted by this process's own examples; may be nested."""
         if self._share is not None:
             yield
             return
@@ -102,13 +102,13 @@ class DataParallelTrainer(HookedTrainer):
 
     @property
     def _own_share(self) -> float:
-        """What this process's examples count in the mean over all: 1 but for an epoch's last batch."""
+        """The weight of this process's examples in the mean over all: 1 except in an epoch's last batch."""
         return 1.0 if self._share is None else self._share
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """`Trainer.compute_loss`, in training times what this process's examples count in the mean over all.
+        """`Trainer.compute_loss`, in training times the weight of this process's examples in the mean over all.
 
-        That is 1 but for an epoch's last batch in several processes. An override should call this one for it.
+        That is 1 except in an epoch's last batch with several processes. An override should call this method for it.
         """
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         share = self._own_share
@@ -117,18 +117,17 @@ class DataParallelTrainer(HookedTrainer):
         return (result[0] * share, result[1]) if return_outputs else result * share
 
     def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
-        """`Trainer.save_model`; the process that saves gives back what it has gathered of shards, so all do."""
+        """`Trainer.save_model`; first all processes release gathered shards, because the one that saves does."""
         reshard(self.model)
         super().save_model(output_dir, *args, **kwargs)
 
     def _own_examples(
         self, inputs: dict[str, torch.Tensor | Any], items_of_all: bool = True
     ) -> dict[str, torch.Tensor | Any]:
-        """A micro-batch without repeated examples; what it counts is noted.
+        """Remove repeated examples from a micro-batch, and note its weight.
 
         accelerate fills the last batch of an epoch, process after process, with examples from the epoch's beginning. A
-        process for which none but these are left keeps one, which counts nothing: the others wait for its
-        part in the means.
+        process that has only repeated ones left keeps one, with weight 0: the others wait for its part in the means.
 
         Args:
             items_of_all: Whether a loss that counts items is divided by those of all processes.
@@ -138,14 +137,14 @@ class DataParallelTrainer(HookedTrainer):
         own_counts, given = _last_batch(self) if is_last else ([], 0)
         own = own_counts[self.accelerator.process_index] if own_counts else 0
         size = _rows(inputs, given or own) if own_counts else None
-        if size is not None:  # else nothing is known to have a row for every example
+        if size is not None:  # else nothing is known to have one row per example
             inputs = _first_rows(inputs, size, max(own, 1))
             # The Trainer counts items where there are labels and the loss asks for their number.
             labels = inputs.get("labels")
             if not (items_of_all and asks_for_items(self) and isinstance(labels, torch.Tensor)):
                 share = own * count / sum(own_counts)
             elif own == 0:
-                # Such a loss is a sum divided by the items of all processes: it is in proportion already.
+                # Such a loss is a sum divided by the items of all processes: it is weighted already.
                 share = 0.0
                 names = [name for name in ("labels", "shift_labels") if name in inputs]
                 self._uncounted = {name: inputs[name] for name in names}
@@ -154,9 +153,9 @@ class DataParallelTrainer(HookedTrainer):
         return inputs
 
     def _before_wrapping(self, model: nn.Module) -> nn.Module:
-        """The model, to be prepared anew, as it must be for training after an evaluation.
+        """Let the model be prepared again, as training after an evaluation requires.
 
-        Where nothing requires a gradient there is nothing to wrap for, and torch refuses to.
+        If nothing requires a gradient, there is no reason to wrap the model, and torch refuses to.
         """
         is_launched = self.accelerator.distributed_type != DistributedType.NO  # perhaps as the only process
         if not is_launched or is_sharded(self):
@@ -164,13 +163,13 @@ class DataParallelTrainer(HookedTrainer):
         forget_prepared(self.accelerator, model)
         trained = self._gradient_free_parameters
         if trained and not any(parameter.requires_grad for parameter in model.parameters()):
-            # What the wrapper does first: a frozen part may have been drawn by each process for itself.
+            # As the wrapper does first: each process may have drawn a frozen part for itself.
             broadcast(whole_tensors(model))
             return self.accelerator.prepare_model(model, evaluation_mode=True)
         shards = shards_of(model)
         if not shards:
             return model
-        # A frozen base in shards needs no reduction, and what has any accelerate refuses to wrap.
+        # A frozen base in shards needs no reduction, and accelerate refuses to wrap a model that has shards.
         model = self.accelerator.prepare_model(model, evaluation_mode=True)
         leave_out_of_wrapper(model, shards)
         handler = self.accelerator.ddp_handler
@@ -178,11 +177,11 @@ class DataParallelTrainer(HookedTrainer):
 
 
 def leave_process_group() -> None:
-    """Take this process out of the group of processes, as the last thing that a command does.
+    """Take this process out of the process group, as the last thing that a command does.
 
     `torch.distributed.destroy_process_group` alone is not enough: gloo's threads live as long as anything refers to
-    the group, as a wrapped model does that waits for Python's garbage collector. One that lets go of a tensor of
-    Python's while the interpreter ends aborts the process ("terminate called without an active exception").
+    the group, such as a wrapped model that waits for garbage collection. A thread that releases a Python tensor while
+    the interpreter shuts down aborts the process ("terminate called without an active exception").
     """
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -214,10 +213,10 @@ class _CountingBatchSampler:
 
 
 def _last_batch(trainer: DataParallelTrainer) -> tuple[list[int], int]:
-    """How many examples of their own the processes have in an epoch's last batch; empty where none is repeated.
+    """How many examples of its own each process has in an epoch's last batch; empty if none is repeated.
 
     Returns:
-        Those, and how many examples each process was given; 0 where these are its own alone.
+        These numbers, and how many examples each process was given; 0 if only its own.
     """
     shard, count = trainer._shard, trainer.accelerator.num_processes
     if shard is not None:
@@ -230,11 +229,11 @@ def _last_batch(trainer: DataParallelTrainer) -> tuple[list[int], int]:
 
 
 def _last_round(shard: BatchSamplerShard) -> list[int]:
-    """How many examples of their own the processes have in an epoch's last batch; empty where none is repeated."""
+    """How many examples of its own each process has in an epoch's last batch; empty if none is repeated."""
     count, size = shard.num_processes, shard.batch_size
     if count == 1 or shard.drop_last:
         return []
-    if size is None:  # batches of any sizes: of the last ones, processes that have none repeat a whole one
+    if size is None:  # batches of any size: a process left without one repeats a whole one
         sizes = _batch_sizes(shard.batch_sampler)
         left = len(sizes) % count or min(count, len(sizes))
         return [*sizes[len(sizes) - left :], *[0] * (count - left)]
@@ -256,7 +255,7 @@ def _tail(shard: BatchSamplerShard) -> int:
 
 
 def _batch_sizes(batch_sampler: Any) -> list[int]:
-    """Of the latest epoch; of one that nobody has counted, those of another."""
+    """The batch sizes of the latest epoch; if it was not counted, those of a new one."""
     return getattr(batch_sampler, "sizes", None) or [len(batch) for batch in batch_sampler]
 
 
@@ -283,7 +282,7 @@ def _rows(inputs: dict[str, Any], expected: int) -> int | None:
 
 
 def _first_rows(value: Any, size: int, count: int) -> Any:
-    """The first rows of what has one for every example, tensors and lists; anything else as it is."""
+    """The first rows of tensors and lists that have one row per example; anything else as it is."""
     if isinstance(value, torch.Tensor):
         return value[:count] if value.dim() and len(value) == size else value
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Checks that differences of losses exceed their rounding: measured as a training begins, and watched."""
+"""Checks that differences of losses exceed their rounding: measured as a training begins, and watched after that."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from ..zo.noise import Line, measure, two_sided_would_do
 logger = logging.get_logger(__name__)
 
 NOISE_FILE = "zo_noise.json"
-# ε where the loss does not move whatever it is.
+# ε where the loss does not change at any ε.
 DEFAULT_EPS = 1e-3
-# A loss may be flat at first, as an on-policy one is: it is measured again at so many steps.
+# A loss may be flat at first, as an on-policy one is: it is measured at up to this many steps.
 TRIES = 4
-# So many differences are enough to compare their mean with the noise.
+# This many differences are enough to compare their mean with the noise.
 ENOUGH = 32
 
 MakeFiner = Callable[[set[str | None]], Evaluation]
 
 
 class DifferenceWatch:
-    """Chooses ε and the precision of the zeroth-order passes, and says where nothing is seen.
+    """Chooses ε and the precision of the zeroth-order passes, and warns where differences are lost in rounding.
 
     Args:
-        estimator: Takes on what is measured.
+        estimator: The estimator, which adopts what is measured.
         eps: ε of every branch; None where it is to be chosen.
-        precision: The training's, such as `bf16`, for messages.
+        precision: The precision of the training, such as `bf16`, for messages.
     """
 
     def __init__(self, estimator: ZOEstimator, eps: Mapping[str | None, float | None], precision: str):
@@ -48,7 +48,7 @@ class DifferenceWatch:
 
     @property
     def _of(self) -> list:
-        """What an ε is good for, as it is in a checkpoint."""
+        """What a measured ε is valid for, as saved in a checkpoint."""
         return [self.estimator.formula.is_two_sided, type(self).__name__]
 
     @property
@@ -61,9 +61,9 @@ class DifferenceWatch:
         """Measure every branch on a micro-batch.
 
         Args:
-            evaluation: Its losses by the training's own passes.
-            make_finer: Makes an evaluation in which some branches are perturbed in full precision, if there can be.
-            why_flat: A reason for a loss that no perturbation of a branch changes.
+            evaluation: Computes its losses by the training's own passes.
+            make_finer: Makes an evaluation in which some branches are perturbed in full precision; None if none can.
+            why_flat: Says why no perturbation of a branch changes the loss.
         """
         is_two_sided, found = self.estimator.formula.is_two_sided, {}
         for branch, eps in self.eps.items():
@@ -92,13 +92,13 @@ class DifferenceWatch:
         logger.info("Zeroth-order passes: " + "; ".join(_described(*item) for item in found.items()) + ".")
 
     def check_repeats(self, first: torch.Tensor, again: torch.Tensor) -> None:
-        """See that passes leave nothing behind that changes the losses of later ones.
+        """Check that passes leave nothing behind that changes the losses of later ones.
 
         Args:
             first, again: The loss at θ before and after the passes of `settle`.
 
         Raises:
-            RuntimeError: If they differ by more than rounding, and by a part of the differences to be measured.
+            RuntimeError: If they differ by more than rounding, and more than a part of the differences to be measured.
         """
         estimator = self.estimator
         before, after = estimator.reduce(wide(torch.stack([first, again]))).tolist()  # the same in all processes
@@ -118,7 +118,7 @@ class DifferenceWatch:
             self._seen[branch] = (total + differences.abs().sum(), count + len(differences))
 
     def logs(self) -> dict[str, float]:
-        """σ and ε of every branch; and a warning where the differences since the last one are below σ."""
+        """σ and ε of every branch, for the log; warns if a branch's differences since the last check are below σ."""
         logs: dict[str, float] = {}
         for branch, resolution in self.estimator.resolutions.items():
             suffix = f"_{branch}" if branch else ""
@@ -144,7 +144,7 @@ class DifferenceWatch:
                 Path(unfinished).write_text(json.dumps(content), encoding="utf-8")
 
     def load(self, folder: Path) -> None:
-        """Take on what `save` wrote, unless another ε is asked for now."""
+        """Adopt what `save` wrote, unless another ε is asked for now."""
         file = folder / NOISE_FILE
         if self.is_settled or not file.is_file():
             return
@@ -157,7 +157,7 @@ class DifferenceWatch:
             self.tries = content["tries"]
 
     def _line(self, evaluation: Evaluation, branch: str | None) -> Line:
-        """The losses of an evaluation along random directions of a branch, the mean over all processes."""
+        """The losses of an evaluation along random directions of a branch, averaged over all processes."""
         estimator, perturbation = self.estimator, self.estimator.perturbations[branch]
 
         @torch.no_grad()
@@ -202,8 +202,8 @@ def why_flat(
 
     Args:
         module: The model.
-        parameters: Those that were perturbed.
-        loss_with_gradient: The loss, as a backward pass needs it.
+        parameters: The perturbed parameters.
+        loss_with_gradient: Computes the loss with autograd on.
     """
     mine = {id(parameter) for parameter in parameters}
     for name, layer in module.named_modules():
@@ -213,7 +213,7 @@ def why_flat(
             if getattr(layer, state, False) is True:
                 what = "merged into the weights" if state == "merged" else "disabled"
                 return f"The adapter of {name} is {what}: {undo} to train it."
-    if any(parameter.is_meta for parameter in module.parameters()):  # a backward pass would hold all of the base
+    if any(parameter.is_meta for parameter in module.parameters()):  # a backward pass needs all of the base in memory
         return (
             "The loss does not depend on these weights, or compares the model with itself, as an on-policy one does."
         )

@@ -1,4 +1,4 @@
-"""`zeroth_order`: the two classes of any project's Trainer, with zeroth-order layers."""
+"""`zeroth_order`: adds zeroth-order layers to any project's Trainer and arguments."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ PREFIX = "ZO"
 
 
 def zeroth_order(trainer: type[Trainer], arguments: type[TrainingArguments]) -> tuple[type, type]:
-    """The same Trainer and arguments, with zeroth-order layers: the mixins as a first base of each.
+    """Add zeroth-order layers to a Trainer and its arguments: each gets a mixin as its first base.
 
         ZOSFTTrainer, ZOSFTConfig = zeroth_order(SFTTrainer, SFTConfig)
 
     That is `class ZOSFTTrainer(ZeroOrderMixin, SFTTrainer)` and `@dataclass class ZOSFTConfig(ZeroOrderArguments,
-    SFTConfig)`. Asked again, it gives the same classes. They can be pickled, so checkpoints hold their arguments, and
-    read in a process that has not called this.
+    SFTConfig)`. Called again, it returns the same classes. They can be pickled, so checkpoints hold their arguments,
+    and can be read in a process that has not called this.
 
     Args:
         trainer: A `Trainer` class.
         arguments: The `TrainingArguments` class that goes with it.
 
     Returns:
-        The Trainer's class and the arguments' class; one that has its mixin already, as it is.
+        The Trainer's class and the arguments' class; one that has its mixin already is returned as it is.
 
     Raises:
-        TypeError: If either is another class.
+        TypeError: If either is not such a class.
         ValueError: If one of them is defined within a function, where no other process would find it.
     """
     for name, given, base in (("trainer", trainer, Trainer), ("arguments", arguments, TrainingArguments)):
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> type:
     if not name.startswith(f"{PREFIX}:"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _, module, path = name.replace("/", ".").split(":")
-    # A script's own classes are in `__main__`, which is not imported anew.
+    # A script's own classes are in `__main__`, which is not imported again.
     found: Any = sys.modules.get(module) or import_module(module)
     for part in path.split("."):
         found = getattr(found, part)

@@ -13,13 +13,13 @@ from ..private_names import version
 
 
 class Inputs:
-    """What a host hands to its loss, given anew to every further pass, in containers of its own.
+    """The inputs that a host gives to its loss, given again to every further pass in containers of its own.
 
-    A loss may write into the tensors: one that masks tokens does so in place, as `torch_mask_tokens` does. The next
-    pass must not see that. Whether it does is seen in the first pass of a training; only then is anything copied.
+    A loss may write into the tensors, for example to mask tokens in place (`torch_mask_tokens`), and the next pass
+    must not see that. Tensors are copied unless the first pass of the training has shown that the loss does not write.
 
     Args:
-        given: As the host hands them over; its own pass reads them, and may write there.
+        given: The inputs as the host gives them; its own pass reads them, and may write to them.
         is_written: Whether passes write to them; None if that is not known.
     """
 
@@ -30,7 +30,7 @@ class Inputs:
         self._seen = [(given, _versions(given))]
 
     def again(self) -> Any:
-        """For one pass."""
+        """The inputs for one further pass."""
         made = self._copy(self._kept)
         if self._leaf is _cloned:  # else they are the given tensors
             self._seen[1:] = [(made, _versions(made))]
@@ -38,11 +38,11 @@ class Inputs:
 
     def _copy(self, inputs: Any) -> Any:
         made = _again(inputs, self._leaf)
-        return copy(made) if made is inputs else made  # an object of a kind of its own
+        return copy(made) if made is inputs else made  # some other kind of object
 
     @property
     def written(self) -> list[str]:
-        """The names of those that the host's own pass or the latest one has written to."""
+        """The names of the tensors that the host's own pass or the latest pass has written to."""
         found = []
         for inputs, seen in self._seen:
             now = _versions(inputs)

@@ -30,17 +30,17 @@ class MicroBatch:
     """Stands in for the host's loss and backward pass, for one call of its `training_step`.
 
     Where there are first-order parameters, the host's loss is recorded and backpropagated, and the estimate is made
-    after that, when the activations are gone. Else the first pass of the estimate is the host's own.
+    after that, when the activations are gone. Otherwise the first pass of the estimate is the host's own.
 
     Args:
         trainer: The host, a `ZeroOrderMixin`.
-        stack: What is to be undone after the step.
+        stack: Collects what must be undone after the step.
         loss: The host's `compute_loss`.
-        backward: The accelerator's.
-        scale: What the estimate counts in the step's.
+        backward: The accelerator's `backward`.
+        scale: The scale of the estimate in the step's gradient.
 
     Attributes:
-        estimate: None until it is made.
+        estimate: The estimate; None until it is made.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class MicroBatch:
         self._has_begun = self._is_passed_back = self._is_hosts_own = False
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any], *args, **kwargs) -> Any:
-        """In the place of the host's `compute_loss`."""
+        """Replaces the host's `compute_loss`."""
         if self._has_begun:
             return self._loss(model, inputs, *args, **kwargs)
         result = self._first_loss(model, inputs, *args, **kwargs)
@@ -87,7 +87,7 @@ class MicroBatch:
         return self._recorded(model, inputs)
 
     def _recorded(self, model: nn.Module, inputs: dict[str, torch.Tensor | Any]) -> Any:
-        """The host's loss at θ, from which the base of the differences is known."""
+        """The host's loss at θ, which is also the base of the differences."""
         self._recording.enter_context(self.evaluation.recording())
         if self._objective is None:
             result = self._loss(model, inputs, *self._args, **self._kwargs)
@@ -103,12 +103,12 @@ class MicroBatch:
         return self._loss(model, inputs, **{**self._kwargs, "return_outputs": True})
 
     def _value(self, outputs: Any) -> torch.Tensor:
-        """The objective, counting what this process's examples do."""
+        """The objective, weighted by this process's own examples."""
         value = value_of(self._objective, self._unwrapped(), self.inputs.again(), outputs)
         return value * self.trainer._own_share
 
     def backward(self, loss: torch.Tensor, **kwargs) -> None:
-        """In the place of the accelerator's `backward`."""
+        """Replaces the accelerator's `backward`."""
         if not self._has_begun or self._is_passed_back:
             raise RuntimeError(
                 f"{type(self.trainer).__name__}: its training_step calls accelerator.backward "
@@ -125,9 +125,9 @@ class MicroBatch:
             self._give_scaler_something_to_see(loss)
 
     def _check_passed(self, loss: torch.Tensor) -> None:
-        """See that what is passed back is the loss of which the estimate is, scaled for accumulation or not."""
+        """Check that the loss passed back is the one from `compute_loss`, scaled for accumulation or not."""
         scales = (1, accumulated_batches(self.trainer))
-        # Above what bfloat16 rounds away.
+        # The tolerance is above bfloat16's rounding.
         if not any(torch.allclose(loss * scale, self._returned, rtol=1e-2, equal_nan=True) for scale in scales):
             raise RuntimeError(
                 f"{type(self.trainer).__name__}: its training_step passes back a loss of {float(loss):.5g}, and its "
@@ -143,9 +143,9 @@ class MicroBatch:
     def module(self) -> nn.Module:
         """The module that gives the further losses."""
         if self.trainer._plan.towers:
-            # A compiled whole model cannot be taken apart; what is compiled inside the towers stays compiled.
+            # A model compiled as a whole cannot be taken apart; what is compiled inside the towers stays compiled.
             return self._unwrapped(keep_torch_compile=False)
-        # A pass of the data-parallel wrapper sends all buffers.
+        # A pass through the data-parallel wrapper sends all buffers.
         return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
 
     def _unwrapped(self, **kwargs: Any) -> nn.Module:
@@ -184,7 +184,7 @@ class MicroBatch:
             )
 
     def forward(self) -> torch.Tensor:
-        """The loss, a scalar, at the present parameters."""
+        """The loss, a scalar, at the current parameters."""
         if self._is_hosts_own:
             self._is_hosts_own = False
             return self._loss_without_gradient(self.module, self.inputs.given)
@@ -213,24 +213,24 @@ class MicroBatch:
         return loss
 
     def make_evaluation(self) -> PlainEvaluation | StackEvaluation | TowerEvaluation:
-        """The way to L(θ + d): by the towers in a dual encoder, else from the first perturbed layer on."""
+        """How L(θ + d) is computed: by towers in a dual encoder, else from the first perturbed layer on."""
         trainer, plan = self.trainer, self.trainer._plan
         devices = tuple(dict.fromkeys([self.device, *plan.devices]))
         if not plan.buffers.is_watched:
             plan.buffers.watch(devices, self.forward)
         before = ForwardState(devices, plan.buffers)
-        # Whether a shortcut gives an objective's differences cannot be seen in a step function.
+        # An objective may be a step function, in which the check of shortcuts sees nothing.
         if self._objective is not None:
             return PlainEvaluation(self.forward, before)
         if not plan.towers:
-            # What is compiled as a whole cannot be taken apart.
+            # A model compiled as a whole cannot be taken apart.
             if plan.stack is None or trainer.args.torch_compile:
                 return PlainEvaluation(self.forward, before)
             return StackEvaluation(plan, self.forward, before)
         return TowerEvaluation(plan, self.forward, before, trainer.accelerator.autocast)
 
     def _finer(self, towers: set[str | None]) -> Evaluation:
-        """The way to the losses of the same micro-batch in float32, where these towers are perturbed."""
+        """The evaluation of the same micro-batch in float32, for perturbations of these towers."""
         in_float32 = partial(without_autocast, self.device.type)
         module = self._unwrapped(keep_torch_compile=False)
 
@@ -252,7 +252,7 @@ class MicroBatch:
             parameters = trainer._estimator.perturbations[branch].parameters
             return why_flat(module, parameters, lambda: self._loss_with_gradient(module))
 
-        # Whole passes, for what is left behind may be in a part that a shortcut leaves out.
+        # Full passes: a shortcut may leave out the very part that leaves something behind.
         plain = PlainEvaluation(self.forward, self.evaluation.before)
         with uncounted(module):
             first = plain.losses([{}])
@@ -264,12 +264,12 @@ class MicroBatch:
             return _scalar(self._loss(module, self.inputs.again(), *self._args, **self._kwargs))
 
     def _give_scaler_something_to_see(self, loss: torch.Tensor) -> None:
-        """A gradient scaler wants a loss to scale and gradients to look at, also without a first-order pass."""
+        """A gradient scaler needs a loss to scale and gradients to inspect, even without a first-order pass."""
         gradient_scaler(self.trainer.accelerator).scale(loss)
         parameter = self.trainer.split.zo_parameters[0]
         parameter.grad = torch.zeros_like(parameter)
 
 
 def _scalar(result: Any) -> torch.Tensor:
-    """The loss, of what `compute_loss` returns."""
+    """The loss in what `compute_loss` returns, as a scalar."""
     return (result[0] if isinstance(result, tuple) else result).mean()

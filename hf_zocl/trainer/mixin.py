@@ -37,36 +37,36 @@ from .replay_file import earlier_log, save_replay_log
 from .resumable import ResumableTrainer
 
 
-# More zeroth-order parameters than this, in number and as a part of the model, are moved in place, layer by layer.
+# If there are more zeroth-order parameters than this, in number and as a part of the model, they are streamed.
 STREAMED_PARAMETERS = 1 << 24
 STREAMED_FRACTION = 0.1
 REPLAY_FILE = "zo_replay.safetensors"
 
 
 class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
-    """Trains the zeroth-order layers by loss differences, and all other trainable parameters by backpropagation.
+    """Trains the zeroth-order layers from loss differences, and all other trainable parameters by backpropagation.
 
-    A base class beside any Trainer, in either order, with arguments that have `ZeroOrderArguments` as a base:
+    A base class next to any Trainer, in either order, with arguments that have `ZeroOrderArguments` as a base:
 
         class ZOSFTTrainer(ZeroOrderMixin, SFTTrainer): ...
 
         @dataclass
         class ZOSFTConfig(ZeroOrderArguments, SFTConfig): ...
 
-    `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is a gradient: it is made where
-    the host calls for the backward pass and goes into `.grad`, and accumulation, schedulers, callbacks and checkpoints
-    are the host's own. Its `training_step`, `compute_loss` and metrics run once a micro-batch. With `zo_branch="none"`
-    it trains as the host does.
+    `args.zo_branch` and `args.zo_layers` choose the layers. A zeroth-order estimate is made where the host calls the
+    backward pass, and goes into `.grad` like a gradient; accumulation, schedulers, callbacks and checkpoints are the
+    host's own. Its `training_step`, `compute_loss` and metrics run once per micro-batch. With `zo_branch="none"` it
+    trains as the host does.
 
     Parameters that a subclass's optimizer trains and the model lacks, such as a loss's own classifier, are first-order
-    whatever `zo_layers` says. A model with nothing to train can be evaluated and predicted with. Which parameters are
-    zeroth-order is settled as a training begins: none of them requires a gradient then, so that freezing one in the
-    midst of it (`requires_grad_(False)` in a callback) does not stop it. Leave it to first-order, or train twice.
+    whatever `zo_layers` says. A model with nothing to train can still evaluate and predict. Which parameters are
+    zeroth-order is settled as a training begins. None of them requires a gradient from then on, so freezing one midway
+    (`requires_grad_(False)` in a callback) does not stop its steps. Make it first-order instead, or train twice.
 
-    What has no gradient can be learned as well: with `zo_objective` the zeroth-order layers learn by its values, and
-    first-order layers, if any, by the loss. It is called beside the loss in every pass, without gradient, and returns
-    a number or one for every example, the lower the better; `inputs` are what `compute_loss` got, `outputs` what it
-    returned. It can be a method of a subclass too:
+    An objective without a gradient can be learned as well: with `zo_objective` the zeroth-order layers learn from its
+    values, and first-order layers, if any, from the loss. It is called with the loss in every pass, without gradient,
+    and returns one number, or one for every example; lower is better. `inputs` are what `compute_loss` got, `outputs`
+    what it returned. It can also be a method of a subclass:
 
         def zo_objective(self, model, inputs, outputs):
             return outputs.logits.argmax(-1) != inputs["labels"]
@@ -75,12 +75,13 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     one that never stopped (`ResumableTrainer`).
 
     Args:
-        zo_objective: Where another base comes first, whose constructor does not know it, a method or an attribute.
+        zo_objective: The objective. If a base that does not know it comes first, make it a method or an attribute.
         *positional, **kwargs: The host's.
 
     Attributes:
         split: Which parameters are zeroth-order and which first-order; None with `zo_branch="none"`.
-        replay_log: Where all is zeroth-order, the steps so far (see `ReplayLog`); else None.
+        replay_log: The steps so far, if all parameters are zeroth-order and none is in half precision (see
+            `ReplayLog`); else None.
 
     Raises:
         TypeError: If `args` has no `ZeroOrderArguments` as a base.
@@ -93,10 +94,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
     _watch: DifferenceWatch
     _plan: TowerPlan
     _hybrid: HybridOptimizer
-    _assignment: LayerAssignment  # that the split is of
+    _assignment: LayerAssignment  # that the split was made from
 
     def __init__(self, *positional, zo_objective: Objective | None = None, **kwargs):
-        super().__init__(*positional, **kwargs)  # a host's own order of arguments
+        super().__init__(*positional, **kwargs)  # in the host's own order
         args: Any = self.args
         if not isinstance(args, ZeroOrderArguments):
             raise TypeError(f"args: expected arguments with ZeroOrderArguments as a base, got {type(args).__name__}.")
@@ -104,10 +105,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             self.zo_objective = zo_objective
         self.split: ParameterSplit | None = None
         self._is_detached = False
-        self._rule: tuple | None = None  # that the optimizer is of
-        self._estimates: PendingEstimates | None = None  # and what it is made of: once there is an optimizer
+        self._rule: tuple | None = None  # with which the optimizer was built
+        self._estimates: PendingEstimates | None = None  # None until there is an optimizer
         self.replay_log: ReplayLog | None = None
-        put_first(self, _InstallEstimate(self))  # what looks at the gradients is to see the estimate
+        put_first(self, _InstallEstimate(self))  # callbacks that look at gradients must see the estimate
         if args.zo_branch == "none":
             self._check_objective()
             return
@@ -120,7 +121,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot have zeroth-order layers: start one "
                 "process per GPU with `accelerate launch`, or show one GPU with CUDA_VISIBLE_DEVICES."
             )
-        # A host may have made it, or wrapped it in an adapter.
+        # A host may have made the model, or wrapped it in an adapter.
         if self.model is not None and any(parameter.requires_grad for parameter in self.model.parameters()):
             self._assign_layers()  # fail before any work
             self._check_objective()
@@ -141,9 +142,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         return len(self._hybrid.parts) > 1
 
     def _split_is_current(self) -> bool:
-        """Whether the split is what the arguments say of what this model trains.
+        """Whether the split still fits the arguments and the trained parameters of the model.
 
-        `model_init` makes a new model, parameters get frozen, and arguments change, between two calls of `train`.
+        Between two calls of `train`, `model_init` may make a new model, parameters get frozen, and arguments change.
         """
         if self.split is None or self._assignment != self.args.layer_assignment:
             return False
@@ -163,7 +164,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _assign_layers(self) -> None:
         args: ZeroOrderArguments = self.args
-        # Where ε is to be measured, it is so at the first step.
+        # Where ε is to be measured, that happens at the first step.
         eps = {name: eps or DEFAULT_EPS for name, eps in args.eps_by_branch.items()}
         self._assignment = args.layer_assignment
         self.split = self._assignment.split(self.model, eps)
@@ -172,7 +173,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         check_placement(self.model)
 
     def _check_no_towers(self) -> None:
-        """Refuse a value for each tower, which no layer would have."""
+        """Refuse values per tower, which would apply to no layer."""
         for name in PER_TOWER:
             if isinstance(value := getattr(self.args, name), Mapping):
                 raise ValueError(
@@ -198,11 +199,11 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         From here on the zeroth-order parameters require no gradient, so that the first-order pass keeps no activation
         for them and data-parallel wrappers leave them alone.
         """
-        if self._is_detached:  # called anew within `train`, for example with a smaller batch
+        if self._is_detached:  # called again within `train`, for example with a smaller batch
             self._detach_zo_parameters(False)
-        self.args._check_zero_order()  # a search sets arguments, and numbers as text where "auto" was
+        self.args._check_zero_order()  # a search sets arguments, with numbers as text where "auto" was
         if self.args.zo_branch == "none":
-            if self.split is not None:  # of an earlier call, or trial of the search
+            if self.split is not None:  # from an earlier call, or trial of the search
                 self.optimizer = self.split = self._estimates = self.replay_log = None
             self._check_objective()
             return super().create_optimizer(model)
@@ -220,7 +221,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
                 self.split.zo, args.zo_rule, first_rates(args), args.zo_rule_momentum, args.zo_weight_decay
             )
             first_order = self._first_order_optimizer(model)
-            # Of a subclass, it may hold parameters of its own although the model's are all zeroth-order.
+            # A subclass's may hold parameters of its own, although the model's are all zeroth-order.
             parts = [first_order, zo] if any(group["params"] for group in first_order.param_groups) else [zo]
             check_schedule(args, is_alone=len(parts) == 1)
             self._hybrid = self.optimizer = HybridOptimizer(*parts)
@@ -240,9 +241,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         perturbations = self._estimator.perturbations.values()
         self._plan = TowerPlan(module, perturbations, self._average_over_ranks)
         self._estimates = PendingEstimates(self.split, self._estimator, self._hybrid, args.zo_max_grad_norm)
-        # What half precision rounds away of a move depends on ε, which a log does not have.
+        # What half precision rounds away of a move depends on ε, which a log does not store.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
-        # Called once more, `train` goes on with the optimizer's state, of which a new log knows nothing.
+        # A second call of `train` goes on with the optimizer's state, of which a new log knows nothing.
         is_replayable = not (self._has_first_order or is_rounded or self._hybrid.state)
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
@@ -257,7 +258,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         return args.zo_sign
 
     def _first_order_optimizer(self, model: nn.Module | None) -> torch.optim.Optimizer:
-        """The Trainer's, over what requires a gradient alone: GaLore's and APOLLO's groups hold all parameters."""
+        """The Trainer's, only over what requires a gradient: GaLore's and APOLLO's groups hold all parameters."""
         optimizer = super().create_optimizer(model)
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
@@ -269,16 +270,16 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         inputs: dict[str, torch.Tensor | Any],
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """The host's training step, with the zeroth-order estimate made where it calls for the backward pass.
+        """The host's training step, with the zeroth-order estimate made where it calls the backward pass.
 
-        So the host prepares its inputs, computes its loss and collects its metrics once a micro-batch. The further
+        So the host prepares its inputs, computes its loss and collects its metrics once per micro-batch. The further
         losses of the estimate leave no trace in the Trainer.
 
         Returns:
             The loss at θ, scaled for accumulation as the host scales it; detached.
 
         Raises:
-            RuntimeError: If the host does not go by `compute_loss` and `accelerator.backward`, once each.
+            RuntimeError: If the host does not call `compute_loss` and `accelerator.backward`, once each.
         """
         if not self.has_zo_parameters:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -293,7 +294,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._watch.see(micro_batch.estimate)
         self._estimates.add(micro_batch.estimate, scale)
         for parameter in self.split.zo_parameters:
-            if parameter.requires_grad:  # PEFT sees to that wherever a loss enables its adapter again
+            if parameter.requires_grad:  # PEFT sets this whenever a loss enables its adapter again
                 parameter.requires_grad_(False)
                 parameter.grad = None
         return loss
@@ -314,7 +315,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._estimates.set_peak_rates(rates)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the zeroth-order figures and a model's own (`TaskAware.extra_logs`) beside the loss."""
+        """`Trainer.log`, with the zeroth-order figures and a model's own (`TaskAware.extra_logs`) next to the loss."""
         is_of_training, estimates = "loss" in logs, self._estimates
         if is_of_training:
             if estimates is not None:
@@ -326,7 +327,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             self.state.log_history[-1].update(estimates.figures_by_layer())
 
     def _install_estimates(self) -> None:
-        """Hand the estimate to the optimizer, and take note of it for replay."""
+        """Hand the estimate to the optimizer, and record it for replay."""
         if not self._estimates:
             raise self._no_estimate()
         if self.replay_log is not None:
@@ -347,7 +348,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             streamed=estimator.is_streamed,
         )
 
-    # What the two bases ask.
+    # Hooks of the two bases.
 
     @property
     def _gradient_free_parameters(self) -> Sequence[nn.Parameter]:
@@ -378,7 +379,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             self.replay_log = earlier_log(folder / REPLAY_FILE, self._replay_settings())
 
     def _estimate_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
-        """What a micro-batch's estimate counts: as much as the Trainer multiplies its loss by."""
+        """The scale of a micro-batch's estimate: the factor by which the Trainer multiplies its loss."""
         # A quotient of losses has no scale of its own, and an objective counts no items.
         is_as_loss = self._estimator.formula.has_scale and self.zo_objective is None
         is_summed = is_as_loss and scales_loss(self, num_items_in_batch)
@@ -414,7 +415,7 @@ class _InstallEstimate(TrainerCallback):
         self._clear_foreign_gradients()
 
     def _clear_foreign_gradients(self) -> None:
-        for parameter in self.trainer._foreign_parameters:  # the Trainer clears the model's alone
+        for parameter in self.trainer._foreign_parameters:  # the Trainer clears only the model's
             parameter.grad = None
 
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -1,4 +1,4 @@
-"""`zo_objective`: what zeroth-order layers learn by in the place of the loss; it needs no gradient."""
+"""`zo_objective`: what zeroth-order layers learn from instead of the loss; it needs no gradient."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ logger = logging.get_logger(__name__)
 # (model, inputs, outputs) → a number, or one for every example; the lower the better.
 Objective = Callable[[nn.Module, dict[str, Any], Any], Any]
 
-# ε to choose from, each tried along so many directions.
+# The values of ε to choose from, and the number of directions along which each is tried.
 SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 DIRECTIONS = 4
 
 
 def check_objective(objective: Any, estimator: str, has_eps: bool, has_zo_parameters: bool) -> None:
-    """Refuse what cannot learn by an objective.
+    """Refuse settings that cannot learn from an objective.
 
     Raises:
-        TypeError: If it cannot be called.
+        TypeError: If the objective cannot be called.
         ValueError: If the estimator differentiates, or nothing is zeroth-order.
     """
     if not callable(objective):
@@ -48,17 +48,17 @@ def check_objective(objective: Any, estimator: str, has_eps: bool, has_zo_parame
 
 @torch.no_grad()
 def value_of(objective: Objective, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> torch.Tensor:
-    """The objective as one number, in float32 at least: the mean, where there is one for every example.
+    """The objective as one number, in float32 at least: the mean, if it returns one for every example.
 
     Raises:
-        TypeError: If it is no number.
-        ValueError: If it is empty.
+        TypeError: If it does not return a number.
+        ValueError: If it returns an empty tensor.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
         found = objective(model, inputs, nested_detach(outputs))
     finally:
-        for module, mode in modes:  # one that generates may have called `eval()`, and the next pass is to be as this
+        for module, mode in modes:  # one that generates may call `eval()`, and the next pass must be like this one
             module.training = mode
     try:
         value = torch.as_tensor(found)
@@ -75,10 +75,10 @@ def value_of(objective: Objective, model: nn.Module, inputs: dict[str, Any], out
 
 
 class ObjectiveWatch(DifferenceWatch):
-    """Chooses an ε that the objective sees, and says where it sees nothing.
+    """Chooses an ε that changes the objective, and warns if none does.
 
     An objective may be a step function, such as an accuracy: it has no rounding noise and no derivatives from which ε
-    would follow. `zo_eps="auto"` is the one of a few at which its changes are most like those of a slope.
+    would follow. `zo_eps="auto"` takes, of a few sizes, the one at which its changes are most like those of a slope.
     """
 
     def __init__(self, *args, **kwargs):
@@ -106,7 +106,7 @@ class ObjectiveWatch(DifferenceWatch):
         self._values.append(estimate.loss)
 
     def logs(self) -> dict[str, float]:
-        """The objective, the mean since the last log, and ε; and a warning where all differences were zero."""
+        """The mean of the objective since the last log, and ε; warns if all differences were zero."""
         logs = {}
         if self._values:
             logs["zo_objective"] = float(torch.stack(self._values).mean())
@@ -137,14 +137,15 @@ def _why_unseen(line: Line, base: torch.Tensor, eps: float) -> str:
 
 
 def best_size(line: Line, base: torch.Tensor, sizes: Sequence[float], least_seen: int = 2) -> Resolution | None:
-    """Of the sizes that change the objective in so many directions, the one at which it is most like a slope.
+    """Of the sizes that change the objective in `least_seen` directions, the one at which it is most like a slope.
 
-    On both sides of θ, what a slope makes of the changes is odd; a bend, and the jumps of a step function, are even as
-    well. So the ratio of both falls where a move is so large that the objective bends, and where it is so small that
-    a few jumps are all there is. A jump counts as no less than the least change.
+    A slope changes the objective by opposite amounts on both sides of θ (odd); a bend, or the jumps of a step
+    function, also by equal amounts (even). So the ratio of odd to even falls where a move is so large that the
+    objective bends, and where it is so small that only a few jumps are seen. The least change is added to the even
+    part.
 
     Returns:
-        None if no size does.
+        Its resolution; None if no size changes the objective in as many directions.
     """
     seen = []
     for size in sizes:

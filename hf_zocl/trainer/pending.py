@@ -13,13 +13,13 @@ from .step_log import StepLog
 
 
 class PendingEstimates:
-    """Keeps estimates as seeds and weights, and makes a gradient of them only when the optimizer wants it.
+    """Keeps estimates as seeds and weights, and makes a gradient of them only when the optimizer needs it.
 
     Args:
         split: Which parameters are zeroth-order.
-        estimator: Made the estimates.
-        optimizer: Steps along their sum.
-        max_norm: Clips the sum, apart from the first-order gradients; 0 does not clip.
+        estimator: The estimator that made the estimates.
+        optimizer: The optimizer that steps along their sum.
+        max_norm: Clips the sum, separately from the first-order gradients; 0 does not clip.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class PendingEstimates:
         self.max_norm = max_norm
         self._scaled: list[tuple[Estimate, float]] = []
         self._log = StepLog()
-        # Those of the last step that was streamed, and its learning rates.
+        # The estimates of the last streamed step, and its learning rates.
         self._streamed: list[tuple[Estimate, float]] = []
         self._streamed_rates: dict[str | None, float] = {}
 
@@ -41,11 +41,11 @@ class PendingEstimates:
         return len(self._scaled)
 
     def __iter__(self) -> Iterator[tuple[Estimate, float]]:
-        """Every micro-batch's estimate, and what it counts."""
+        """Every micro-batch's estimate, and its scale."""
         return iter(self._scaled)
 
     def add(self, estimate: Estimate, scale: float) -> None:
-        """Keep a micro-batch's estimate, which counts `scale`."""
+        """Keep a micro-batch's estimate, and its scale."""
         self._scaled.append((estimate, scale))
         self._log.see(estimate)
 
@@ -53,7 +53,7 @@ class PendingEstimates:
         self._scaled.clear()
 
     def install(self) -> None:
-        """Hand the estimate to the optimizer: normalised, and clipped apart from the first-order gradients."""
+        """Hand the estimate to the optimizer: normalised, and clipped separately from the first-order gradients."""
         estimates = list(self)
         self.clear()
         if self.estimator.is_streamed:
@@ -66,12 +66,12 @@ class PendingEstimates:
 
     @property
     def learning_rates(self) -> dict[str | None, float]:
-        """The present ones, by branch, in the order of the branches."""
+        """The current learning rates by branch, in the order of the branches."""
         return {branch: group["lr"] * rate_factor(group) for branch, group in self._groups.items()}
 
     @property
     def peak_rates(self) -> dict[str | None, float]:
-        """The highest of the schedule: at the start of a warm-up all rates are zero."""
+        """The peak learning rates by branch: at the start of a warm-up all current rates are zero."""
         return {branch: _scheduled_peak(group) * rate_factor(group) for branch, group in self._groups.items()}
 
     @property
@@ -85,13 +85,13 @@ class PendingEstimates:
             group[RATE_FACTOR] = rate / _scheduled_peak(group)
 
     def figures(self) -> dict[str, float]:
-        """The latest step's, for the console and the history."""
+        """The figures of the latest step, for the console and the history."""
         if self._streamed:  # all directions are drawn again for these figures
             self._see_gradient(self.estimator.moments(self._streamed), self._streamed_rates)
         return {name: float(value) for name, value in self._log.figures.items()}
 
     def figures_by_layer(self) -> dict[str, float]:
-        """The latest step's, for the history alone."""
+        """The figures of the latest step by layer, only for the history."""
         return {name: float(value) for name, value in self._log.by_layer.items()}
 
     def _see_gradient(self, moments: dict[Place, Moments], rates: dict[str | None, float]) -> None:
@@ -99,4 +99,4 @@ class PendingEstimates:
 
 
 def _scheduled_peak(group: Mapping[str, Any]) -> float:
-    return group.get("initial_lr", group["lr"])  # some schedules keep none
+    return group.get("initial_lr", group["lr"])  # some schedules keep no initial rate

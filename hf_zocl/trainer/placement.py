@@ -1,4 +1,4 @@
-"""The places of a model's parameters, and a check that what is trained can be trained there."""
+"""Where a model's parameters are, and a check that the trained ones can be trained there."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..private_names import plain_tensors
 
 
 def shards_of(model: nn.Module) -> list[str]:
-    """The parameters of which this process holds a part (`fully_shard`), by name."""
+    """The names of the parameters of which this process holds only a part (`fully_shard`)."""
     return [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
 
 
@@ -23,17 +23,17 @@ def whole_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what a pass has gathered of the shards and not given back yet."""
+    """Release the shards that a pass has gathered and not released yet."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 def check_placement(model: nn.Module) -> None:
-    """See that all that is to be trained stands in this process, in memory and as a whole.
+    """Check that every parameter to be trained is in the memory of this process, and whole.
 
     Raises:
-        ValueError: If not.
+        ValueError: If one is offloaded or a shard.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     away = [name for name, parameter in model.named_parameters() if name in trained and parameter.is_meta]

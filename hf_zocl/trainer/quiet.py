@@ -1,4 +1,4 @@
-"""Keeps a host Trainer's records of forward passes to one pass a micro-batch."""
+"""Lets a host Trainer record only one forward pass per micro-batch."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..passes.random_state import SMALL_BYTES
 from ..private_names import version
 
 
-# Nothing is counted in them, and a list of examples is long.
+# They hold no counts, and a list of examples is long.
 DATASETS = ("train_dataset", "eval_dataset")
 
 
 @contextmanager
 def leaving_no_trace(host: Any) -> Iterator[None]:
-    """Inside, attributes of `host` may be set, and its containers, small tensors and arrays changed; then put back.
+    """Inside, attributes of `host`, its containers, small tensors and arrays may change; afterwards they are put back.
 
-    A `compute_loss` counts tokens and collects metrics in its Trainer. Attributes that are new are kept.
+    A `compute_loss` may count tokens and collect metrics in its Trainer. New attributes are kept.
     """
     attributes, contents = dict(vars(host)), _contents(vars(host))
     try:
@@ -57,7 +57,7 @@ def _contents(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
 def _put_back(container: Any, content: Any) -> None:
     if isinstance(container, torch.Tensor):
         before, values = content
-        if version(container) != before:  # what a graph holds is not to be written to without need
+        if version(container) != before:  # a graph may hold it: write only if needed
             container.detach().copy_(values)
     elif isinstance(container, np.ndarray):
         container[...] = content

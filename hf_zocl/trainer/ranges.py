@@ -1,4 +1,4 @@
-"""The ranges of the Trainer's own arguments, whose values it passes on unchecked to what breaks far away."""
+"""The ranges of the Trainer's own arguments, which it does not check, so that a wrong value breaks far away."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAPPINGS = (
     *("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
 )
 SEEDS = 2**32 - 1  # numpy's
-# Argument → what is expected, and whether a value is that.
+# Argument → what is expected, and a test of a value.
 RANGES = {
     **dict.fromkeys(
         ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "ddp_timeout"),
@@ -41,10 +41,10 @@ RANGES = {
 
 
 def check_ranges(arguments: Any) -> None:
-    """Check the numbers of `transformers.TrainingArguments`.
+    """Check the numbers and mappings of `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: If one is out of its range, which it names.
+        ValueError: If a number is out of its range, or a text is neither a mapping nor a file of one.
     """
     for name, (expected, is_right) in RANGES.items():
         value = getattr(arguments, name, None)

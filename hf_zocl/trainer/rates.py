@@ -12,7 +12,7 @@ from .differences import of_branch
 
 logger = logging.get_logger(__name__)
 
-# Where nothing is measured that one could be chosen by.
+# Used where nothing is measured from which a rate could be chosen.
 DEFAULT_RATE = 3e-4
 
 
@@ -22,15 +22,15 @@ def first_rates(args: ZeroOrderArguments) -> dict[str | None, float]:
 
 
 def check_schedule(args: ZOCLTrainingArguments, is_alone: bool) -> None:
-    """Refuse a schedule that ends at a given rate, where it would be that of a rate which is yet to be chosen.
+    """Refuse a schedule that ends at a given rate, if the rate that it starts from is yet to be chosen.
 
     Args:
-        args: The training's.
-        is_alone: Whether nothing is first-order; else the schedule's numbers are of the first-order rate.
+        args: The training's arguments.
+        is_alone: Whether nothing is first-order; else the schedule's numbers are for the first-order rate.
 
     Raises:
-        ValueError: If `min_lr` or `lr_end` is given beside `zo_learning_rate="auto"`, or the schedule is `greedy`,
-            which has such bounds of its own.
+        ValueError: If `min_lr` or `lr_end` is given with `zo_learning_rate="auto"`, or the schedule is `greedy`, which
+            has such bounds of its own.
     """
     kind, given = args.lr_scheduler_type, args.lr_scheduler_kwargs or {}
     if kind == "greedy" and None in args.rates_by_branch.values():
@@ -54,14 +54,14 @@ def chosen_rates(
     """The peak learning rates of the branches for which none is given and the derivatives are known.
 
     Args:
-        args: The training's.
-        estimator: Has taken on what was measured.
-        micro_batches: Those of a step; each has directions of its own.
-        scale: What a micro-batch's estimate counts in the step's.
+        args: The training's arguments.
+        estimator: The estimator, after it has adopted what was measured.
+        micro_batches: The number of micro-batches in a step; each has directions of its own.
+        scale: The scale of a micro-batch's estimate in the step's gradient.
         is_alone: Whether nothing is first-order.
     """
     rates = {}
-    counted = scale * micro_batches  # 1 where the step's loss is the mean of theirs, more where it is the sum
+    counted = scale * micro_batches  # 1 if the step's loss is the mean over micro-batches, more if it is the sum
     for branch, own in estimator.resolutions.items():
         if args.rates_by_branch[branch] is None and own.is_seen and own.curvature > 0:
             rates[branch] = balanced_rate(

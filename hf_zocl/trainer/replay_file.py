@@ -16,12 +16,12 @@ from ..zo import ReplayLog, ReplaySettings
 
 logger = logging.get_logger(__name__)
 
-# How directions are drawn: a log says it, for a seed drawn otherwise gives other ones.
+# How directions are drawn. A log records it, because the same seed drawn in another way gives other directions.
 DIRECTION = "packed-rademacher"
 
 
 def save_replay_log(log: ReplayLog, path: Path) -> None:
-    """Write a log as safetensors, its settings as their metadata; its folder is made."""
+    """Write a log as safetensors, with its settings as metadata; its folder is created."""
     path.parent.mkdir(exist_ok=True)
     settings = {**asdict(log.settings), "direction": DIRECTION}
     with written_whole(path) as unfinished:
@@ -32,7 +32,7 @@ def load_replay_log(path: str | Path) -> ReplayLog:
     """Read a log.
 
     Raises:
-        ValueError: If the file is none.
+        ValueError: If the file is not a log, or its directions were drawn in another way.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -47,7 +47,7 @@ def load_replay_log(path: str | Path) -> ReplayLog:
 
 
 def earlier_log(path: Path, settings: ReplaySettings) -> ReplayLog | None:
-    """The steps before a checkpoint, where they are known and were taken under the settings of those that follow."""
+    """The log of the steps before a checkpoint; None if there is none, or it has other settings than this training."""
     if not path.is_file():
         return None
     try:

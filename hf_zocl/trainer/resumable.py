@@ -34,7 +34,7 @@ MANIFEST_FILE = "manifest.json"
 
 
 class ResumeError(ValueError):
-    """A training or a run cannot go on from what it was told to go on from."""
+    """A training or a run cannot go on from where it was told to."""
 
 
 class SaveError(OSError):
@@ -42,7 +42,7 @@ class SaveError(OSError):
 
     Args:
         path: What was to be saved.
-        cause: What the system said.
+        cause: The system's error.
     """
 
     def __init__(self, path: str | Path, cause: OSError):
@@ -60,10 +60,10 @@ class SaveError(OSError):
 
 @contextmanager
 def saving(path: str | Path, tensors: Iterable[torch.Tensor] = ()) -> Iterator[None]:
-    """A block that writes `path`, a file or a folder, and into it `tensors`.
+    """Inside, the caller writes `path`, a file or a folder, with `tensors` in it.
 
     Raises:
-        SaveError: If the system does not let it be written; any other error stays what it is.
+        SaveError: If the system does not let it be written; any other error passes through.
     """
     try:
         yield
@@ -75,15 +75,15 @@ def saving(path: str | Path, tensors: Iterable[torch.Tensor] = ()) -> Iterator[N
 
 
 class ResumableTrainer(HookedTrainer):
-    """A training that goes on from a checkpoint ends with the weights and the logs of one that never stopped.
+    """A `Trainer` that, when it goes on from a checkpoint, ends with the weights and logs of one that never stopped.
 
-    For that, a checkpoint also holds the loss not yet logged, and what a `TaskAware` model counts. A checkpoint is
-    whole or not taken for one, and is for as many processes as saved it, with as many examples a step. It takes the
-    arguments of `Trainer`.
+    For that, a checkpoint also holds the loss not yet logged, and the counts of a `TaskAware` model. An incomplete
+    checkpoint is never used, and training goes on only with as many processes, and as many examples per step, as the
+    checkpoint was saved with. It takes the arguments of `Trainer`.
 
     A subclass says what it trains without autograd (`_gradient_free_parameters`), what it trains that the model lacks
     (`_foreign_parameters`), and whether its checkpoints leave out what is frozen (`_leaves_out_frozen`); it extends
-    `_save_progress` and `_restore_progress` by what else its training needs to go on.
+    `_save_progress` and `_restore_progress` by whatever else its training needs to go on.
 
     Attributes:
         earlier_seconds: How long the training lasted up to the checkpoint that it went on from.
@@ -91,12 +91,12 @@ class ResumableTrainer(HookedTrainer):
 
     @property
     def _gradient_free_parameters(self) -> Sequence[nn.Parameter]:
-        """Parameters that are trained though they require no gradient."""
+        """Parameters that are trained although they require no gradient."""
         return ()
 
     @property
     def _foreign_parameters(self) -> Sequence[nn.Parameter]:
-        """Parameters that are trained and are none of the model's."""
+        """Trained parameters that do not belong to the model."""
         return ()
 
     def __init__(self, *args, **kwargs):
@@ -114,9 +114,9 @@ class ResumableTrainer(HookedTrainer):
 
         Raises:
             SaveError: If a checkpoint cannot be written.
-            ResumeError: If the last one is asked for, and none is whole; if the given one is damaged; or if it was
-                saved by another number of processes, or with another number of examples a step; or if it lacks
-                something that is trained.
+            ResumeError: If the last one is asked for, and none is whole; or if the given one is damaged, was saved by
+                another number of processes or with another number of examples per step, or lacks something that is
+                trained.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -134,7 +134,7 @@ class ResumableTrainer(HookedTrainer):
 
     @property
     def _examples_per_step(self) -> int:
-        """By as many examples the data move on with a step, over all processes."""
+        """The number of examples in a step, over all processes."""
         args = self.args
         per_process = args.train_batch_size * args.gradient_accumulation_steps
         return per_process if args.accelerator_config.split_batches else per_process * args.world_size
@@ -159,10 +159,10 @@ class ResumableTrainer(HookedTrainer):
             )
 
     def _check_saved(self) -> None:
-        """Refuse to go on from a PEFT model's checkpoint that lacks something trained; warn where one would be saved.
+        """Refuse a PEFT model's checkpoint that lacks something trained; warn if such a checkpoint would be saved.
 
         Raises:
-            ResumeError: If it lacks something.
+            ResumeError: If the checkpoint to go on from lacks something trained.
         """
         if not isinstance(self.model, PeftModel) or is_sharded(self):
             return
@@ -178,10 +178,10 @@ class ResumableTrainer(HookedTrainer):
             logger.warning(f"No training can go on from the checkpoints of this one: {reason}.")
 
     def _processes_of(self, checkpoint: Path) -> int:
-        """How many processes have saved the checkpoint of another Trainer, as far as its random states tell."""
+        """How many processes saved the checkpoint of another Trainer, as far as its random states tell."""
         processes, states = self.args.world_size, list(checkpoint.glob("rng_state*.pth"))
         own = "rng_state.pth" if processes == 1 else f"rng_state_{self.args.process_index}.pth"
-        # A machine may hold the states of its own processes alone.
+        # A machine may hold only the states of its own processes.
         is_mine = (checkpoint / own).is_file() and not (checkpoint / f"rng_state_{processes}.pth").is_file()
         return processes if is_mine or not states else len(states)
 
@@ -191,17 +191,17 @@ class ResumableTrainer(HookedTrainer):
             self._restore_progress(self._checkpoint)
 
     def _has_epoch(self) -> bool:
-        """Not after the last step: the Trainer would take one more from a checkpoint that was saved after it."""
+        """False after the last step: from a checkpoint saved there, the Trainer would take one more."""
         return self.state.global_step < self.state.max_steps
 
     @contextmanager
     def _saving_checkpoint(self, folder: Path) -> Iterator[None]:
-        """No half checkpoint is taken for a whole one, and one that cannot be written is removed.
+        """Inside, a checkpoint is written; one that cannot be written as a whole is removed.
 
         Raises:
             SaveError: If it cannot be written.
         """
-        if self.args.should_save:  # another's, or the half of an earlier one
+        if self.args.should_save:  # another training's, or half of an earlier one
             remove_checkpoint(folder)
         self.accelerator.wait_for_everyone()
         try:
@@ -213,12 +213,12 @@ class ResumableTrainer(HookedTrainer):
             raise
 
     def _after_state(self, folder: Path) -> None:
-        """What says that all is there is written after the Trainer's last file."""
+        """Write the manifest, which says that all files are there, after the Trainer's last file."""
         _write_manifest(folder)
 
     @contextmanager
     def _without_frozen(self) -> Iterator[None]:
-        """Inside, the Trainer is not given what a checkpoint leaves out: frozen parameters, and second names."""
+        """Inside, the model's state lacks what a checkpoint leaves out: frozen parameters, and second names."""
         if not self._takes_frozen_out:
             yield
             return
@@ -235,7 +235,7 @@ class ResumableTrainer(HookedTrainer):
             handle.remove()
 
     def _accepts(self, load_result: Any) -> bool:
-        """Parameters that are not trained need not be in a checkpoint, all others must."""
+        """Parameters that are not trained need not be in a checkpoint; all others must be."""
         if isinstance(self.model, (PreTrainedModel, PeftModel)):
             return False
         missing = sorted(set(load_result.missing_keys) - self._frozen_names() - self._second_names())
@@ -248,17 +248,17 @@ class ResumableTrainer(HookedTrainer):
 
     @property
     def _leaves_out_frozen(self) -> bool:
-        """Whether a checkpoint of a model that is no `PreTrainedModel` holds the trained parameters alone."""
+        """Whether a checkpoint of a model that is not a `PreTrainedModel` holds only the trained parameters."""
         return task_aware(self.model).reloads_frozen_weights
 
     @property
     def _takes_frozen_out(self) -> bool:
-        """Whether it is this class that leaves frozen weights out: PEFT does so itself, and other models hold all."""
+        """Whether this class leaves frozen weights out: PEFT does so itself, and a `PreTrainedModel` saves all."""
         is_known = isinstance(self.model, (PreTrainedModel, PeftModel))
         return not is_known and not is_sharded(self) and self._leaves_out_frozen
 
     def _largest_file(self) -> list[torch.Tensor]:
-        """The tensors of a checkpoint's largest file: of the weights', or of the optimizer's."""
+        """The tensors of a checkpoint's largest file, which is that of the weights or of the optimizer."""
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         moments = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         return max(self._saved_parameters(), moments, key=lambda tensors: sum(tensor.nbytes for tensor in tensors))
@@ -278,7 +278,7 @@ class ResumableTrainer(HookedTrainer):
         return {name for name, parameter in named if not parameter.requires_grad and id(parameter) not in trained}
 
     def _second_names(self) -> set[str]:
-        """The further names of tensors that have several, as of VeRA's matrices, which every layer shares."""
+        """The further names of tensors that have several, such as VeRA's matrices, which all layers share."""
         named = [
             *self.model.named_parameters(remove_duplicate=False),
             *self.model.named_buffers(remove_duplicate=False),
@@ -287,7 +287,7 @@ class ResumableTrainer(HookedTrainer):
         return {name for name, tensor in named if first.setdefault(id(tensor), name) != name}
 
     def _before_state(self, folder: Path) -> None:
-        """Beside the random state, what else a training needs that goes on; of every process its own."""
+        """Save, next to the random state, what else a training needs to go on; every process saves its own."""
         self._save_progress(folder)
         self.accelerator.wait_for_everyone()  # what the Trainer writes next says that everything is there
 
@@ -308,7 +308,7 @@ class ResumableTrainer(HookedTrainer):
         save_file(progress, folder / self._progress_file)
 
     def _left_out(self) -> torch.Tensor | None:
-        """A few numbers of the frozen weights that checkpoints leave out; None where they do not."""
+        """The L1 norms of the frozen weights that checkpoints leave out; None if they leave none out."""
         if not self._takes_frozen_out:
             return None
         frozen = self._frozen_names()
@@ -328,7 +328,7 @@ class ResumableTrainer(HookedTrainer):
             )
 
     def _restore_progress(self, folder: Path) -> None:
-        """As training begins: take what `_save_progress` wrote, where the checkpoint was saved by this class."""
+        """As training begins, restore what `_save_progress` wrote, if the checkpoint was saved by this class."""
         file = folder / self._progress_file
         if not file.is_file():
             return
@@ -358,7 +358,7 @@ class _Begin(TrainerCallback):
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint after the most steps, of those in `folder` that are whole; the others are named in a warning."""
+    """The whole checkpoint with the most steps in `folder`; later ones that are not whole are named in a warning."""
     found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in Path(folder).glob("*")]
     for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
         if (problem := what_is_missing(path)) is None:
@@ -377,9 +377,9 @@ def is_whole(checkpoint: Path) -> bool:
 
 
 def what_is_missing(checkpoint: Path) -> str | None:
-    """Why a training cannot go on from a checkpoint; None if it can: all its files are as its manifest says.
+    """Why a training cannot go on from a checkpoint; None if it can, with all files as the manifest says.
 
-    One that `save_only_model` made has no scheduler, nor an optimizer, and is none.
+    One saved with `save_only_model` has no scheduler and no optimizer, so no training can go on from it.
     """
     if not (checkpoint / MANIFEST_FILE).is_file():
         return f"it is not finished, or of another program (it has no {MANIFEST_FILE})"
@@ -399,7 +399,7 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint that is asked for by name; one of a plain Trainer has no manifest to fail."""
+    """What is wrong with a checkpoint given by name; None for a plain Trainer's, which has no manifest to check."""
     is_ours = (checkpoint / MANIFEST_FILE).exists() or any(checkpoint.glob("progress*.safetensors"))
     return what_is_missing(checkpoint) if is_ours else None
 
@@ -421,7 +421,7 @@ def _read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint, if it is there, so that one whose removal was cut off is not whole."""
+    """Remove a checkpoint, if there is one, so that it does not pass for whole if the removal is cut off."""
     for name in (MANIFEST_FILE, TRAINER_STATE_NAME):
         (checkpoint / name).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)

@@ -17,7 +17,7 @@ class StepLog:
 
     Attributes:
         figures: For the console and the history.
-        by_layer: The variance of every layer, for the history alone: it would fill a console.
+        by_layer: The variance of every layer, only for the history: it would fill a console.
     """
 
     def __init__(self) -> None:
@@ -31,12 +31,12 @@ class StepLog:
     def see_gradient(
         self, moments: Mapping[Place, Moments], rates: Mapping[str | None, float], peaks: Mapping[str | None, float]
     ) -> None:
-        """Take note of what goes to the optimizer.
+        """Take note of the gradient that goes to the optimizer.
 
         Args:
-            moments: Of the gradient, by branch and layer.
-            rates: The present learning rate of every branch.
-            peaks: Its highest one.
+            moments: The gradient's moments, by branch and layer.
+            rates: The current learning rate of every branch.
+            peaks: The peak learning rate of every branch.
         """
         branches: dict[str | None, Moments] = {}
         for (branch, layer), own in moments.items():

@@ -15,16 +15,16 @@ _TRAINER_ARGUMENTS = tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 
 
 class ZOCLTrainer(ZeroOrderMixin, Trainer):
-    """A `transformers.Trainer` whose zeroth-order layers learn by loss differences, all others by backpropagation.
+    """A `transformers.Trainer` whose zeroth-order layers learn from loss differences, all others by backpropagation.
 
-    It takes the arguments of `Trainer`, in the same order, with `args` a `ZOCLTrainingArguments`. Everything else is
-    `ZeroOrderMixin`'s; with `zo_branch="none"` this is a `Trainer`.
+    It takes the arguments of `Trainer`, in the same order, with `args` a `ZOCLTrainingArguments`. For everything else
+    see `ZeroOrderMixin`; with `zo_branch="none"` it trains as a `Trainer` does.
     """
 
     def __init__(
         self, model: nn.Module | None = None, args: ZOCLTrainingArguments | None = None, *positional, **kwargs
     ):
-        # By name, for another base may have arguments in between.
+        # By name, because another base may have arguments in between.
         if len(positional) > len(_TRAINER_ARGUMENTS) - 2:
             raise TypeError(f"{len(positional) + 2} positional arguments: Trainer takes {len(_TRAINER_ARGUMENTS)}.")
         named = dict(zip(_TRAINER_ARGUMENTS[2:], positional, strict=False))

@@ -1,4 +1,4 @@
-"""Zeroth-order optimisation of named parameter groups. Needs torch alone."""
+"""Zeroth-order optimisation of named parameter groups. Needs only torch."""
 
 from .assignment import LayerAssignment, ParameterSplit, ZOGroup
 from .directions import Combination, direction_seed, draw_direction

@@ -25,7 +25,7 @@ _LAYER = re.compile(r"(?:^|\.)(?:(?:layers?|h|blocks?|resblocks|stages|levels)\.
 
 
 class Location(NamedTuple):
-    """Where a parameter stands: its tower, the path of the stack of layers there, and the layer, counted from 1."""
+    """Where a parameter is: its tower, the path of its stack of layers, and its layer, counted from 1."""
 
     branch: str | None
     stack: str | None
@@ -49,7 +49,7 @@ def _location(name: str) -> Location:
 
 
 def _locations(names: Iterable[str]) -> dict[str, Location]:
-    """The location of every parameter; where a tower has a single stack, it needs no name, and is None."""
+    """The location of every parameter; the stack is None in a tower that has only one."""
     locations = {name: _location(name) for name in names}
     stacks: dict[str | None, set[str]] = {}
     for location in locations.values():
@@ -62,7 +62,7 @@ def _locations(names: Iterable[str]) -> dict[str, Location]:
 
 
 def in_branch(value: Number | Mapping[str | None, Number], branch: str | None) -> Number:
-    """A tower's own of a setting that is given as one number, or as one per branch."""
+    """A branch's value of a setting that is given as one number, or as one per branch."""
     return value[branch] if isinstance(value, Mapping) else value
 
 
@@ -74,7 +74,7 @@ class ZOGroup:
         branch: `vision`, `language`, or None in a model with a single tower.
         layer: The layer's number in its stack, counted from 1, or None outside the numbered layers.
         eps: The size of the perturbation of these parameters.
-        names, parameters: What is perturbed, in the model's order.
+        names, parameters: The perturbed parameters, in the model's order.
         stack: The path of the layer's stack, where the tower has several (an encoder and a decoder).
     """
 
@@ -87,7 +87,7 @@ class ZOGroup:
 
     @property
     def label(self) -> int | str | None:
-        """The layer as figures are logged under: its number, after the path of its stack where there are several."""
+        """The layer's name in the log: its number, after the path of its stack if the tower has several."""
         return self.layer if self.stack is None else f"{self.stack}.{self.layer}"
 
 
@@ -103,9 +103,9 @@ class ParameterSplit:
         return [parameter for group in self.zo for parameter in group.parameters]
 
     def describe(self) -> dict[str, dict[str, str]]:
-        """Draw the split layer by layer: `{"vision": {"1": "fo", "2": "zo", …}, …}`; a single tower is `model`.
+        """Show the split layer by layer: `{"vision": {"1": "fo", "2": "zo", …}, …}`; a single tower is `model`.
 
-        Where a tower has several stacks of layers, each stands under its path.
+        If a tower has several stacks of layers, each has an entry under its path.
         """
         kinds = dict.fromkeys(self.fo, "fo") | {name: "zo" for group in self.zo for name in group.names}
         locations = _locations(kinds)
@@ -121,7 +121,7 @@ class ParameterSplit:
 
 @dataclass(frozen=True)
 class LayerAssignment:
-    """The zeroth-order part of a model: a branch, and the layers of it.
+    """The zeroth-order part of a model: a branch, and layers within it.
 
     Args:
         branch: `none` (all first-order), `vision`, `language`, or `dual` (every tower; the one to use for a model
@@ -195,8 +195,8 @@ class LayerAssignment:
         """A predicate over parameter names: is it zeroth-order?
 
         Args:
-            locations: Those of the trainable parameters.
-            depths: The number of layers by the path of the stack.
+            locations: The locations of the trainable parameters.
+            depths: The number of layers of every stack, by its path.
         """
         in_branch = {"dual": ("vision", "language", None)}.get(self.branch, (self.branch,))
         if self._is_regex_list:
@@ -278,7 +278,7 @@ def _positive(eps: float, branch: str | None) -> float:
 
 
 def _inventory(trainable: dict[str, nn.Parameter]) -> str:
-    """Say what a model has to offer, for an error message."""
+    """Describe a model's trainable layers, for an error message."""
     if not trainable:
         return "The model has no parameter that requires a gradient."
     layers: dict[str, set[int]] = {}

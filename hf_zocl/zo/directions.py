@@ -10,23 +10,23 @@ from dataclasses import dataclass, replace
 import torch
 
 
-# Coordinates that are drawn at once: what stands between drawing and adding stays in a processor's cache.
+# Coordinates drawn at once: a block stays in the processor's cache between drawing and adding.
 BLOCK = 1 << 20
-# Signs in a word, and in a number that a generator gives.
+# Signs in a word, and in a number from the generator.
 WORD, DRAWN = 32, 64
 _SIGN_BIT = -(1 << (WORD - 1))
 
 
 def direction_seed(seed: int, step: int, micro_step: int, query: int) -> int:
-    """The seed of one direction: a 63-bit hash of its key, so that the seeds of neighbours are unrelated."""
+    """The seed of one direction: a 63-bit hash of its key, so that neighbouring keys give unrelated seeds."""
     digest = hashlib.blake2b(struct.pack("<4q", seed, step, micro_step, query), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Direction:
-    """Δ, whose n coordinates are ±1 with equal chance (Rademacher; of all with unit variance, the least noisy).
+    """A direction Δ: n coordinates, each ±1 with equal chance (Rademacher, the least noisy choice of unit variance).
 
-    Drawn block after block, 64 signs from one random number. The generator is its own: the global random state is
+    It is drawn block by block, 64 signs from one random number, by a generator of its own: the global random state is
     neither read nor changed.
 
     Args:
@@ -43,8 +43,8 @@ class Direction:
         """The next block of weight·Δ, of `BLOCK` coordinates or as many as are left.
 
         Args:
-            weight: A number.
-            room: A tensor that the block may be written to, of `room_for` it.
+            weight: The factor.
+            room: A tensor from `room_for`, to write the block to.
 
         Returns:
             Float32.
@@ -55,7 +55,7 @@ class Direction:
         numbers = torch.empty(-(-size // DRAWN), dtype=torch.int64, device=self._device)
         words = numbers.random_(-(1 << (DRAWN - 1)), None, generator=self._generator).view(torch.int32)[:width]
         room = room_for(size, self._device) if room is None else room[: width * WORD]
-        # Bit k of every word, moved to where a float has its sign, and the weight's bits beside it.
+        # Bit k of every word becomes the sign bit of a float, and the xor adds the weight's bits.
         bits = torch.as_tensor(weight, dtype=torch.float32, device=self._device).view(torch.int32)
         signs = torch.bitwise_left_shift(words, self._shifts, out=room.view(torch.int32).view(WORD, width))
         signs.bitwise_and_(_SIGN_BIT).bitwise_xor_(bits)
@@ -80,7 +80,7 @@ def draw_direction(count: int, seed: int, device: torch.device | str = "cpu") ->
 
 @dataclass(frozen=True, eq=False)
 class Combination:
-    """Σᵢ wᵢ·Δᵢ, or its sign, times a scale: directions by their seeds alone, so that a step is a few numbers.
+    """Σᵢ wᵢ·Δᵢ, or its sign, times a scale. Directions are kept as seeds, so a step is a few numbers.
 
     Attributes:
         seeds: The seed of every Δᵢ.
@@ -88,8 +88,8 @@ class Combination:
         scale: Multiplies the sum, or its sign.
         sign: Whether to take the sign.
         is_tangent: Whether parameters stay at θ and carry this as their tangent, in forward-mode differentiation.
-        moved: (a, b), where the weights are from losses at θ+a·Δᵢ and θ+b·Δᵢ. Where θ is kept in half precision, both
-            are rounded, and Δᵢ stands for their difference over a − b: the move that was made.
+        moved: (a, b), if the weights come from losses at θ+a·Δᵢ and θ+b·Δᵢ. In half precision both points are rounded,
+            and Δᵢ stands for their difference over a − b, the move that was really made.
     """
 
     seeds: tuple[int, ...]

@@ -25,28 +25,28 @@ Place = tuple[str | None, int | str | None]
 class ZOEstimator:
     """Estimates the gradient of a loss in the zeroth-order groups from forward passes alone.
 
-    Equation 2 of arXiv 2506.12409 perturbs one modality and holds the other, so every branch has its own directions,
-    and they take turns; `together` perturbs all of them at once.
-    What is asked and how the answers are weighed is the estimator's formula (`hf_zocl.zo.estimators`).
+    Equation 2 of arXiv 2506.12409 perturbs one modality and holds the other. So every branch has its own directions,
+    and the branches take turns; `together` perturbs all of them at once. The estimator's formula
+    (`hf_zocl.zo.estimators`) says which losses are computed, and how they weight the directions.
 
-    A query whose loss is not finite counts for nothing, so one overflow does not spoil the weights. Where weights are
-    kept in half precision, Δᵢ is the move that was made, after rounding: what did not move is not stepped.
+    A query whose loss is not finite counts for nothing, so one overflow does not spoil the model. In half precision,
+    Δᵢ is the move after rounding: a coordinate that did not move takes no step.
 
     Args:
         groups: The zeroth-order parameters; all groups of a branch are perturbed together.
         estimator: One of `one-sided`, `two-sided`, `conservative`, `fzoo`, `forward-gradient`.
         queries: q, the number of directions; one number, or one per branch.
         sign: Use the sign of the estimate, not its magnitude (gradient sign normalisation of MoZO).
-        seed: Keys the directions, with the step, the micro-step and the query.
+        seed: Keys the directions, together with the step, the micro-step and the query.
         reduce: Averages a tensor of losses over data-parallel ranks.
-        together: Whether all branches are perturbed at once, where each has as many queries as the others: with full
-            passes their turns would cost as many times as much.
-        model: Where given, parameters are streamed: moved in place, layer by layer, rather than copied. Not by
-            `forward-gradient`, whose tangents are as many as the parameters anyway.
+        together: Whether to perturb all branches at once, if all have the same number of queries. Where every loss is
+            a full pass, taking turns would multiply the cost by the number of branches.
+        model: If given, parameters are streamed: moved in place, layer by layer, rather than copied. This does not
+            apply to `forward-gradient`, whose tangents are as large as the parameters anyway.
 
     Attributes:
-        formula: The estimator.
-        resolutions: By branch, how fine its differences are (see `hf_zocl.zo.noise`), where that was measured.
+        formula: The estimator's formula.
+        resolutions: The `Resolution` of each branch (see `hf_zocl.zo.noise`), where it was measured.
 
     Raises:
         ValueError: If the estimator is unknown, or has fewer queries than it needs.
@@ -84,13 +84,13 @@ class ZOEstimator:
                 raise ValueError(f"{name}={count}: zo_estimator={estimator!r} needs at least {least}.")
 
     def settle(self, resolutions: Mapping[str | None, Resolution]) -> None:
-        """Take on the ε and the precision of the passes that were measured for each branch."""
+        """Adopt the ε and the precision of the passes that were measured for each branch."""
         self.resolutions = dict(resolutions)
         for branch, resolution in resolutions.items():
             self.perturbations[branch].eps = resolution.eps
 
     def direction_seeds(self, step: int, micro_step: int = 0) -> dict[str | None, tuple[int, ...]]:
-        """The seeds of the queries' directions by branch: they follow from the seed and the step alone."""
+        """The seeds of the queries' directions, by branch; they depend only on the seed, the step and micro-step."""
         seeds, first = {}, 0
         for branch, count in self.queries.items():
             numbers = range(first, first + count)
@@ -108,7 +108,7 @@ class ZOEstimator:
         learning_rate: float | Mapping[str | None, float] = 0.0,
         finer: Callable[[], Evaluation] | None = None,
     ) -> Estimate:
-        """Ask for the losses that the estimate needs, all of them at once, and weigh the directions.
+        """Get the losses that the estimate needs, and weight the directions by them.
 
         Args:
             evaluation: Gives the losses.
@@ -116,7 +116,7 @@ class ZOEstimator:
             base_loss: L(θ) by `evaluation`, if a first-order pass has it already.
             learning_rate: The size of the SGD step by which `conservative` judges its candidates; one number, or one
                 per branch.
-            finer: Makes the evaluation of the branches whose resolution asks for a finer one.
+            finer: Makes the evaluation for the branches whose resolution asks for a finer one.
         """
         return self.formula.estimate(
             Step(
@@ -136,7 +136,7 @@ class ZOEstimator:
         """Set `.grad` of every zeroth-order parameter to Σ scale·g, or to its sign if `sign` is on.
 
         Args:
-            estimates: The estimates of one optimizer step's micro-batches, and what each counts.
+            estimates: The estimates of one optimizer step's micro-batches, each with its scale.
 
         Returns:
             The moments of the sum by branch and layer, before any sign normalisation.
@@ -152,8 +152,8 @@ class ZOEstimator:
         """Do what `write` does, one layer after another (see `StreamedPerturbation`).
 
         Args:
-            estimates: As `write`'s.
-            max_norm: Clips the whole as `clip_grad_norm_` does; 0 does not clip.
+            estimates: As for `write`.
+            max_norm: Clips the whole gradient as `clip_grad_norm_` does; 0 does not clip.
         """
         factor: torch.Tensor | float = 1.0
         if max_norm > 0:
@@ -165,7 +165,7 @@ class ZOEstimator:
 
     @torch.no_grad()
     def moments(self, estimates: Sequence[tuple[Estimate, float]]) -> dict[Place, Moments]:
-        """Those that `write` returns, made without writing anything."""
+        """The moments that `write` returns, without writing anything."""
         moments: dict[Place, Moments] = {}
         for branch, perturbation in self.perturbations.items():
             own = perturbation.moments(_gradient(estimates, branch))
@@ -175,7 +175,7 @@ class ZOEstimator:
     def _ways(
         self, evaluation: Evaluation, base_loss: torch.Tensor | None, finer: Callable[[], Evaluation] | None
     ) -> list[Way]:
-        """Which branches are evaluated how; the plain way first, for a finer one reuses what it has computed."""
+        """How each branch is evaluated; the plain way comes first, because the finer one reuses its results."""
         is_finer = {branch: branch in self.resolutions and self.resolutions[branch].finer for branch in self.queries}
         if self.moves_together:
             is_finer = dict.fromkeys(is_finer, any(is_finer.values()))

@@ -1,12 +1,13 @@
-"""The resolution of a difference of losses: the rounding noise of a loss, and an ε that exceeds it.
+"""The resolution of a difference of losses: the rounding noise of a loss, and an ε whose differences exceed it.
 
-A difference quotient errs twice. Along a direction Δ, with L's derivatives L', L'', L''' there and σ the noise of one
-loss, the mean squares are
+A difference quotient has two errors, truncation and rounding. Along a direction Δ, with L', L'', L''' the derivatives
+of the loss and σ the noise of one loss, their mean squares add up to
 
     one-sided:  (ε·L''/2)² + 2·(σ/ε)²,       least at ε = 8^¼·√(σ/|L''|)    (Moré & Wild 2012, equation 3.3)
     two-sided:  (ε²·L'''/6)² + (σ/ε)²/2,     least at ε = (3·σ/|L'''|)^⅓
 
-and its quality is their root over |L'|. The derivatives are root mean squares over a few random directions.
+and the relative error is the root of this sum over |L'|. The derivatives are root mean squares over a few random
+directions.
 """
 
 from __future__ import annotations
@@ -18,26 +19,27 @@ from dataclasses import dataclass
 import torch
 
 
-# The losses along a direction, given by its number, at multiples of it.
+# Gives the losses along a direction, chosen by its number, at the given multiples of it.
 Line = Callable[[int, Sequence[float]], torch.Tensor]
 
 NOISE_POINTS = 7
 DIRECTIONS = 4
 EPS_RANGE = (1e-5, 1e-1)
-# An error of a third of the derivatives is a correlation of 0.95 with them; it is told within a factor of two.
+# An error of a third still means a correlation of 0.95 with the derivatives. It is known only within a factor of two,
+# so half of that is required.
 GOOD_ERROR = 0.15
 
 
 @dataclass(frozen=True)
 class Resolution:
-    """The resolution of the differences of a branch.
+    """The resolution of a branch's differences of losses.
 
     Attributes:
         eps: ε.
         noise: σ, the standard deviation of the rounding errors of one loss.
-        error: What a difference quotient is expected to be off, over the derivative, root mean square.
+        error: The expected error of a difference quotient over the derivative, root mean square.
         slope: |L'|, root mean square.
-        finer: Whether the losses are taken by finer passes than the training's own.
+        finer: Whether the losses come from finer passes than the training's own.
         training_noise: σ of the training's own passes.
         curvature: |L''|, root mean square; 0 where it was not measured.
     """
@@ -61,9 +63,9 @@ class Shape:
     """Derivatives of a loss along random directions, root mean squares.
 
     Attributes:
-        slope: Of the first.
-        bend: Of the one that truncates a difference: the second, or two-sided the third.
-        curvature: Of the second.
+        slope: The first derivative.
+        bend: The derivative behind the truncation error: the second, or the third for two-sided differences.
+        curvature: The second derivative.
     """
 
     slope: float
@@ -74,13 +76,13 @@ class Shape:
 def rounding_noise(losses: torch.Tensor) -> float | None:
     """ECNoise (Moré & Wild, SIAM J. Sci. Comput. 33, 2011): the noise of a function from a few of its values.
 
-    What is smooth vanishes in differences of high order, and what is left is noise.
+    Differences of high order remove what is smooth, and leave the noise.
 
     Args:
         losses: At equally spaced points of a line, shape `(m+1,)`.
 
     Returns:
-        σ; None where the points are too far apart to tell it from the function, or so near that most values are equal.
+        σ; None if the points are too far apart to tell noise from function, or so close that most values are equal.
     """
     values = losses.double().cpu()
     if _is_flat(values):
@@ -95,7 +97,7 @@ def rounding_noise(losses: torch.Tensor) -> float | None:
 
 
 def _levels(values: torch.Tensor) -> list[float]:
-    """The noise by the differences of every order k = 1, 2, …: √((k!)²/(2k)! · mean square)."""
+    """The noise according to the differences of each order k = 1, 2, …: √((k!)²/(2k)! · mean square)."""
     levels, factor = [], 1.0
     for order in range(1, len(values)):
         values = values.diff()
@@ -110,7 +112,7 @@ def _is_flat(losses: torch.Tensor) -> bool:
 
 
 def measure_noise(line: Line, spacing: float = 1e-3) -> float:
-    """σ along direction 0, by points as near as the noise allows; 0 where the loss does not move at all."""
+    """σ along direction 0, from points as close together as the noise allows; 0 if the loss does not change at all."""
     for _ in range(4):
         losses = line(0, [number * spacing for number in range(NOISE_POINTS)]).double().cpu()
         noise = rounding_noise(losses)
@@ -119,18 +121,18 @@ def measure_noise(line: Line, spacing: float = 1e-3) -> float:
         spacing *= 10 if _is_flat(losses) else 0.1
         if spacing > EPS_RANGE[1]:
             break
-    # It never shows: what is left in the differences of the highest order is a bound.
+    # The noise never shows: the differences of the highest order are a bound.
     return _levels(losses)[-1]
 
 
 def measure_shape(line: Line, noise: float, is_two_sided: bool, size: float = 1e-2) -> Shape:
-    """The derivatives along a few directions, where the loss is as a polynomial of low degree.
+    """Measure the derivatives along a few directions, so close to θ that the loss is like a low-degree polynomial.
 
     Args:
         line: The losses.
-        noise: Theirs, as far as it is known.
-        is_two_sided: Whether the third derivative is asked for, rather than the second.
-        size: How far to go at first.
+        noise: The noise of the losses, as far as it is known.
+        is_two_sided: Whether the bend is the third derivative, rather than the second.
+        size: The distance to try first.
     """
     offsets = (-1, 1, -2, 2) if is_two_sided else (-1, 1)
     base = line(0, [0.0]).double().cpu()
@@ -156,7 +158,7 @@ def measure_shape(line: Line, noise: float, is_two_sided: bool, size: float = 1e
 
 
 def best_eps(noise: float, shape: Shape, is_two_sided: bool) -> float:
-    """The ε at which truncation and rounding together are least, to two digits."""
+    """The ε that minimises truncation and rounding together, to two digits."""
     ratio = noise / shape.bend if shape.bend > 0 else math.inf
     eps = (3 * ratio) ** (1 / 3) if is_two_sided else 8**0.25 * math.sqrt(ratio)
     return float(f"{min(max(eps, EPS_RANGE[0]), EPS_RANGE[1]):.1e}")
@@ -175,8 +177,8 @@ def measure(line: Line, finer: Line | None, is_two_sided: bool, eps: float | Non
     """Choose ε, or judge a given one, and say whether it needs finer passes.
 
     Args:
-        line: The losses by the passes of the training.
-        finer: The losses by finer passes, where there are any.
+        line: The losses of the training's own passes.
+        finer: The losses of finer passes, if there are any.
         is_two_sided: Whether the estimator compares both sides of θ, rather than one with θ.
         eps: ε; None chooses it.
     """
@@ -196,11 +198,11 @@ def measure(line: Line, finer: Line | None, is_two_sided: bool, eps: float | Non
 
 
 def two_sided_would_do(noise: float, finer: Line) -> bool:
-    """True if two-sided differences of losses that err by `noise` are good ones.
+    """True if two-sided differences would be good enough, with losses of this noise.
 
     Args:
-        noise: That of the training's passes.
-        finer: The losses by finer passes.
+        noise: The noise of the training's own passes.
+        finer: The losses of finer passes.
     """
     shape = measure_shape(finer, 0.0, is_two_sided=True)
     return relative_error(best_eps(noise, shape, True), noise, shape, True) <= GOOD_ERROR

@@ -13,7 +13,7 @@ from .assignment import ZOGroup, in_branch
 
 ZO_OPTIMIZERS = ("sgd", "sign", "adamw")
 BETAS = (0.9, 0.999)
-# In a zeroth-order group: by what a step multiplies `lr`, which is the schedule's.
+# In a zeroth-order group: the factor by which a step multiplies `lr`, the scheduled rate.
 RATE_FACTOR = "zo_rate_factor"
 
 
@@ -65,7 +65,7 @@ def build_zo_optimizer(
 ) -> torch.optim.Optimizer:
     """The rule for the zeroth-order parameters: one parameter group per branch, marked by its key `zo_branch`.
 
-    The names of its parameters go with a group, so that a state is not loaded into other layers.
+    A group holds its parameters' names as well, so that a state is not loaded into other layers.
 
     Args:
         groups: The zeroth-order parameters.
@@ -73,7 +73,7 @@ def build_zo_optimizer(
         lr: η; one number, or one per branch.
         momentum: μ of `sgd` and `sign`.
         weight_decay: λ.
-        betas: Of `adamw`.
+        betas: β₁ and β₂ of `adamw`.
 
     Raises:
         ValueError: If `name` is none of `sgd`, `sign`, `adamw`.
@@ -91,7 +91,7 @@ def build_zo_optimizer(
         branch["params"].extend(group.parameters)
         branch["zo_names"].extend(group.names)
     params = list(branches.values())
-    highest = max(branch["lr"] for branch in params)  # a schedule's least rate is a part of it
+    highest = max(branch["lr"] for branch in params)  # a schedule's lowest rate is a fraction of it
     if name == "sgd":
         return torch.optim.SGD(params, highest, momentum=momentum, weight_decay=weight_decay)
     if name == "sign":
@@ -105,13 +105,13 @@ class HybridOptimizer(torch.optim.Optimizer):
     """Several optimizers that look like one.
 
     The parts keep their own rules, while the parameter groups and the state live here and the parts share them: a
-    scheduler, `state_dict`, `zero_grad` and accelerate meet an ordinary optimizer.
+    scheduler, `state_dict`, `zero_grad` and accelerate see an ordinary optimizer.
 
     Args:
         parts: The optimizers, first-order first; their groups keep their order.
 
     Attributes:
-        stream: Where set, the last part's gradients come one layer after another: it steps once for each.
+        stream: If set, it writes the last part's gradients one layer after another; that part steps once for each.
     """
 
     def __init__(self, *parts: torch.optim.Optimizer):
@@ -135,12 +135,12 @@ class HybridOptimizer(torch.optim.Optimizer):
             first += size
 
     def add_param_group(self, param_group: dict) -> None:
-        """A further group of the first part.
+        """Add a group to the first part.
 
         Raises:
-            ValueError: If that is the zeroth-order one, for which nobody has said where its parameters are.
+            ValueError: If that part is the zeroth-order one: nothing says in which layers the parameters are.
         """
-        if not self._sizes:  # by `Optimizer.__init__`
+        if not self._sizes:  # called by `Optimizer.__init__`
             return super().add_param_group(param_group)
         first = self.parts[0]
         if any("zo_branch" in group for group in first.param_groups):
@@ -175,7 +175,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         """As `torch.optim.Optimizer.load_state_dict`, each part by its own rules (8-bit states stay 8-bit).
 
         Raises:
-            ValueError: If the state is that of another layer assignment.
+            ValueError: If the state was saved under another layer assignment or another `zo_optim`.
         """
         groups = state_dict["param_groups"]
         if [group.get("zo_names") for group in groups] != [group.get("zo_names") for group in self.param_groups]:
@@ -196,7 +196,7 @@ class HybridOptimizer(torch.optim.Optimizer):
         self._share()
 
     def train(self) -> None:
-        """Schedule-free optimizers switch between two sets of weights."""
+        """Call the parts' `train`, if they have one: schedule-free optimizers switch between two sets of weights."""
         self._call_parts("train")
 
     def eval(self) -> None:

@@ -1,4 +1,4 @@
-"""Parameters moved along random directions, and put back bit by bit."""
+"""Moves parameters along random directions, and restores them exactly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .room import Room
 
 @dataclass(frozen=True)
 class Moments:
-    """The logged figures of a gradient estimate: the number of its coordinates, their sum and their sum of squares."""
+    """The moments of a gradient estimate: the number of its coordinates, their sum and their sum of squares."""
 
     count: int
     total: torch.Tensor
@@ -35,14 +35,14 @@ class Moments:
 
 
 def add_moments(total: dict[Any, Moments], more: Mapping[Any, Moments]) -> None:
-    """Add moments to those of the same places."""
+    """Add `more` to `total`, place by place."""
     for place, moments in more.items():
         total[place] = total[place] + moments if place in total else moments
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A parameter's coordinates within one block: from where to where there, and of the parameter from where."""
+    """The part of a parameter in one block: `start` to `stop` of the block, from `first` on in the parameter."""
 
     index: int
     label: int | str | None
@@ -51,22 +51,22 @@ class _Part:
     first: int
 
     def of(self, tensors: Sequence[torch.Tensor] | Mapping[int, torch.Tensor]) -> torch.Tensor:
-        """The coordinates in one tensor for each parameter; a copy of them where they do not lie side by side."""
+        """This part of the parameter's tensor among `tensors`; a copy if that tensor is not contiguous."""
         return tensors[self.index].reshape(-1)[self.first : self.first + self.stop - self.start]
 
 
 class Perturbation:
     """The zeroth-order parameters of one branch as one vector θ of n coordinates: moved to θ + d and back.
 
-    Coming back is a copy of the saved values, not a subtraction, which would drift in floating point. A direction is
-    drawn and added block by block, so none is ever in memory as a whole.
+    Moving back copies the saved values, because subtracting d would drift in floating point. A direction is drawn and
+    added block by block, so a whole one is never in memory.
 
     Args:
         groups: All the groups of the branch; their order fixes the order of the coordinates.
-        room: Where values are saved; by default, in memory that is given back at once.
+        room: The memory to save values in; by default, memory that is freed after each use.
 
     Raises:
-        ValueError: If the groups are of several branches, or differ in ε.
+        ValueError: If the groups belong to several branches, or differ in ε.
     """
 
     def __init__(self, groups: Sequence[ZOGroup], room: Room | None = None):
@@ -94,15 +94,15 @@ class Perturbation:
         return torch.promote_types(self.parameters[0].dtype, torch.float32)
 
     def query(self, seed: int, sign: int = 1) -> Combination:
-        """±ε·Δ."""
+        """The offset of a query, ±ε·Δ."""
         return Combination((seed,), (1.0,), sign * self.eps)
 
     def tangent(self, seed: int) -> Combination:
-        """Δ, as a tangent."""
+        """The direction Δ as a tangent."""
         return Combination((seed,), (1.0,), is_tangent=True)
 
     def vector(self, *gradient: Combination) -> torch.Tensor:
-        """The combinations' sum, float32 or wider, shape `(n,)`."""
+        """The sum of the combinations, shape `(n,)`, float32 or wider."""
         vector = torch.empty(len(self), dtype=self._dtype, device=self.parameters[0].device)
         for own, block in zip(vector.split(BLOCK), self._blocks(gradient), strict=True):
             own.copy_(block)
@@ -114,7 +114,7 @@ class Perturbation:
         """Set `.grad` of every parameter to the sum of the combinations, or to its sign, times a factor.
 
         Returns:
-            The moments of the sum by layer (`ZOGroup.label`), as it is, without sign and factor.
+            The moments of the sum by layer (`ZOGroup.label`), before sign and factor are applied.
         """
         gradients = [torch.empty_like(data, memory_format=torch.contiguous_format) for data in self._data]
         moments: dict[int | str | None, Moments] = {}
@@ -128,7 +128,7 @@ class Perturbation:
     def written(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
     ) -> Iterator[None]:
-        """Inside, `.grad` is what `write` makes it; afterwards none."""
+        """Inside, `.grad` is set as by `write`; afterwards it is None."""
         with self._room.like(self._data) as gradients:
             for parts, block in zip(self._parts, self._blocks(gradient), strict=True):
                 _copy(gradients, parts, _stepped(block, sign, factor))
@@ -139,29 +139,29 @@ class Perturbation:
                 self._set([None] * len(gradients))
 
     def moments(self, gradient: Sequence[Combination]) -> dict[int | str | None, Moments]:
-        """Those that `write` returns."""
+        """The moments that `write` returns, without writing anything."""
         moments: dict[int | str | None, Moments] = {}
         for parts, block in zip(self._parts, self._blocks(gradient), strict=True):
             _add_moments(moments, parts, block)
         return moments
 
     def pieces(self, vector: torch.Tensor) -> list[torch.Tensor]:
-        """A vector as one tensor per parameter, of its shape, dtype and device."""
+        """Split a vector into one tensor per parameter, with the parameter's shape, dtype and device."""
         split = zip(vector.split(self._sizes), self.parameters, strict=True)
         return [piece.view_as(p).to(p.device, p.dtype) for piece, p in split]
 
     def move_for_whole_passes(self) -> None:
-        """Let no pass read the parameters at θ, whatever it reads and when; where they are not streamed, none does."""
+        """Keep the parameters moved for the whole of every pass; without streaming they always are."""
 
     @contextmanager
     def at(self, offset: Combination) -> Iterator[None]:
-        """Inside, the parameters are θ + offset; afterwards θ again, bit by bit, also when the block raises."""
+        """Inside, the parameters are θ + offset; afterwards they are exactly θ again, even if the block raises."""
         data = self._data
         with self._room.like(data) as saved:
             copy_to_each(saved, data)
             try:
                 self._move(data, saved, offset)
-                torch.clear_autocast_cache()  # of what a parameter that requires a gradient was cast to
+                torch.clear_autocast_cache()  # autocast caches casts of parameters that require a gradient
                 yield
             finally:
                 if offset.is_tangent:
@@ -172,7 +172,7 @@ class Perturbation:
 
     def _move(self, data: list[torch.Tensor], saved: list[torch.Tensor], offset: Combination) -> None:
         if offset.is_tangent:
-            # The parameters themselves: what is written to their data leaves them without a tangent.
+            # Into the parameters themselves: a write to `.data` would leave them without a tangent.
             self._assign(map(forward_ad.make_dual, saved, self.pieces(self.vector(offset))))
             return
         flat = [tensor.reshape(-1) for tensor in data]
@@ -206,9 +206,9 @@ class Perturbation:
         return [data + piece for data, piece in pieces]
 
     def _blocks(self, gradient: Sequence[Combination]) -> Iterator[torch.Tensor]:
-        """The sum of the combinations, block by block; the next one takes the room of the last.
+        """The sum of the combinations, block by block; each block overwrites the one before.
 
-        Directions are drawn again whenever they are needed.
+        Directions are not kept: they are drawn again whenever they are needed.
         """
         device = self.parameters[0].device
         drawn = [[Direction(len(self), seed, device) for seed in term.seeds] for term in gradient]
@@ -226,7 +226,7 @@ class Perturbation:
     ) -> torch.Tensor:
         """The next block of one combination."""
         rounds = self.is_rounded and term.moved is not None
-        folds = self._dtype == torch.float32 and not rounds  # the weight is drawn with the signs
+        folds = self._dtype == torch.float32 and not rounds  # draw weight·Δ at once
         total = None
         weights = term.weights
         if isinstance(weights, torch.Tensor):
@@ -242,7 +242,7 @@ class Perturbation:
         return total if term.scale == 1 else total.mul_(term.scale)
 
     def _as_moved(self, block: torch.Tensor, parts: Sequence[_Part], ends: tuple[float, float]) -> torch.Tensor:
-        """The move of a block's coordinates between two ends, over their distance: rounded as in `at`."""
+        """A block of Δ as the parameters really move between two ends: rounded as in `at`, over the ends' distance."""
         found = torch.empty_like(block)
         for part in parts:
             own = part.of(self._data)
@@ -253,7 +253,7 @@ class Perturbation:
 
 
 def _parts(sizes: Sequence[int], labels: Sequence[int | str | None]) -> Iterator[list[_Part]]:
-    """The parameters' parts in every block."""
+    """The parts of the parameters in each block, block by block."""
     parts, filled = [], 0
     for index, (size, label) in enumerate(zip(sizes, labels, strict=True)):
         first = 0
@@ -276,7 +276,7 @@ def _stepped(block: torch.Tensor, sign: bool, factor: float | torch.Tensor) -> t
 
 
 def _copy(tensors: Sequence[torch.Tensor], parts: Sequence[_Part], block: torch.Tensor) -> None:
-    # A view, or an error: what is written to a copy would be lost.
+    # `view` raises where it would have to copy; a write to a copy would be lost.
     flat = {part.index: tensors[part.index].view(-1) for part in parts}
     copy_to_each([part.of(flat) for part in parts], [block[part.start : part.stop] for part in parts])
 

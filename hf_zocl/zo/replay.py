@@ -1,4 +1,4 @@
-"""A log of zeroth-order steps, from which a training's weights are made again: a few bytes a step."""
+"""A log of zeroth-order steps, from which a training's weights can be rebuilt: a few bytes per step."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class ReplaySettings:
 
     Args:
         queries: The number of directions of every branch, in the order of the branches.
-        seed, sign: As `ZOEstimator`'s.
-        optimizer, momentum, weight_decay: As `build_zo_optimizer`'s.
+        seed, sign: As for `ZOEstimator`.
+        optimizer, momentum, weight_decay: As for `build_zo_optimizer`.
         max_norm: Clips the estimate; 0 does not clip.
         streamed: Whether the parameters were streamed, layer by layer.
     """
@@ -49,8 +49,8 @@ class _Step:
 class ReplayLog:
     """The steps of a training in which every parameter is zeroth-order.
 
-    A step is the projected gradient of every query, the learning rate and what a micro-batch counts. The directions
-    follow from the seed and the step's number, so nothing of them is kept.
+    A step is the projected gradient of every query, the learning rates and the scale of a micro-batch. The directions
+    follow from the seed and the step's number, so they are not stored.
     """
 
     settings: ReplaySettings
@@ -59,12 +59,12 @@ class ReplayLog:
     def record(
         self, number: int, estimates: Sequence[tuple[Estimate, float]], learning_rates: Sequence[float]
     ) -> None:
-        """Add the step that `estimates` are about to become.
+        """Add the step that is about to be made of `estimates`.
 
         Args:
-            number: The step, as it keyed the directions.
-            estimates: Those of the step's micro-batches, and what each counts, which is the same for all.
-            learning_rates: Of the branches, in their order.
+            number: The number of the step, which keyed the directions.
+            estimates: The estimates of the step's micro-batches, each with its scale, which is the same for all.
+            learning_rates: One per branch, in the order of the branches.
         """
         rows = [
             torch.cat([estimate.gradient[branch].weights for branch, _ in self.settings.queries])
@@ -74,16 +74,17 @@ class ReplayLog:
 
     @torch.no_grad()
     def replay(self, groups: Sequence[ZOGroup], model: nn.Module | None = None) -> None:
-        """Take all steps again: parameters that are as before the first step become what they were after the last.
+        """Take all steps again: parameters as they were before the first step become those after the last.
 
-        To the last bit on the same device, for every step goes through the estimator and the optimizer of a training.
+        On the same device they agree to the last bit, because every step goes through the training's estimator and
+        optimizer.
 
         Args:
             groups: The groups of the training, in their order.
-            model: Whose parameters they are; needed where they were streamed.
+            model: The model that holds the parameters; needed if they were streamed.
 
         Raises:
-            ValueError: If it is needed and not given.
+            ValueError: If the model is needed and not given.
         """
         settings = self.settings
         if settings.streamed and model is None:
@@ -120,7 +121,7 @@ class ReplayLog:
             optimizer.zero_grad()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The steps as a few tensors; what is the same in all of them stands there once."""
+        """The steps as a few tensors; a value that is the same in all steps is stored once."""
         columns = {
             "step": torch.tensor([step.number for step in self.steps], dtype=torch.int32),
             "learning_rate": torch.tensor([step.learning_rates for step in self.steps], dtype=torch.float64),
@@ -133,10 +134,10 @@ class ReplayLog:
 
     @classmethod
     def from_tensors(cls, settings: ReplaySettings, tensors: Mapping[str, torch.Tensor]) -> ReplayLog:
-        """The log that `tensors` were made of.
+        """The log that `tensors` were made from.
 
         Raises:
-            KeyError, RuntimeError: If they are those of no log, or of one with other settings.
+            KeyError, RuntimeError: If they are not a log's tensors, or those of a log with other settings.
         """
         queries = sum(count for _, count in settings.queries)
         gradients = tensors["projected_gradients"].view(-1, queries)

@@ -1,4 +1,4 @@
-"""Memory that is used again: fresh pages cost more than what is written to them."""
+"""Reuses memory: fresh pages cost more than writing to them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from contextlib import contextmanager
 import torch
 
 
-# Tensors in one buffer start at multiples of so many bytes.
+# Tensors in one buffer start at multiples of this many bytes.
 ALIGNMENT = 64
 
 
 class Room:
-    """Buffers that are lent, and kept for the next who asks until they are cleared.
+    """Lends buffers, and keeps those that come back for the next request, until `clear`.
 
-    As many are kept as were lent at once, each as large as the largest that was asked for in its place.
+    It keeps as many as were lent at once, each as large as the largest request it has served.
 
     Args:
-        keeps: Whether anything is kept.
+        keeps: Whether buffers are kept.
     """
 
     def __init__(self, keeps: bool = False):
@@ -27,7 +27,7 @@ class Room:
 
     @contextmanager
     def like(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-        """Tensors of the same shapes, dtypes and devices, contiguous, of any content; they are lent for the block."""
+        """Lend, for the block, contiguous tensors of the same shapes, dtypes and devices, with arbitrary content."""
         sizes: dict[torch.device, int] = {}
         places = []
         for tensor in tensors:
@@ -47,7 +47,7 @@ class Room:
         self._free.clear()
 
     def _take(self, device: torch.device, size: int) -> torch.Tensor:
-        """The smallest free buffer that is large enough; else a new one, in the place of the largest."""
+        """The smallest free buffer that is large enough; else a new one, which replaces the largest."""
         mine = sorted((buffer for buffer in self._free if buffer.device == device), key=len)
         chosen = next((buffer for buffer in mine if len(buffer) >= size), mine[-1] if mine else None)
         if chosen is not None:

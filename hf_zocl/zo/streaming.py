@@ -1,4 +1,4 @@
-"""Zeroth-order optimisation of parameters that are too many to copy, such as a whole model's."""
+"""Zeroth-order optimisation of more parameters than can be copied, such as a whole model's."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from .room import Room
 
 logger = logging.getLogger(__name__)
 
-# A layer within a layer (a block of a stage, an expert) moves on its own if it has as many parameters as this.
+# A layer within a layer (a block of a stage, an expert) moves on its own if it has at least this many parameters.
 UNIT_PARAMETERS = 1 << 20
 
 
 class StreamedPerturbation(Perturbation):
-    """A layer is moved just before it runs, and put back just after: the memory of the model plus one layer.
+    """Moves a layer just before it runs, and back just after: this takes the memory of the model plus one layer.
 
-    A unit, of which there is one direction at a time, is a numbered layer: a child of an `nn.ModuleList` or an
-    `nn.Sequential`. It moves while its layer runs, if no pass reads it at another time; else while a layer around it
-    does; else, as whatever lies outside the layers (embeddings, heads, prompts), for the whole pass, and is copied for
-    as long. Which of these holds is seen in a pass at θ (`watching`); before, every unit moves for the whole pass.
-    Whichever it is, a pass reads the same values.
+    Parameters move in units, each with directions of its own. A unit is a numbered layer: a child of an
+    `nn.ModuleList` or an `nn.Sequential`. It moves while its layer runs, if no pass reads it at any other time; else
+    while a layer around it runs; else for the whole pass, like everything outside the layers (embeddings, heads,
+    prompts), and is copied for that long. A pass at θ (`watching`) shows which of these applies; before it, every unit
+    moves for the whole pass. In every case a pass reads the same values.
 
     Args:
         groups: All the groups of the branch.
@@ -51,7 +51,7 @@ class StreamedPerturbation(Perturbation):
 
     @contextmanager
     def at(self, offset: Combination) -> Iterator[None]:
-        """Inside, every read of a unit within the model's forward pass is of θ + offset; afterwards of θ again."""
+        """Inside, the model's forward pass reads every unit at θ + offset; afterwards it reads θ again."""
         if self._has_stepped:
             self._has_stepped = False
             for unit in self.units:
@@ -68,7 +68,7 @@ class StreamedPerturbation(Perturbation):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See in a whole pass at θ, which runs inside, while which modules run each unit is read."""
+        """Find out in a full pass at θ, run inside, which modules are running when each unit is read."""
         for unit in self.units:
             unit.level = 0
         try:
@@ -84,10 +84,10 @@ class StreamedPerturbation(Perturbation):
         self._say_what_is_copied()
 
     def widen(self) -> bool:
-        """See whether the last pass called the module of every unit, and if not, let more modules move that unit.
+        """Check that the last pass called the modules of every unit, and widen the scope of a unit where it did not.
 
         Returns:
-            Whether there was such a unit. It may have been read at θ: the pass is to be taken again.
+            Whether there was such a unit. It may have been read at θ, so the pass must be taken again.
         """
         missed = [unit for unit in self.units if unit.modules and not unit.was_called]
         for unit in missed:
@@ -111,10 +111,10 @@ class StreamedPerturbation(Perturbation):
     def stream(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
     ) -> Iterator[None]:
-        """`write` for one unit after another; a unit's gradient is gone when the next one's is asked for.
+        """Like `write`, for one unit after another; a unit's gradient is gone when the next unit's turn comes.
 
         Raises:
-            RuntimeError: If the passes since the last step moved other units, but not this one.
+            RuntimeError: If the passes since the last step moved some units, but not others.
         """
         still = [unit for unit in self.units if not unit.was_moved]
         if still and len(still) < len(self.units):
@@ -148,9 +148,9 @@ class _Unit:
     """The parameters that move together.
 
     Attributes:
-        scopes: Modules in whose calls the parameters may move, from the smallest to the largest; several of a kind
-            where modules share the parameters.
-        level: The index of the scope in use; behind the last one, the parameters move for the whole pass.
+        scopes: Modules during whose calls the parameters may move, from the smallest to the largest; a scope has
+            several modules if they share the parameters.
+        level: The index of the scope in use; past the last one, the parameters move for the whole pass.
         was_called, was_moved: Whether the last pass called a module of the scope, and whether the parameters were
             moved in a pass since the last step.
     """
@@ -162,7 +162,7 @@ class _Unit:
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:
-        """In whose calls the parameters move; none: for the whole pass."""
+        """The modules during whose calls the parameters move; none if they move for the whole pass."""
         return self.scopes[self.level] if self.level < len(self.scopes) else ()
 
     def own(self, combination: Combination) -> Combination:
@@ -214,7 +214,7 @@ class _Unit:
 
 @contextmanager
 def _hooked(modules: Iterable[nn.Module], enter: Callable, leave: Callable) -> Iterator[None]:
-    """Around every call of the modules, and around the hooks that they have, which may read parameters too."""
+    """Call `enter` and `leave` around every call of the modules and of their hooks, which may read parameters too."""
     handles = []
     for module in modules:
         handles.append(module.register_forward_pre_hook(enter, prepend=True))
@@ -227,7 +227,7 @@ def _hooked(modules: Iterable[nn.Module], enter: Callable, leave: Callable) -> I
 
 
 class _Calls:
-    """The modules that run at the moment, and those that were called."""
+    """The modules that are running now, and those that were called."""
 
     def __init__(self):
         self.running: Counter[nn.Module] = Counter()
@@ -242,7 +242,7 @@ class _Calls:
         self.running[module] -= 1
 
     def look(self, module: nn.Module, *_: Any) -> None:
-        # A wrapper of `torch.compile`: what is compiled takes no notice of a hook that comes and goes.
+        # Code that `torch.compile` has compiled ignores hooks that come and go.
         self.compiled |= is_compile_wrapper(module)
 
 
@@ -254,14 +254,14 @@ def _watched_calls(model: nn.Module, units: Iterable[_Unit]) -> Iterator[_Calls]
     handle = nn.modules.module.register_module_forward_pre_hook(calls.look)
     try:
         with warnings.catch_warnings(), _hooked(modules, calls.enter, calls.leave):
-            warnings.filterwarnings("ignore", ".*global hooks on modules")  # torch.compile's: it may see one twice
+            warnings.filterwarnings("ignore", ".*global hooks on modules")  # torch.compile's: a hook may run twice
             yield calls
     finally:
         handle.remove()
 
 
 class _Reads(TorchDispatchMode):
-    """Widens the scope of a unit that is read, itself or by way of a view, while no module of its scope runs."""
+    """Widens the scope of a unit that is read, directly or through a view, while no module of its scope runs."""
 
     def __init__(self, units: Iterable[_Unit], calls: _Calls):
         super().__init__()
@@ -311,7 +311,7 @@ def _units(
 
 
 def _layers_around(path: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    """The numbered layers that hold a module, from the smallest that is worth a unit to the largest."""
+    """The numbered layers around a module, from the smallest that is large enough for a unit to the largest."""
     parts = path.split(".")
     prefixes = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
     layers = [
@@ -331,7 +331,7 @@ def _scopes(
 ) -> list[tuple[nn.Module, ...]]:
     """Modules that run whenever the parameters are read: the layer, then the layers around it.
 
-    Where several modules share the parameters, one for each; none if one of them lies outside the layers.
+    If several modules share the parameters, a scope has a layer for each; no scopes if one lies outside the layers.
     """
     around = [layers.get(path, ()) for path in paths]
     if not all(around):

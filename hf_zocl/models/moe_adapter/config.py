@@ -45,10 +45,10 @@ class MoEAdapterConfig(PeftConfig):
         router_token: The token that the router reads. `first` is the baseline's: the class token in vision, but in
             CLIP's causal text tower the start token, which sees nothing of the prompt, so that all prompts get the
             same gates there. `pooled` is the token that CLIP pools: the class token, and in text the end of the text.
-            Of a causal language model, which `generate` feeds token by token from a cache, `first` would be the newest
+            In a causal language model, which `generate` feeds token by token from a cache, `first` would be the newest
             token: generate with `use_cache=False` and padding on the right.
         num_routers: 1, one router for all tasks; or one per task: `begin_task(t)` switches to the t-th.
-        freeze_experts: How many of the experts that a task used most `end_task` freezes in every block.
+        freeze_experts: How many experts `end_task` freezes in every block: those that the task used most.
         balance_loss: Weight of the load-balancing loss, CV²(importance) + CV²(load) (Shazeer et al. 2017, equations 6
             to 11), summed over the blocks; 0 leaves it out.
         towers: `vision`, `language` or `both`; other two-tower models are recognised if their towers have CLIP's

@@ -125,7 +125,7 @@ class MoEAdapter(nn.Module):
         gates = routing.gates.detach()
         # Not a buffer: it is not a state of the forward pass.
         self.usage = self.usage.to(gates.device) + torch.stack([(gates > 0).sum(dim=0), gates.sum(dim=0)])
-        # Computed whether or not it is collected: a block that is run again must do as it did the first time.
+        # Computed whether or not it is collected: a block that is run again must do the same as the first time.
         if self.config.balance_loss > 0:
             importance, load = routing.gates.sum(dim=0), routing.load.sum(dim=0)
             loss = self.config.balance_loss * (squared_variation(importance) + squared_variation(load))
@@ -178,7 +178,7 @@ class MoEAdapter(nn.Module):
         for index, router in enumerate(self.routers):
             if index != self._router:
                 router.requires_grad_(False)
-        if self.frozen is not None and not self.frozen.is_meta:  # on meta nothing is known yet
+        if self.frozen is not None and not self.frozen.is_meta:  # a meta tensor has no values yet
             for expert, frozen in zip(self.experts, self.frozen.tolist(), strict=True):
                 if frozen:
                     expert.requires_grad_(False)
@@ -201,8 +201,8 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
     """A block's MLP with MoE adapters in parallel to it.
 
     The MLP receives the normalised state, the adapters the state itself: a hook on the norm before the MLP keeps it
-    for the moment between the two. A backward pass that runs the block again (gradient checkpointing) passes the norm
-    again.
+    until the MLP is called. A backward pass that runs the block again (gradient checkpointing) runs the norm again,
+    too.
 
     Args:
         base_layer: The MLP.
@@ -262,7 +262,7 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
         self._state = args[0] if args else next(iter(kwargs.values()))
 
     def _keep_positions(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        # As an argument of the block they are there when gradient checkpointing runs it again.
+        # As an argument of the block, they are still there when gradient checkpointing runs it again.
         if POSITIONS not in kwargs:
             raise RuntimeError(
                 f"router_token='pooled': the text tower hands its blocks {POSITIONS!r}, the positions of the tokens "
@@ -291,7 +291,7 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The MLP, with nothing of the adapters left at its block."""
+        """Return the MLP, with nothing of the adapters left in its block."""
         if merge:
             self.merge(safe_merge, adapter_names)
         for hook in self._hooks:

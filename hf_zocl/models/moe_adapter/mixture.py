@@ -91,7 +91,7 @@ def mix_chosen(
 
 
 def _gather(weights: Sequence[torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
-    """The weights of the given numbers, `(*indices, *weight)`."""
+    """The weights of the experts with these numbers, `(*indices, *weight)`."""
     stacked = torch.stack(list(weights))
     # Indexing would do, but its backward pass is four times slower than an embedding's.
     return F.embedding(indices, stacked.flatten(1)).unflatten(-1, stacked.shape[1:])

@@ -130,7 +130,7 @@ class MoEAdapterModel(TaskAware, BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own copies the weight of a linear layer; an MLP has none, and its adapters are in place already.
+        # PEFT's method copies the weight of a linear layer; an MLP has none, and its adapters are in place already.
         setattr(parent, child_name, new_module)
 
     def _pooling_tower(self, key: str) -> CLIPTextModel | CLIPVisionModel:
@@ -170,10 +170,10 @@ def register_with_peft() -> None:
     """Make `MoEAdapterConfig` and `MoEAdapterModel` a method of PEFT.
 
     PEFT offers `register_peft_method` for this, but takes the names of its methods from a closed enum, so the name is
-    added to it first. This is the one place that reaches into PEFT.
+    added to it first. This is the one place that changes PEFT's list of methods.
 
     Raises:
-        RuntimeError: If this release of PEFT does not take it.
+        RuntimeError: If this release of PEFT does not accept it.
     """
     if PEFT_TYPE in PeftType.__members__:
         return

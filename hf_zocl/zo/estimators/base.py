@@ -1,4 +1,4 @@
-"""The parts that all estimators share: a step's question, its answer, and the losses in between."""
+"""The parts that all estimators share: the request (`Step`), the losses (`Evaluation`) and the result (`Estimate`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ..directions import Combination
 from ..perturbation import Perturbation
 
 
-# Where a loss is asked for: the perturbations that are not at θ, and their offsets. Empty: L(θ).
+# Where a loss is computed: the offset of each perturbation that is not at θ. Empty: L(θ).
 Point = Mapping[Perturbation, Combination]
 
 
 class Evaluation(Protocol):
-    """The way to a loss; see `hf_zocl.passes`."""
+    """Computes losses at given points; see `hf_zocl.passes`."""
 
     def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
         """The loss at every point; scalars."""
@@ -32,7 +32,7 @@ class Estimate:
         gradient: Σᵢ wᵢ·Δᵢ.
         differences: The q loss differences, shape `(q,)`: L(θ+εΔ) − L(θ), or half of L(θ+εΔ) − L(θ−εΔ); for
             `forward-gradient` the derivatives ∇L·Δ.
-        loss: L(θ); for `two-sided`, which does without it, the mean of its losses, equal up to O(ε²).
+        loss: L(θ); for `two-sided`, which has no pass at θ, the mean of its losses, equal up to O(ε²).
     """
 
     gradient: dict[str | None, Combination] = field(default_factory=dict)
@@ -42,12 +42,12 @@ class Estimate:
 
 @dataclass
 class Way:
-    """Branches whose losses are compared with one another, and their evaluation, made when it is first used.
+    """Branches that are evaluated in the same way, and their evaluation, made when it is first used.
 
     Attributes:
         branches: By name.
         make: Makes the evaluation.
-        base_loss: L(θ) by it, where that is known.
+        base_loss: L(θ) by this evaluation, where known.
     """
 
     branches: list[str | None]
@@ -59,24 +59,24 @@ class Way:
         return self.make()
 
     def losses(self, points: Sequence[Point]) -> list[torch.Tensor]:
-        """In float32 at least: a difference of two losses needs it."""
+        """The loss at every point, in float32 at least: a difference of two losses needs that."""
         return [wide(loss) for loss in self.evaluation.losses(points)]
 
 
 @dataclass
 class Step:
-    """A request to an estimator: a gradient from losses of one micro-batch along these directions.
+    """A request to an estimator: estimate the gradient of one micro-batch along these directions.
 
     Attributes:
         perturbations: By branch.
-        seeds: Of the directions of every branch.
-        ways: Which branches are evaluated how.
+        seeds: The seeds of every branch's directions.
+        ways: How each branch is evaluated.
         reduce: Averages a tensor of losses over data-parallel ranks.
         noise: By branch, the standard deviation of a loss's rounding, where it was measured.
         learning_rates: By branch, the size of the step that will be taken.
-        sign: Whether it will be taken along the sign of the estimate.
-        moves_together: Whether all branches move at once, so that a difference says something of each; else they take
-            turns. They have the same number of queries then, and one way.
+        sign: Whether that step will follow the sign of the estimate.
+        moves_together: Whether all branches move at once, so that every difference counts for each of them; else they
+            take turns. Branches that move at once have the same number of queries and a single way.
     """
 
     perturbations: Mapping[str | None, Perturbation]
@@ -89,17 +89,17 @@ class Step:
     moves_together: bool = False
 
     def turns(self, way: Way) -> list[tuple[str | None, ...]]:
-        """The branches of a way, those together that move at once."""
+        """The branches of a way, grouped by those that move at once."""
         return [tuple(way.branches)] if self.moves_together else [(branch,) for branch in way.branches]
 
     def points(
         self, branches: Sequence[str | None], offset: Callable[[Perturbation, int], Combination]
     ) -> list[Point]:
-        """A point for every query, at which these branches are away from θ.
+        """A point for every query, at which these branches are moved.
 
         Args:
-            branches: One turn.
-            offset: Of a perturbation and a direction's seed.
+            branches: The branches of one turn.
+            offset: Gives the offset for a perturbation and a direction's seed.
         """
         rows = zip(*(self.seeds[branch] for branch in branches), strict=True)
         moved = [self.perturbations[branch] for branch in branches]
@@ -107,14 +107,14 @@ class Step:
 
 
 class Estimator:
-    """A formula: which losses it asks for, and what they say of each direction.
+    """A formula: which losses it needs, and how they weight the directions.
 
     Attributes:
-        name: Of the argument `zo_estimator`.
+        name: Its value of the argument `zo_estimator`.
         least_queries: How many directions of a branch it needs.
-        is_two_sided: Whether it compares both sides of θ, so that truncation is of third order.
+        is_two_sided: Whether it compares both sides of θ, so that truncation comes from the third derivative.
         has_eps: Whether it moves the parameters by ε; else it differentiates.
-        has_scale: Whether the estimate is as large as the gradient, and so as the loss.
+        has_scale: Whether the estimate scales with the gradient, and so with the loss.
         judges_steps: Whether it chooses among plain SGD steps by the loss after each.
     """
 
@@ -135,5 +135,5 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def finite(weights: torch.Tensor) -> torch.Tensor:
-    """Weights with 0 for what is not finite: such a query counts for nothing."""
+    """The weights, with 0 in place of any that is not finite: such a query counts for nothing."""
     return torch.nan_to_num(weights, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,8 +1,8 @@
 """ZO-SGD-Cons (ZO-LLM, ICML 2024): a step is taken only where the loss after it is lower.
 
-The one-sided estimate of every query, and their mean, are tried as an SGD step; the one with the lowest loss is g, or
-zero when no step beats standing still. With several branches, their steps together are tried as well, and one branch
-steps alone where that is lower.
+The one-sided estimate of every query, and their mean, are tried as an SGD step; g is the one with the lowest loss, or
+zero if none lowers the loss. With several branches, their steps are also tried together, and only one branch steps
+if that gives a lower loss.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Conservative(OneSided):
 
 
 def _candidates(mean: Combination) -> list[torch.Tensor]:
-    """The weights of no step, of every query's own, and of their mean."""
+    """The weights of the candidates: no step, every query's own estimate, and their mean."""
     rows = [torch.zeros_like(mean.weights), *torch.diag(mean.weights * len(mean.seeds))]
     return [*rows, mean.weights] if len(mean.seeds) > 1 else rows
 
@@ -75,6 +75,6 @@ def _sgd_step(step: Step, gradient: Combination, branch: str | None) -> Combinat
 
 
 def _gains(step: Step, way: Way, points: Sequence[Point], base_loss: torch.Tensor) -> torch.Tensor:
-    """0, and then the loss at every point less that at θ."""
+    """0, then the loss at every point minus the loss at θ."""
     losses = step.reduce(torch.stack(way.losses(points)))
     return torch.cat([torch.zeros_like(losses[:1]), (losses - base_loss).nan_to_num(nan=torch.inf)])

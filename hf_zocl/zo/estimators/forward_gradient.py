@@ -27,7 +27,7 @@ class ForwardGradient(Estimator):
             for turn in turns
             for point in step.points(turn, lambda perturbation, seed: perturbation.tangent(seed))
         ]
-        # Of the attention kernels, the plain one alone has a forward-mode derivative.
+        # Only the plain attention kernel has a forward-mode derivative.
         with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):
             known = [wide(way.base_loss)] if way.base_loss is not None else way.losses([{}])
             losses = torch.stack(known + way.losses(tangents))

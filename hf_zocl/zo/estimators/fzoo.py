@@ -1,8 +1,8 @@
-"""FZOO (ICLR 2026): one-sided differences over the deviation σ of the q losses, so that ε and the loss's scale go out:
+"""FZOO (ICLR 2026): one-sided differences over the deviation σ of the q losses, so ε and the loss's scale cancel:
 
     g = 1/q · Σᵢ [L(θ+εΔᵢ) − L(θ)] / σ · Δᵢ
 
-Zero where σ is no greater than the rounding of a loss, of which the quotients would be made.
+Zero where σ is no greater than the rounding of a loss: the quotients would be nothing but rounding.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from .one_sided import OneSided
 
 
-# Rounding moves a loss by up to so many times its number format's spacing.
+# Rounding moves a loss by up to this many spacings of its number format.
 ROUNDING = 4
 
 
@@ -28,7 +28,7 @@ class FZOO(OneSided):
 
 
 def finite_std(losses: torch.Tensor) -> torch.Tensor:
-    """The standard deviation of the finite losses, without waiting for a count of them."""
+    """The standard deviation of the finite losses, without waiting for the device to count them."""
     is_finite = losses.isfinite()
     count, known = is_finite.sum(), losses.nan_to_num(0.0, 0.0, 0.0) * is_finite
     squares = ((known - known.sum() / count) * is_finite).square().sum()

@@ -18,7 +18,7 @@ class OneSided(Estimator):
         return self.estimate_and_bases(step)[0]
 
     def estimate_and_bases(self, step: Step) -> tuple[Estimate, dict[str | None, torch.Tensor]]:
-        """The estimate, and L(θ) of every branch, by the passes of its own."""
+        """The estimate, and L(θ) of every branch by the branch's own passes."""
         losses: list[torch.Tensor] = []
         for way in step.ways:
             points: list[Point] = [] if way.base_loss is not None else [{}]

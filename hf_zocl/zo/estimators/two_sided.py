@@ -2,8 +2,8 @@
 
     g = 1/q · Σᵢ [L(θ+εΔᵢ) − L(θ−εΔᵢ)] / 2ε · Δᵢ
 
-With two branches that take turns, L is the mean over both signs of the other branch's first query: up to O(ε²) the
-same number, and no pass at θ is needed.
+With two branches that take turns, L is the mean over both signs of the other branch's first query: up to O(ε²) this is
+the same number, and it needs no pass at θ.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class TwoSided(Estimator):
                 points += [
                     {**side, **rest} for query in zip(*sides[turn], strict=True) for side in query for rest in held
                 ]
-            # Two branches meet at the four points of their first queries twice: each is evaluated once.
+            # The four points of two branches' first queries appear twice: each is evaluated once.
             keys = [frozenset(point.items()) for point in points]
             unique = dict(zip(keys, points, strict=True))
             by_point = dict(zip(unique, way.losses(list(unique.values())), strict=True))
