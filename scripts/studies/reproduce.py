@@ -5,7 +5,7 @@
     python scripts/studies/reproduce.py all --seeds 0 1 2               # branch and layers as one table
     python scripts/studies/reproduce.py mozo --retention path/to/known  # dual/hop-even, MoZO's parts on and off
     python scripts/studies/reproduce.py variants --retention path/to/known
-    python scripts/studies/reproduce.py passes                          # all-ZO by the number of forward passes
+    python scripts/studies/reproduce.py queries                         # preset all-zo by its queries a step
     python scripts/studies/reproduce.py pays                            # the accuracies of when_it_pays.py
     python scripts/studies/reproduce.py seeds                           # what the seeds alone do to a figure
     python scripts/studies/reproduce.py memory                          # memory of a training step of ViT-B/16
@@ -57,8 +57,7 @@ BENCHMARKS = {
     "imagenet-r-inc20": "imagenet_r_inc20_{adapter}",
 }
 BRANCHES = ("vision", "language", "dual")
-# Numbers of vision queries; each query is a forward pass of the whole batch.
-PASSES = (1, 2, 4, 8)
+QUERIES = (16, 64, 256, 1024)
 POINTS = 0.5  # the difference, in points, that the `seeds` table is about
 
 
@@ -109,7 +108,7 @@ def main() -> None:
         comparison = seeds_table(groups)
     comparison.write(folder, name=options.table)
     print(comparison.markdown())
-    figure = draw_passes(groups) if options.table == "passes" else draw_settings(groups)
+    figure = draw_queries(groups) if options.table == "queries" else draw_settings(groups)
     if figure is not None:
         save_figure(figure, folder / f"{options.table}.png")
     findings = compare_with_findings(groups, options.table)
@@ -181,9 +180,9 @@ def variant_cells(config: CLIPConfig) -> dict[str, Cell]:
     }
 
 
-def passes_cells(config: CLIPConfig) -> dict[str, Cell]:
-    cells = {f"dual/all, q={q}": assigned("dual", "all", "--zo_queries", f"vision={q},language=32") for q in PASSES}
-    return {"FO": assigned("none"), **cells}
+def queries_cells(config: CLIPConfig) -> dict[str, Cell]:
+    arguments = {f"all-zo, q={q}": (*ALL_ZO.arguments, "--zo_queries", str(q)) for q in QUERIES}
+    return {"FO": assigned("none"), **{name: Cell(own) for name, own in arguments.items()}}
 
 
 def pays_cells(config: CLIPConfig) -> dict[str, Cell]:
@@ -221,7 +220,7 @@ TABLES: dict[str, Callable[[CLIPConfig], dict[str, Cell]] | None] = {
     "all": lambda config: branch_cells(config) | layer_cells(config),
     "mozo": mozo_cells,
     "variants": variant_cells,
-    "passes": passes_cells,
+    "queries": queries_cells,
     "pays": pays_cells,
     "seeds": lambda config: branch_cells(config) | layer_cells(config),
     "memory": None,
@@ -348,8 +347,8 @@ def draw_settings(groups: list[RunGroup]) -> Figure | None:
     return figure
 
 
-def draw_passes(groups: list[RunGroup]) -> Figure:
-    """Draw Avg against the vision tower's forward passes in a stream, each of a whole batch; FO as a line."""
+def draw_queries(groups: list[RunGroup]) -> Figure:
+    """Draw Avg and Last against the queries of a step, on a logarithmic axis; FO as lines."""
     baseline, others = groups[0], groups[1:]
     figure = Figure(figsize=(5.2, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -358,12 +357,12 @@ def draw_passes(groups: list[RunGroup]) -> Figure:
         color, marker, line = style
         means, spread = zip(*(group.percent(name) for group in others), strict=True)
         axes.errorbar(
-            [1 + q for q in queries], means, spread,
-            color=color, marker=marker, linestyle=line, capsize=3, label=f"dual/all, {title}",
+            queries, means, spread,
+            color=color, marker=marker, linestyle=line, capsize=3, label=f"all-zo, {title}",
         )  # fmt: skip
         axes.axhline(baseline.percent(name)[0], color=color, linestyle=":", label=f"FO, {title}")
-    axes.set(xlabel="image passes a step, the one at θ included", ylabel="accuracy (%)", xscale="log")
-    axes.set_xticks([1 + q for q in queries], [str(1 + q) for q in queries])
+    axes.set(xlabel="queries a step", ylabel="accuracy (%)", xscale="log")
+    axes.set_xticks(queries, [str(q) for q in queries])
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend()
