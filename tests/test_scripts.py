@@ -162,6 +162,21 @@ def test_tune_has_the_prompts_and_the_image_options_of_the_run(monkeypatch):
             assert (each.image_cache_gb, each.skip_corrupt) == (0, True)
 
 
+def test_tune_takes_a_value_for_each_tower_as_one_candidate(monkeypatch):
+    grid = [
+        "zo_queries=vision=1,language=8,vision=2,language=16",
+        "learning_rate=1e-3,2e-3",
+        "zo_eps=auto,vision=1e-3",
+    ]
+    command = ["tune", "--recipe", "quickstart", "--retention", "x"]
+    monkeypatch.setattr(sys, "argv", [*command, *(word for item in grid for word in ("--grid", item))])
+    assert tune.parse_arguments()[0].grid == {
+        "zo_queries": ["vision=1,language=8", "vision=2,language=16"],
+        "learning_rate": ["1e-3", "2e-3"],
+        "zo_eps": ["auto", "vision=1e-3"],
+    }
+
+
 def test_tune_keeps_what_it_measured_if_no_candidate_can_be_chosen(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune, "retention_stream", lambda *options: None)
     monkeypatch.setattr(FirstTask, "zero_shot", lambda judge, further: tune.as_row({}, [0.5], [0.5]))

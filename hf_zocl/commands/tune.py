@@ -68,8 +68,20 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     names = [item.partition("=")[0] for item in options.grid]
     if len(set(names)) < len(names):
         parser.error(f"--grid: {', '.join(names)}: expected each argument once, with all its values.")
-    options.grid = {name: values.split(",") for name, _, values in (item.partition("=") for item in options.grid)}
+    options.grid = {name: _values(text) for name, _, text in (item.partition("=") for item in options.grid)}
     return options, further
+
+
+def _values(text: str) -> list[str]:
+    """The values between commas; one for each tower is a single value: `vision=1,language=8,vision=2,language=16`."""
+    values: list[str] = []
+    for part in text.split(","):
+        tower, equals, _ = part.partition("=")
+        if equals and values and "=" in values[-1] and f"{tower}=" not in values[-1]:
+            values[-1] += f",{part}"
+        else:
+            values.append(part)
+    return values
 
 
 def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -80,6 +80,7 @@ class BarDisplay(LineDisplay):
         self._stream = _bar(total, done, "stream", "{remaining} left", position=0, leave=True, smoothing=0)
 
     def begin_task(self, number: int, title: str, done: int, total: int) -> None:
+        self._skip(done)
         self._name(f"task {number} of {self._tasks}")
         self._task = _bar(total, done, title, "{rate_fmt}", position=1)
 
@@ -94,7 +95,7 @@ class BarDisplay(LineDisplay):
     def end_task(self, done: int) -> None:
         self._task = _closed(self._task)
         if self._stream is not None:
-            self._stream.update(done - self._stream.n)
+            self._skip(done - self._stream.n)  # where a callback stopped it early
             self._stream.refresh()
 
     def evaluate(self, done: int, total: int) -> None:
@@ -113,6 +114,12 @@ class BarDisplay(LineDisplay):
         self._task, self._evaluation = _closed(self._task), _closed(self._evaluation)
         self._stream = _closed(self._stream)
         self._stack.close()
+
+    def _skip(self, steps: int) -> None:
+        """Move on by steps that this process has not taken, which say nothing of the time that is left."""
+        if self._stream is not None:
+            self._stream.n += steps
+            self._stream.initial += steps
 
     def _name(self, description: str) -> None:
         if self._stream is not None:
@@ -156,6 +163,7 @@ class NotebookDisplay(Display):
         self._draw()
 
     def begin_task(self, number: int, title: str, done: int, total: int) -> None:
+        self._began += done  # what another process took says nothing of the time that is left
         of_stream = self._bars.get("stream", (0, 0, ""))
         self._bars["stream"] = (*of_stream[:2], f"task {number} of {self._tasks}")
         self._bars["task"] = (done, total, title)
@@ -168,6 +176,7 @@ class NotebookDisplay(Display):
 
     def end_task(self, done: int) -> None:
         self._bars.pop("task", None)
+        self._began += done - self._bars["stream"][0]  # where a callback stopped it early
         self._bars["stream"] = (done, *self._bars["stream"][1:])
         self._draw()
 

@@ -35,7 +35,8 @@ def curves(log_history: Sequence[Mapping[str, float]], points: int = 200) -> dic
         points: The most points of a curve; in a longer log, each point is the mean of consecutive entries.
 
     Returns:
-        Name → values, rounded to six digits; None where a figure was not logged, or is not finite.
+        Name → values, rounded to six digits; None where a figure was not logged, or is not finite. The last entry is
+        the task's last step, of which the Trainer logs only a summary.
     """
     entries = [entry for entry in log_history if "loss" in entry]
     names = ["step", "loss", *sorted({name for entry in entries for name in entry if name.startswith("zo_")})]
@@ -45,7 +46,11 @@ def curves(log_history: Sequence[Mapping[str, float]], points: int = 200) -> dic
         values = [entries[i][name] for i in part if name in entries[i] and isfinite(entries[i][name])]
         return float(f"{np.mean(values):.6g}") if values else None
 
-    return {name: [mean(name, part) for part in parts] for name in names}
+    found = {name: [mean(name, part) for part in parts] for name in names}
+    last = max((entry.get("step", 0) for entry in log_history), default=0)
+    if last and found["step"][-1:] != [last]:
+        found = {name: [*values, float(last) if name == "step" else None] for name, values in found.items()}
+    return found
 
 
 def reset_peak_memory() -> None:

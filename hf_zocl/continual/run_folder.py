@@ -27,6 +27,7 @@ from ..report.gallery import GALLERY_FILE
 from ..report.predictions import PREDICTIONS_FILE, PredictionHistory
 from ..report.setting import defines_run
 from ..trainer.arguments import ZOCLTrainingArguments
+from ..trainer.replay_file import is_replay_log
 from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
 
 
@@ -98,9 +99,16 @@ class RunFolder:
         """Check that it is known which files here a run wrote, and that no file was added to its checkpoints.
 
         Raises:
-            RunFolderError: If it is not known, or an added file would be loaded with a checkpoint of the next run.
+            RunFolderError: If it is not known; if an added file would be loaded with a checkpoint of the next run, or
+                has the name of a log of steps.
         """
         for task in range(1, len(self._record()["tasks"]) + 1):
+            replay = self.replay_file(task_folder(task))
+            if replay.is_file() and not is_replay_log(replay):
+                raise RunFolderError(
+                    f"overwrite_output_dir: {replay} is not of the run that is there: move it away, or choose another "
+                    "output_dir."
+                )
             for file in added_files(self.path / task_folder(task)):
                 raise RunFolderError(
                     f"overwrite_output_dir: {file} is not of the run that is there, and would be taken for a part of "

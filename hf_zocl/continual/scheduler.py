@@ -216,7 +216,7 @@ class ContinualTaskScheduler:
         for task in self._images[len(results["accuracy_matrix"]) :]:
             logger.info(f"Task {task.index} of {len(self.stream)}: {task.title or ', '.join(task.class_names)}")
             task_aware(self.model).begin_task(task.index)  # before the trainer asks which parameters are trainable
-            trained = self._training.train(task, checkpoint, begin, self._callbacks(task))
+            trained = self._training.train(task, checkpoint, begin, self._callbacks(task, results))
             checkpoint = begin = None
             started -= trained.earlier_seconds
             results["training"].append(trained.means)
@@ -320,6 +320,7 @@ class ContinualTaskScheduler:
         zero_shot = results["zero_shot"]
         results.update({name: zero_shot[name] for name in ("accuracy_matrix", "seen_accuracy")})
         results.update(summarise(results["accuracy_matrix"], results["seen_accuracy"]))
+        results["assignment"] = {**self._assignment, "towers": {}}  # no layer was trained
         self._kept.finish_untrained()
         if self.args.should_save:
             with saving(self.output_dir / RESULTS_FILE):
@@ -369,11 +370,11 @@ class ContinualTaskScheduler:
         parts = self.model, self.processor, self.stream, self.args, self.trainer_class, self.folder, self._codec
         return TaskTraining(*parts)
 
-    def _callbacks(self, task: Task) -> list[TrainerCallback]:
-        """The callbacks for a task's trainer: the caller's, the monitor's and, if saves are pushed, `PushOnSave`."""
+    def _callbacks(self, task: Task, results: dict[str, Any]) -> list[TrainerCallback]:
+        """The callbacks for a task's trainer: the caller's, the run's and, if saves are pushed, `PushOnSave`."""
         pushes = self._pusher is not None and self.args.hub_strategy not in ("every_task", "end")
         own = [PushOnSave(self._pusher, self.args.hub_strategy, task.index)] if pushes else []
-        return [*self.callbacks, *self._monitor.callbacks(task), *own]
+        return [*self.callbacks, *self._monitor.callbacks(task), _PeakOnSave(self.folder, results), *own]
 
     def _save(self, task: Task, results: dict[str, Any], trained: Trained) -> None:
         """Save a complete task's files; the results come last, because they say that the rest is there."""
@@ -440,3 +441,17 @@ class ContinualTaskScheduler:
 
     def _set_adapter(self, weights: dict[str, torch.Tensor]) -> None:
         set_peft_model_state_dict(self.model.clip, weights, adapter_name=trained_adapter(self.model.clip))
+
+
+class _PeakOnSave(TrainerCallback):
+    """Keeps the peak memory so far with a checkpoint: a process that goes on from there has a peak of its own."""
+
+    def __init__(self, folder: RunFolder, results: dict[str, Any]):
+        self._folder, self._results = folder, results
+
+    def on_save(self, args, state, control, **kwargs):
+        before, now = self._results["peak_memory_bytes"], peak_memory_bytes()
+        if args.should_save and now > before:
+            self._results["peak_memory_bytes"] = now
+            with saving(self._folder.path / RESULTS_FILE):
+                self._folder.write(self._results)

@@ -55,7 +55,7 @@ def task_info(
         **({"task_prompts": prompts} if any(prompts) else {}),
         "assignment": assignment,
         "metrics": {name: results[name] for name in measures},
-        **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get(name)},
+        **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get("held_out")},
         **{
             name: results[name] for name in ("zero_shot", "recipe", "seed", "seconds", "peak_memory_bytes", "versions")
         },

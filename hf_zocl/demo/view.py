@@ -43,7 +43,11 @@ CSS = """
 
 def heading(series: TaskSeries, name: str, note: str = "") -> str:
     """The heading of the page."""
-    info, tasks = series.info, len(series.stages) - 1
+    info, tasks = series.info, series.stages[-1].task
+    own = {"task": "task", "cross-dataset": "dataset"}.get(info.get("scenario", "class"))
+    if own is not None and tasks > 1:
+        known = f"Here an image is predicted among all classes known; the run was tested among those of its own {own}."
+        note = f"{known} {note}".strip()
     text = f"{len(series.classes)} classes, {tasks} {'task' if tasks == 1 else 'tasks'}, {info['benchmark']}"
     note = f'<p class="quiet">{escape(note)}</p>' if note else ""
     return f'<div class="zocl"><h1>{escape(name)}</h1><p class="quiet">{escape(text)}</p>{note}</div>'

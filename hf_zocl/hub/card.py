@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import cache, partial
 from importlib import resources
 from itertools import islice
@@ -27,11 +28,12 @@ SHOWN_ARGUMENTS = re.compile(
     "(zo|lora|moe)_.*|adapter(_config)?|benchmark|dataset_(name|path)|(initial_)?increment|class_order_seed"
     "|max_(train|test)_images_per_class|optim|learning_rate|weight_decay|lr_scheduler_type|warmup_steps|max_steps"
     "|num_train_epochs|per_device_train_batch_size|gradient_accumulation_steps|max_grad_norm|bf16|fp16"
-    "|classifier_alignment(_learning_rate)?"
+    "|classifier_alignment(_learning_rate)?|frozen_parameters"
 )
 REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ADAPTERS = ("lora", "moe")
 AMONG = {
+    "class": "all classes seen by then",
     "task": "the classes of its own task",
     "domain": "all classes",
     "cross-dataset": "the classes of its own dataset",
@@ -76,7 +78,7 @@ class TaskCardData(ModelCardData):
         """Last, Avg and the accuracy on each task, in the form that older readers of Hub metadata know."""
         task, metrics = self.task, self.task["metrics"]
         values = {
-            "Last (accuracy on all classes seen)": metrics["last"],
+            f"Last ({self.last})": metrics["last"],
             "Avg (mean of that over the tasks)": metrics["avg"],
         }
         values |= {f"Task {label}": value for label, value in zip(self.classes_by_task, self.accuracies, strict=True)}
@@ -136,7 +138,24 @@ class TaskCardData(ModelCardData):
     @property
     def among(self) -> str:
         """The classes that a test image is predicted among, in words."""
-        return AMONG.get(self.task.get("scenario", "class"), "all classes seen")
+        scenario = self.task.get("scenario", "class")
+        known = len(self.task.get("known_classes", ())) if scenario == "class" else 0
+        return AMONG.get(scenario, AMONG["class"]) + (f" and {known} that were known before" if known else "")
+
+    @property
+    def last(self) -> str:
+        """Which accuracy Last is, in words."""
+        is_mean = self.task.get("scenario") == "cross-dataset"  # each dataset weighs the same
+        return "mean accuracy on the datasets seen" if is_mean else "accuracy on all classes seen"
+
+    @property
+    def went_on_from(self) -> str | None:
+        """The adapter that the run trained further, and measured as zero-shot; None if it was a fresh one."""
+        recipe = self.task["recipe"]
+        name = recipe.get("model_name_or_path")
+        if name not in (None, self.task["base_model"]) and not recipe.get("merge_into"):
+            return without_local_paths(name)
+        return "another run" if self.task.get("known_classes") else None
 
     @property
     def classes_by_task(self) -> dict[str, list[str]]:
@@ -148,6 +167,16 @@ class TaskCardData(ModelCardData):
         titles = [f": {title}" if title else "" for title in task.get("task_titles", [None] * len(task["task_sizes"]))]
         numbered = enumerate(zip(task["task_sizes"], titles, strict=True), start=1)
         return {f"{number}{title}": list(islice(names, size)) for number, (size, title) in numbered}
+
+    @property
+    def is_apart(self) -> bool:
+        """True if a test image is predicted among the classes of its own task alone, and there are several tasks."""
+        return self.task.get("scenario") in ("task", "cross-dataset") and self.task["task"] > 1
+
+    @property
+    def candidates(self) -> list[str]:
+        """The classes to choose among, each once: several datasets may have one, which would share its score."""
+        return list(dict.fromkeys(self.task["classes"]))
 
     @property
     def accuracies(self) -> list[float]:
@@ -177,6 +206,25 @@ class TaskCardData(ModelCardData):
     @property
     def modes(self) -> list[str]:
         return [mode for layers in self.towers.values() for mode in layers.values()]
+
+    @property
+    def training(self) -> str:
+        """How many layers were trained how, in words."""
+        zeroth = "zeroth-order (ZO) optimisation, that is by forward passes alone,"
+        counts = Counter(self.modes)
+        total, whole, part, rest = len(self.modes), counts["zo"], counts["fo+zo"], counts["fo"]
+        if rest == total:
+            return "The layers drawn below were trained by first-order optimisation, that is by backpropagation,"
+        if whole == total:
+            return f"All {total} layers drawn below were trained by {zeroth}"
+        if part == total:
+            return f"All {total} layers drawn below were trained in part by {zeroth} and in part by backpropagation,"
+        first = whole or part
+        said = f"Of the {total} layers drawn below, {first} {'was' if first == 1 else 'were'} trained "
+        said += f"{'' if whole else 'in part '}by {zeroth}"
+        if whole and part:
+            said += f" {part} in part," if rest else " and the others in part,"
+        return f"{said} and the others by backpropagation," if rest else said
 
     @property
     def picture(self) -> str:

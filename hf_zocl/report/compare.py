@@ -10,7 +10,7 @@ import numpy as np
 
 from ..files import written_whole
 from .escape import latex, markdown, one_line
-from .runs import RunGroup, by_benchmark, load_groups
+from .runs import RunGroup, by_benchmark, load_groups, zero_shot_beside
 
 
 # name, heading, factor, decimals; accuracies are in percent
@@ -109,7 +109,7 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
     benchmarks, rows = by_benchmark(groups), []
     for benchmark, compared in benchmarks.items():
         beside = [""] * len(PAIRED) if reference is not None else []
-        own = [[*_zero_shot_row(compared[0], figures), *beside]]
+        own = [[*_zero_shot_row(zero_shot_beside(compared), figures), *beside]]
         for group in compared:
             row = [group.name, str(len(group.runs))]
             row += [mean_and_deviation(group.values(name) * factor, d) for name, _, factor, d in figures]
@@ -118,7 +118,8 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
             own.append(row)
         rows += own if len(benchmarks) == 1 else [[benchmark, *row] for row in own]
     note = (
-        "Accuracies in percent, mean ± standard deviation over the seeds; zero-shot of the first setting's first seed."
+        "Accuracies in percent, mean ± standard deviation over the seeds; zero-shot: the mean over the seeds of the "
+        "first setting that learned all tasks one by one."
     )
     if len(benchmarks) > 1:
         headings = ["benchmark", *headings]
@@ -138,8 +139,7 @@ def _differences(group: RunGroup, reference: RunGroup, is_comparable: bool) -> l
     return [mean_and_deviation(100 * paired_differences(group, reference, name), 1, sign=True) for name in PAIRED]
 
 
-def _zero_shot_row(group: RunGroup, figures: Sequence[tuple]) -> list[str]:
-    zero_shot = group.zero_shot
+def _zero_shot_row(zero_shot: dict[str, float], figures: Sequence[tuple]) -> list[str]:
     return ["zero-shot", "", *(f"{100 * zero_shot[name]:.1f}" if name in zero_shot else "" for name, *_ in figures)]
 
 

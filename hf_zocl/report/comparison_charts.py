@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .charts import Chart, Series, draw
-from .runs import RunGroup
+from .runs import RunGroup, zero_shot_beside
 
 
 ZERO_SHOT = 14  # grey and dotted, with diamonds, in every chart
@@ -37,7 +37,8 @@ def standings(groups: Sequence[RunGroup]) -> tuple[list[Standing], float]:
     if len(groups) < 2:
         return [], 0.0
     figures = [(group.name, [group.percent(name) for name in ("last", "avg")]) for group in groups]
-    zero_shot = [(100 * groups[0].zero_shot[name], 0.0) for name in ("last", "avg")]
+    untrained = zero_shot_beside(groups)
+    zero_shot = [(100 * untrained[name], 0.0) for name in ("last", "avg")]
     figures = [("zero-shot", zero_shot), *figures]
     top = 10 * np.ceil(max(10.0, max(mean + spread for _, pairs in figures for mean, spread in pairs)) / 10)
     return [
@@ -66,7 +67,7 @@ def accuracy(groups: Sequence[RunGroup]) -> Chart | None:
         return None
     series = [_over_tasks(group, 100 * group.curves("seen_accuracy"), number) for number, group in enumerate(groups)]
     longest = max(groups, key=lambda group: group.tasks)
-    zero_shot = (100 * np.array(longest.first["zero_shot"]["seen_accuracy"][: longest.tasks])).tolist()
+    zero_shot = (100 * longest.zero_shot_curve).tolist()
     series.append(Series("zero-shot", range(1, len(zero_shot) + 1), zero_shot, ZERO_SHOT))
     caption = "On the test images of all classes seen by then." + _bars(groups)
     return draw("Accuracy over tasks", caption, series, "after task", "accuracy (%)", from_zero=True)

@@ -30,6 +30,7 @@ SHOWN_ARGUMENTS = re.compile(
     "(zo|lora|moe)_.*|adapter|model_name_or_path|benchmark|scenario|learning|(initial_)?increment|class_order_seed"
     "|max_(train|test)_images_per_class|prompt_template|optim|learning_rate|weight_decay|lr_scheduler_type"
     "|warmup_steps|max_steps|num_train_epochs|per_device_train_batch_size|gradient_accumulation_steps|bf16|fp16"
+    "|classifier_alignment(_learning_rate)?|frozen_parameters"
 )
 
 

@@ -158,12 +158,16 @@ def _history(folder: Path | None, run: dict[str, Any], group: RunGroup) -> Predi
 
 def _head(group: RunGroup) -> list[HeadFigure]:
     zero_shot = group.zero_shot
-    rows = zero_shot.get("accuracy_matrix", ())[: group.tasks]
-    is_matrix = len(rows) == group.tasks and all(len(row) == n for n, row in enumerate(rows, start=1))
-    loss = np.mean(forgotten(rows)) if is_matrix and group.tasks > 1 else None
-    gain = np.mean([rows[-1][i] - rows[i][i] for i in range(len(rows) - 1)]) if loss is not None else None
+    each = [run["zero_shot"].get("accuracy_matrix", ())[: group.tasks] for run in group.runs]
+    is_matrix = all([*map(len, rows)] == [*range(1, group.tasks + 1)] for rows in each)
+    loss = gain = None
+    if is_matrix and group.tasks > 1:
+        loss = np.mean([forgotten(rows) for rows in each])
+        gain = np.mean([[rows[-1][i] - rows[i][i] for i in range(group.tasks - 1)] for rows in each])
+    is_mean = group.first.get("scenario") == "cross-dataset"  # all datasets weigh the same
+    of_last = "mean accuracy on the datasets" if is_mean else "accuracy on all classes"
     figures = [
-        ("Last", "last", zero_shot["last"], "accuracy on all classes, after the last task"),
+        ("Last", "last", zero_shot["last"], f"{of_last}, after the last task"),
         ("Avg", "avg", zero_shot["avg"], "its mean over the tasks"),
         ("Forgetting", "forgetting", loss, "points lost since each task's best"),
         ("Backward transfer", "backward_transfer", gain, "points won or lost since each task was learned"),
@@ -222,7 +226,7 @@ def _curves(group: RunGroup, folder: Path | None) -> list[Chart]:
     variances = [(f"zo_variance_{branch}", branch) for branch in ("vision", "language")] + [("zo_variance", "all")]
     differences = series(("zo_loss_difference", "difference of losses"), ("zo_noise", "rounding noise"))
     drawn = [
-        draw("Loss", f"Of each task's own classes.{parted}", series(("loss", "loss")), x_label, "loss", breaks=breaks),
+        draw("Loss", f"Of each task's own images.{parted}", series(("loss", "loss")), x_label, "loss", breaks=breaks),
         draw(
             "Difference against noise",
             f"A difference near the noise says nothing.{parted}",

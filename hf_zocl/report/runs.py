@@ -42,14 +42,25 @@ class RunGroup:
         return min(len(run["accuracy_matrix"]) for run in self.runs)
 
     @property
-    def zero_shot(self) -> dict[str, Any]:
-        """The figures of the first seed's untrained model; in an unfinished run, over its finished tasks."""
-        run = self.first
+    def zero_shot(self) -> dict[str, float]:
+        """Last and Avg of the untrained model: means over the seeds, which may differ in the class order.
+
+        In an unfinished run, they are over its finished tasks.
+        """
+        each = [self._zero_shot_of(run) for run in self.runs]
+        return {name: sum(one[name] for one in each) / len(each) for name in ("last", "avg")}
+
+    def _zero_shot_of(self, run: dict[str, Any]) -> dict[str, Any]:
         zero_shot, done = run["zero_shot"], len(run["accuracy_matrix"])
         if self.is_joint or not 0 < done < self.planned_tasks:
             return zero_shot
         seen = zero_shot["seen_accuracy"][:done]
-        return {**zero_shot, "last": seen[-1], "avg": sum(seen) / done}
+        return {"last": seen[-1], "avg": sum(seen) / done}
+
+    @property
+    def zero_shot_curve(self) -> np.ndarray:
+        """The untrained model's accuracy on all classes seen, its mean over the seeds. Shape: (tasks,)."""
+        return np.mean([run["zero_shot"]["seen_accuracy"][: self.tasks] for run in self.runs], axis=0)
 
     @property
     def unfinished(self) -> list[str]:
@@ -115,6 +126,14 @@ class RunGroup:
 
     def logged_names(self) -> set[str]:
         return {name for run in self.runs for entry in run.get("training", []) for name in entry}
+
+
+def zero_shot_beside(groups: Sequence[RunGroup]) -> dict[str, float]:
+    """Last and Avg of the untrained model to set beside several settings that can be compared.
+
+    Those of a run that learned all classes at once, which has one task, or of an unfinished one are over other tasks.
+    """
+    return max(groups, key=lambda group: (not group.is_joint, not group.unfinished)).zero_shot
 
 
 def class_names(results: Mapping[str, Any]) -> list[str]:

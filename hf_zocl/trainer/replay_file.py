@@ -28,6 +28,15 @@ def save_replay_log(log: ReplayLog, path: Path) -> None:
         save_file(log.tensors(), unfinished, metadata={"settings": json.dumps(settings)})
 
 
+def is_replay_log(path: Path) -> bool:
+    """True of a file that `save_replay_log` has written, in this release or an earlier one."""
+    try:
+        with safe_open(path, "pt") as file:
+            return "settings" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_replay_log(path: str | Path) -> ReplayLog:
     """Read a log.
 

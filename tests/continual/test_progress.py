@@ -10,7 +10,7 @@ import pytest
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.continual import progress, stream_report
+from hf_zocl.continual import displays, progress, stream_report
 from hf_zocl.continual.displays import NotebookDisplay, aligned, table_rows
 from hf_zocl.continual.progress import one_line, without_own_display
 from hf_zocl.continual.stream_steps import StreamSteps
@@ -90,6 +90,33 @@ def test_a_resumed_run_begins_at_what_was_done(tmp_path, capfd):
     assert next(count for count in seen if count[1] == BOTH) == (STEPS, BOTH)  # once the task is loaded: step 6 of it
     assert next(count for count in seen if count[1] == STEPS) == (6, STEPS)
     assert "after task 1" in out and [line.split(":")[0] for line in epoch_lines(out)] == ["Task 2 of 2, epoch 2 of 2"]
+
+
+@pytest.mark.parametrize("in_notebook", [False, True])
+def test_the_time_left_follows_from_the_steps_of_this_process_alone(in_notebook, monkeypatch, notebook):
+    """One step in two seconds, after eight that another process took, and six that a callback has left out."""
+    now = [100.0]
+    monkeypatch.setattr(displays.time, "perf_counter", lambda: now[0])
+    display = NotebookDisplay() if in_notebook else displays.BarDisplay()
+
+    def left() -> str:
+        if in_notebook:
+            return notebook[-1]
+        display._stream._time = lambda: display._stream.start_t + now[0] - 100
+        return str(display._stream)
+
+    display.begin(0, 30, 2)
+    display.begin_task(1, "task-01", 8, 15)
+    display.step(8, 30, 8)
+    now[0] += 2
+    display.step(9, 30, 9)
+    assert "9/30 steps" in left() and "00:42 left" in left()
+    display.end_task(15)
+    display.begin_task(2, "task-02", 0, 15)
+    now[0] += 2
+    display.step(16, 30, 1)
+    assert "16/30 steps" in left() and "00:28 left" in left()
+    display.close()
 
 
 def test_what_is_logged_goes_above_the_bars(tmp_path, capfd):

@@ -465,3 +465,19 @@ def test_pairs_of_runs_and_damaged_files_end_as_they_must(what, ended, tmp_path)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert ended in done.stdout
+
+
+def test_the_peak_memory_is_that_of_the_processes_before_too(tmp_path, monkeypatch):
+    peak = [1]
+
+    class Grow(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            peak[0] = 10**15
+
+    monkeypatch.setattr(scheduler_module, "peak_memory_bytes", lambda: peak[0])
+    stopped = build_scheduler(recipe(tmp_path, HYBRID))
+    stopped.callbacks += [Grow(), Stop("task-01", 4)]
+    with pytest.raises(Crash):
+        stopped.run()
+    peak[0] = 2
+    assert build_scheduler(recipe(tmp_path, HYBRID)).run(resume=True)["peak_memory_bytes"] == 10**15

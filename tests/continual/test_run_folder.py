@@ -164,6 +164,14 @@ def test_a_file_that_was_added_to_a_checkpoint_is_named_and_stays(name, done):
     assert (done / name).read_text() == f"my {name}"
 
 
+def test_what_is_no_log_of_steps_is_not_removed_as_one(done):
+    lay(done, "replay/task-02.safetensors")
+    before = contents(done)
+    with pytest.raises(RunFolderError, match=r"replay/task-02.safetensors is not of the run that is there"):
+        scheduler(done, "--seed", "3").run(overwrite_output_dir=True)
+    assert contents(done) == before
+
+
 @pytest.mark.parametrize("text", ["mine", "[]", '{"accuracy": 1}'])
 def test_results_that_are_no_runs_are_not_overwritten(text, tmp_path):
     (tmp_path / "results.json").write_text(text)

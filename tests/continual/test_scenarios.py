@@ -232,6 +232,7 @@ def test_no_learning_is_zero_shot_by_the_same_protocol(local, tmp_path):
     results = run(tmp_path / "run", *arguments(local, "class"), "--learning", "none")
     assert results["accuracy_matrix"] == results["zero_shot"]["accuracy_matrix"]
     assert results["last"] == results["zero_shot"]["last"] and results["avg"] == results["zero_shot"]["avg"]
+    assert results["assignment"]["towers"] == {}  # no layer was trained
     names = {"results.json", "accuracy_matrix.png", "predictions.safetensors", "gallery.json"}
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == names
 
@@ -242,6 +243,16 @@ def test_held_out_datasets_are_measured_before_and_after_every_task(local, tmp_p
     record = results["held_out"]["cifar10-sample"]
     assert len(record["after"]) == 2
     assert results["zero_shot_retention"] == pytest.approx(record["after"][-1] / record["zero_shot"])
+
+
+@pytest.mark.parametrize("kept", [0.0, None])
+def test_a_checkpoint_knows_of_held_out_datasets_of_which_nothing_was_kept(local, tmp_path, monkeypatch, kept):
+    monkeypatch.setattr("hf_zocl.continual.scheduler.zero_shot_retention", lambda before, after: kept)
+    more = ["--held_out", "cifar10-sample", "--max_test_images_per_class", "1"]
+    results = run(tmp_path / "run", *arguments(local, "class"), *more)
+    info = json.loads((tmp_path / "run" / "task-02" / "task.json").read_text())
+    assert (info["zero_shot_retention"], info["held_out"]) == (kept, results["held_out"])
+    assert "held no dataset out" not in (tmp_path / "run" / "task-02" / "README.md").read_text()
 
 
 def test_an_ensemble_of_prompts_trains_with_the_first_and_is_kept_in_the_checkpoint(local, tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.commands.recipe import Recipe, build_scheduler, parse_recipe
-from hf_zocl.continual.measures import peak_memory_bytes, reset_peak_memory
+from hf_zocl.continual.measures import curves, peak_memory_bytes, reset_peak_memory
 from hf_zocl.data.images import ImageCollator
 from hf_zocl.sample import sample_path
 from tests.helpers import draw_quickly, small_clip
@@ -296,3 +296,11 @@ def test_the_peak_of_an_earlier_run_is_not_this_runs():
     del taken
     reset_peak_memory()
     assert peak_memory_bytes() < before - 100_000_000
+
+
+def test_the_curves_of_a_task_end_at_its_last_step():
+    log = [{"loss": 2.0, "step": 3}, {"loss": 1.0, "zo_noise": 0.5, "step": 6}, {"train_loss": 1.4, "step": 8}]
+    assert curves(log) == {"step": [3, 6, 8], "loss": [2, 1, None], "zo_noise": [None, 0.5, None]}
+    assert curves(log, points=1) == {"step": [4.5, 8], "loss": [1.5, None], "zo_noise": [0.5, None]}
+    assert curves(log[:2]) == {"step": [3, 6], "loss": [2, 1], "zo_noise": [None, 0.5]}
+    assert curves(log[2:]) == {"step": [8], "loss": [None]}

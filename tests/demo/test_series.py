@@ -1,5 +1,7 @@
 """A run's model at every stage is that of the task's own checkpoint; the test images that a page offers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoProcessor, CLIPModel
@@ -8,6 +10,7 @@ from hf_zocl import load_task_checkpoint
 from hf_zocl.commands.push import push_run
 from hf_zocl.demo.pictures import Picture
 from hf_zocl.demo.pictures import test_pictures as some_pictures
+from hf_zocl.demo.view import heading
 from hf_zocl.hub.series import TaskSeries, tasks_of
 from hf_zocl.models import CLIPClassifier
 from hf_zocl.sample import sample_path
@@ -114,3 +117,12 @@ def test_of_a_strangers_repository_no_path_is_read_and_nothing_is_downloaded(tmp
     series.info["recipe"]["dataset_path"] = str(tmp_path / "gone")
     with pytest.raises(ValueError, match="gone is not there: give --dataset_path"):
         some_pictures(series, is_own=True)
+
+
+def test_the_heading_counts_the_runs_tasks_and_says_where_the_run_was_tested_otherwise():
+    stages = [SimpleNamespace(task=0), SimpleNamespace(task=5)]  # a repository may have the last task alone
+    series = SimpleNamespace(info={"benchmark": "pets"}, classes=CLASSES, stages=stages)
+    assert "6 classes, 5 tasks, pets" in heading(series, "run") and "Here" not in heading(series, "run")
+    for scenario, own in (("task", "task"), ("cross-dataset", "dataset")):
+        series.info["scenario"] = scenario
+        assert f"the run was tested among those of its own {own}. No images" in heading(series, "run", "No images")

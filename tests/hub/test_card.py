@@ -150,9 +150,26 @@ def test_first_order_run_is_not_tagged_zeroth_order(task):
 def test_layers_that_are_zeroth_order_in_part_are_said_to_be(task):
     task["assignment"]["towers"] = {"vision": {"1": "fo+zo", "2": "fo"}, "language": {"1": "fo+zo"}}
     text = " ".join(render_task_card(task).text.split())
-    assert "Of the 3 layers drawn below, 0 were trained by zeroth-order (ZO) optimisation" in text
-    assert "2 in part, and the others by backpropagation" in text
+    zeroth = "by zeroth-order (ZO) optimisation, that is by forward passes alone,"
+    assert f"Of the 3 layers drawn below, 2 were trained in part {zeroth} and the others by backpropagation," in text
     assert "`ZO` zeroth-order, `fo` first-order, `mix` in part each, blank: nothing is trained there." in text
+
+
+@pytest.mark.parametrize(
+    "modes, said",
+    [
+        (["fo+zo", "fo+zo"], "All 2 layers drawn below were trained in part by ZO, and in part by backpropagation,"),
+        (["zo", "fo+zo", "fo+zo"], "Of the 3 layers drawn below, 1 was trained by ZO, and the others in part,"),
+        (
+            ["zo", "zo", "fo+zo", "fo"],
+            "Of the 4 layers drawn below, 2 were trained by ZO, 1 in part, and the others by backpropagation,",
+        ),
+    ],
+)
+def test_no_layers_are_said_to_be_backpropagated_where_there_are_none(task, modes, said):
+    task["assignment"]["towers"] = {"vision": {str(number): mode for number, mode in enumerate(modes, start=1)}}
+    said = said.replace("ZO,", "zeroth-order (ZO) optimisation, that is by forward passes alone,")
+    assert f" The base model is frozen. {said} with `hf_zocl`" in " ".join(render_task_card(task).text.split())
 
 
 def test_what_is_outside_the_numbered_layers_is_drawn_and_counted(task):
@@ -334,7 +351,7 @@ def test_the_card_data_are_model_card_data_without_the_task_in_them(task):
     data = TaskCardData(task)
     assert isinstance(data, ModelCardData)
     assert not {"task", "repo_id", "revision"} & data.to_dict().keys()
-    assert data.title == "cifar10" and data.among == "all classes seen"
+    assert data.title == "cifar10" and data.among == "all classes seen by then"
 
 
 def test_results_per_task_are_written_as_the_hub_reads_them(task):
@@ -345,7 +362,7 @@ def test_results_per_task_are_written_as_the_hub_reads_them(task):
     assert {entry.dataset_id for entry in entries} == {"uoft-cs/cifar10"}
     values = {entry.task_id: entry.value for entry in entries}
     assert values == {"all-seen": 0.658333, "average": 0.769444, "task-01": 0.6, "task-02": 0.625, "task-03": 0.75}
-    assert entries[0].notes == "hf_zocl, after task 3 of 5, among all classes seen"
+    assert entries[0].notes == "hf_zocl, after task 3 of 5, among all classes seen by then"
     task["recipe"]["max_test_images_per_class"] = 50
     (capped, *_) = parse_eval_result_entries(yaml.safe_load(render_eval_results(task)[name]))
     assert capped.notes == f"{entries[0].notes}, at most 50 test images of a class"
@@ -362,6 +379,58 @@ def test_zero_shot_kept_is_shown_where_it_was_measured(task):
     rows = table_rows(render_task_card(task))
     assert ["Zero-shot kept: accuracy on held-out datasets, of what it was", "92.5", "100.0"] in rows
     assert [r"tiny\|net", "40.0", "37.0"] in rows
+
+
+@pytest.mark.parametrize("kept, shown", [(0.0, "0.0"), (None, "–")])
+def test_held_out_datasets_are_not_denied_where_nothing_of_them_was_kept_or_known(task, kept, shown):
+    task |= {
+        "zero_shot_retention": kept,
+        "held_out": {"other": {"zero_shot": 0.4 if shown == "0.0" else 0.0, "after": [0.0]}},
+    }
+    rows = table_rows(render_task_card(task))
+    assert ["Zero-shot kept: accuracy on held-out datasets, of what it was", shown, "100.0"] in rows
+    assert "held no dataset out" not in str(render_task_card(task))
+
+
+@pytest.mark.parametrize(
+    "scenario, among", [("task", "the classes of its own task"), ("cross-dataset", "the classes of its own dataset")]
+)
+def test_the_classes_that_were_predicted_among_are_said_everywhere(task, scenario, among):
+    text = render_task_card({**task, "scenario": scenario}).text
+    assert f"tested among {among}" in text and f"of each task, among {among}:" in text
+    assert "seen by then" not in text and "classes of different tasks were not tested against each other" in text
+    last = "mean accuracy on the datasets seen" if scenario == "cross-dataset" else "accuracy on all classes seen"
+    assert f"| Last: {last} |" in text
+    text = render_task_card(task).text
+    assert "of each task, among all classes seen by then:" in text and "against each other" not in text
+
+
+def test_what_a_run_began_with_is_not_called_its_base_model(task):
+    assert "the base model before any training" in render_task_card(task).text
+    task["metrics"]["seen_accuracy"][-1] = 0.1
+    task["recipe"] |= {"model_name_or_path": "/srv/runs/earlier/task-05"}
+    task |= {"known_classes": ["horse", "deer"]}
+    text = render_task_card(task).text
+    assert "The run trained the adapter of `task-05` further." in text and "/srv" not in text
+    assert "the base model before any training" not in text and "of its own base model" not in text
+    assert "| known before | horse, deer |" in text
+    assert text.count("among all classes seen by then and 2 that were known before") == 2
+    task["recipe"]["merge_into"] = "/srv/merged"
+    assert "the base model before any training" in render_task_card({**task, "known_classes": []}).text
+
+
+def test_a_task_that_was_not_trained_among_its_own_classes_alone_is_not_said_to_be(task):
+    text = render_task_card(task).text
+    assert "a task of one class" not in text and "all classes seen apart" not in text
+    task |= {"task_sizes": [2, 3, 1], "recipe": {**task["recipe"], "classifier_alignment": 100}}
+    text = render_task_card(task).text
+    assert "(a task of one class: among all classes seen)" in text
+    assert "After each task the text tower learned for 100 steps to tell all classes seen apart" in text
+
+
+def test_the_loading_code_names_a_class_of_several_datasets_once(task):
+    task |= {"scenario": "cross-dataset", "classes": ["cat", "dog", "frog", "ship", "cat", "truck"]}
+    assert "classes = ['cat', 'dog', 'frog', 'ship', 'truck']" in code_blocks(render_task_card(task))[1]
 
 
 def test_the_card_shows_the_figure_of_the_folder(task):

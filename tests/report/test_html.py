@@ -88,6 +88,16 @@ def test_the_head_has_zero_shot_beside_each_number(tmp_path):
     (group,) = load_groups([save_run(tmp_path / "run", 0, tasks=2, more=more)])
     assert [figure.zero_shot for figure in view(group).head] == ["30.0", "45.0", "20.0", "-20.0"]
     assert [figure.value for figure in view(group).head][2:] == ["10.0", "-10.0"]
+    assert view(group).head[0].meaning == "accuracy on all classes, after the last task"
+    more["scenario"] = "cross-dataset"
+    (group,) = load_groups([save_run(tmp_path / "datasets", 0, tasks=2, more=more)])
+    assert view(group).head[0].meaning == "mean accuracy on the datasets, after the last task"
+
+
+def test_the_recipe_names_what_else_has_made_the_figures(tmp_path):
+    run = save_run(tmp_path / "run", 0, classifier_alignment=100, frozen_parameters=["lora_A"])
+    text = write_report([run], tmp_path).read_text(encoding="utf-8")
+    assert "<dt>classifier_alignment</dt><dd>100</dd>" in text and "<dt>frozen_parameters</dt>" in text
 
 
 def test_layers_are_in_order_and_what_is_outside_them_comes_last(tmp_path):

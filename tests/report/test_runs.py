@@ -8,8 +8,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from hf_zocl.report import compare_runs, load_groups, write_report
+from hf_zocl.report.comparison_charts import accuracy
 from hf_zocl.report.escape import latex, markdown, markdown_code, mathtext, one_line
 from hf_zocl.report.html import MAX_DRAWN, compared
+from hf_zocl.report.one_run import view
 
 
 def results(benchmark: str = "pets", **changes) -> dict:
@@ -194,6 +196,40 @@ def test_zero_shot_is_over_the_tasks_that_a_run_has_finished(tmp_path):
         row = dict(zip(comparison.headings, comparison.rows[0], strict=True))
         assert (row["setting"], row["Last"], row["Avg"]) == ("zero-shot", last, avg)
         assert f"{100 * group.zero_shot['last']:.1f}" == last
+
+
+def test_zero_shot_is_that_of_all_seeds_which_may_have_other_tasks(tmp_path):
+    first = {"seen_accuracy": [0.8, 0.6], "last": 0.6, "avg": 0.7, "accuracy_matrix": [[0.8], [0.4, 0.8]]}
+    second = {"seen_accuracy": [0.4, 0.6], "last": 0.6, "avg": 0.5, "accuracy_matrix": [[0.4], [0.4, 0.8]]}
+    for seed, untrained in enumerate((first, second)):
+        same = {name: untrained[name] for name in ("seen_accuracy", "last", "avg", "accuracy_matrix")}
+        save(tmp_path / "run" / f"seed-{seed}", results(seed=seed, zero_shot=untrained, **same))
+    (group,) = load_groups([tmp_path / "run"])
+    assert compare_runs([tmp_path / "run"]).rows[0][2:4] == ("60.0", "60.0")
+    assert [figure.zero_shot for figure in view(group).head] == ["60.0", "60.0", "20.0", "-20.0"]
+    assert list(accuracy([group]).series[-1].y) == pytest.approx([60, 60])
+    text = write_report([tmp_path / "run"], tmp_path / "report").read_text(encoding="utf-8")
+    assert "curves of the training and recipe: those of seed 0." in text
+    one = write_report([tmp_path / "run" / "seed-1"], tmp_path / "one").read_text(encoding="utf-8")
+    assert "those of seed" not in one
+
+
+def test_zero_shot_beside_several_settings_is_over_all_their_tasks(tmp_path):
+    untrained = {"seen_accuracy": [0.8, 0.6], "last": 0.6, "avg": 0.7}
+    joint = {"seen_accuracy": [0.6], "last": 0.6, "avg": 0.6}
+    recipe = {"model_name_or_path": "some/clip", "learning": "joint"}
+    one_task = {"tasks": ["task-01"], "accuracy_matrix": [[0.9]], "seen_accuracy": [0.9]}
+    begun = {"accuracy_matrix": [[0.9]], "seen_accuracy": [0.9]}
+    folders = [
+        save(tmp_path / "all at once", results(recipe=recipe, zero_shot=joint, **one_task)),
+        save(tmp_path / "begun", results(zero_shot=untrained, **begun)),
+        save(tmp_path / "whole", results(zero_shot=untrained)),
+    ]
+    for order in (folders, folders[::-1]):
+        row = compare_runs(order).rows[0]
+        assert (row[0], row[2:4]) == ("zero-shot", ("60.0", "70.0"))
+        (side_by_side,) = compared(load_groups(order))
+        assert side_by_side.standings[0].text == "Last 60.0, Avg 70.0"
 
 
 @pytest.mark.slow
