@@ -23,7 +23,7 @@ from hf_zocl import MoEAdapterConfig, ZOCLTrainer, ZOCLTrainingArguments
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.models.moe_adapter.layer import MoEAdapter
 from hf_zocl.trainer.data_parallel import leave_process_group
-from tests.helpers import image_examples, mini_clip_classifier
+from tests.helpers import image_examples, mini_clip_classifier, rows
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,6 +239,42 @@ def run_payloads() -> dict[str, dict]:
     return results
 
 
+class Remembers(torch.nn.Module):
+    """A loss of a running mean, which every pass reads and changes; of `layers.0` it knows nothing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)])
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x, labels=None):
+        states = x + 0 * self.layers[0](x)
+        loss = (self.layers[1](states - self.mean).squeeze(-1) - labels).square().mean()
+        self.mean.lerp_(states.detach().mean(0), 0.5)
+        return {"loss": loss}
+
+
+def run_with_a_buffer(folder: Path, layers: Any) -> dict[str, list[float]]:
+    """The differences of losses of a training, and its losses, and those of one that goes on from its second step."""
+    found = {}
+    for name, start in [("whole", None), ("resumed", str(folder / "checkpoint-2"))]:
+        args = ZOCLTrainingArguments(
+            str(folder),
+            zo_layers=layers,
+            max_steps=4,
+            save_steps=2,
+            logging_steps=1,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = ZOCLTrainer(Remembers(), args, train_dataset=rows())
+        trainer.train(resume_from_checkpoint=start)
+        found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found["differences"] = [e["zo_loss_difference"] for e in trainer.state.log_history if "loss" in e]
+    return found
+
+
 def predict() -> dict[int, Any]:
     """The logits and labels of test sets of several sizes."""
     results = {}
@@ -294,7 +330,9 @@ def main() -> None:
 
     start_counting()
     rank = dist.get_rank()
-    results: dict[str, Any] = {"predictions": predict()}
+    results: dict[str, Any] = {"predictions": predict()} if group != "buffers" else {}
+    if group == "buffers":
+        results["buffers"] = {str(layers): run_with_a_buffer(folder / str(layers), layers) for layers in ([1], "all")}
     if group == "grid":
         results["cases"] = run_cases(GRID, steps=50)
     if group == "quick":

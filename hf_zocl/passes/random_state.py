@@ -47,6 +47,11 @@ class Buffers:
     def modules(self) -> Iterator[nn.Module]:
         return self._model.modules()
 
+    def changed(self) -> list[torch.Tensor]:
+        """Those that a pass was seen to change."""
+        found = [own_buffers(module)[key] for name, (module, key) in self.places().items() if name in self.changing]
+        return [tensor for tensor in found if tensor is not None]
+
     def is_copied(self, name: str, tensor: torch.Tensor) -> bool:
         return tensor.nbytes <= SMALL_BYTES or name in self.changing
 

@@ -10,7 +10,8 @@ Of transformers: overridden are `_save_checkpoint`, `_save_rng_state`, `_run_epo
 `create_accelerator_and_postprocess`; called is `_get_output_dir`; read or set are `_tr_loss`,
 `_globalstep_last_logged`, `_total_loss_scalar`, and the undocumented `loss_is_scaled_for_ga`,
 `model_accepts_loss_kwargs`, `compute_loss_func`, `current_gradient_accumulation_steps`, `is_fsdp_enabled`,
-`is_deepspeed_enabled` and `callback_handler`.
+`is_deepspeed_enabled` and `callback_handler`. Of torch's data-parallel wrapper: `_sync_buffers` and
+`forward_sync_buffers`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard
+from peft import PeftModel
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -51,6 +53,9 @@ class HookedTrainer(Trainer):
 
     def _after_state(self, folder: Path) -> None:
         """Called where the state is saved, just after it: before a checkpoint is pushed and older ones are removed."""
+
+    def _has_loaded_best(self, folder: Path) -> None:
+        """Called as a training ends, when the weights of its best checkpoint have taken the place of the last ones."""
 
     def _has_epoch(self) -> bool:
         """Whether there is a step left for the next epoch."""
@@ -104,15 +109,29 @@ class HookedTrainer(Trainer):
             super()._move_model_to_device(model, device)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """`Trainer._load_from_checkpoint` loads a checkpoint's weights as a training goes on."""
-        with _staying_in_place(self.model if model is None else model):
+        """`Trainer._load_from_checkpoint` loads a checkpoint's weights as a training goes on.
+
+        Of several adapters it leaves one active, and trained.
+        """
+        loaded = self.model if model is None else model
+        with _staying_in_place(loaded), _keeping_active(loaded):
             # A host's override may take no model, like that of sentence-transformers.
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
 
     def _load_best_model(self) -> None:
-        """`Trainer._load_best_model` loads the best checkpoint's weights as a training ends."""
-        with _staying_in_place(self.model):
-            super()._load_best_model()
+        """`Trainer._load_best_model` loads the best checkpoint's weights as a training ends.
+
+        It takes the file of the adapter "default" for the active one's, and has no other; PEFT saves others beside it.
+        """
+        folder, model = Path(self.state.best_model_checkpoint or ""), self.model
+        names = [] if is_sharded(self) or not isinstance(model, PeftModel) else list(model.peft_config)
+        with _staying_in_place(model), _keeping_active(model):
+            if names in ([], ["default"]):
+                super()._load_best_model()
+            else:
+                for name in names:
+                    model.load_adapter(str(folder if name == "default" else folder / name), name)
+        self._has_loaded_best(folder)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
         """`Trainer._wrap_model` comes just before `accelerator.prepare`; a different model counts as prepared."""
@@ -130,6 +149,19 @@ def _staying_in_place(model: nn.Module) -> AbstractContextManager:
     """Inside, PEFT loads an adapter without spreading the model again by a map of its own (`hf_device_map`)."""
     is_spread = getattr(model, "hf_device_map", None) is not None
     return shadowed(model, hf_device_map=None) if is_spread else nullcontext()
+
+
+@contextmanager
+def _keeping_active(model: nn.Module) -> Iterator[None]:
+    """After a load inside, the same adapters are active, and the same parameters trained, as before."""
+    if not isinstance(model, PeftModel) or len(model.active_adapters) < 2:
+        yield
+        return
+    active, trained = list(model.active_adapters), [parameter.requires_grad for parameter in model.parameters()]
+    yield
+    model.base_model.set_adapter(active)
+    for parameter, is_trained in zip(model.parameters(), trained, strict=True):
+        parameter.requires_grad_(is_trained)
 
 
 @contextmanager
@@ -242,6 +274,18 @@ def forget_prepared(accelerator: Accelerator, model: nn.Module) -> None:
     """
     accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     model._is_accelerate_prepared = False  # type: ignore[assignment]
+
+
+@contextmanager
+def sending_buffers_first(model: DistributedDataParallel) -> Iterator[None]:
+    """A data-parallel wrapper sends its buffers as the block begins, and not in its forward passes.
+
+    It does so at the first forward pass of a step (`_sync_buffers`, unless `forward_sync_buffers` is off).
+    """
+    if model.will_sync_module_buffers():
+        model._sync_buffers()
+    with shadowed(model, forward_sync_buffers=False):
+        yield
 
 
 def leave_out_of_wrapper(model: nn.Module, names: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from .compat import (
     is_sharded,
     leave_out_of_wrapper,
     repeats_uncounted,
+    sending_buffers_first,
     training_shard,
 )
 from .placement import reshard, shards_of, whole_tensors
@@ -99,6 +100,20 @@ class DataParallelTrainer(HookedTrainer):
             yield
         finally:
             self._share = None
+
+    def _sharing_buffers(self, model: nn.Module, changed: Sequence[torch.Tensor]) -> AbstractContextManager:
+        """Passes within begin with the buffers of the first process, in all of them.
+
+        Those of a data-parallel wrapper do: it sends them. The passes that are compared with it go around it.
+
+        Args:
+            changed: The buffers that a pass changes, which are sent where there is no wrapper.
+        """
+        if self.accelerator.num_processes > 1 and self.args.ddp_broadcast_buffers is not False:
+            if isinstance(model, DistributedDataParallel):
+                return sending_buffers_first(model)
+            broadcast(list(changed))
+        return nullcontext()
 
     @property
     def _own_share(self) -> float:

@@ -231,6 +231,8 @@ def why_flat(
     finally:
         for parameter in parameters:
             parameter.requires_grad_(False)
+    if value is not None and not math.isfinite(value):
+        return f"The loss is {value} where the training begins."
     if any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients):
         return (
             "Backpropagation has a gradient there: the loss compares the model with itself as it is, as an on-policy "

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..passes import TowerPlan, find_towers, task_aware
 from ..passes.structure import shadowed
+from ..private_names import version
 from ..zo import (
     ESTIMATORS,
     Evaluation,
@@ -36,6 +38,8 @@ from .rates import check_schedule, chosen_rates, first_rates
 from .replay_file import earlier_log, save_replay_log
 from .resumable import ResumableTrainer
 
+
+logger = logging.get_logger(__name__)
 
 # If there are more zeroth-order parameters than this, in number and as a part of the model, they are streamed.
 STREAMED_PARAMETERS = 1 << 24
@@ -112,9 +116,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if args.zo_branch == "none":
             self._check_objective()
             return
-        if self.optimizer is not None:
+        if self.optimizer is not None or self.lr_scheduler is not None:
             raise ValueError(
-                f"{type(self).__name__} builds its optimizer over both groups: pass optim and zo_optim, not one."
+                f"{type(self).__name__} builds its optimizer over both groups, and the schedule over that: pass "
+                "optim, zo_optim and lr_scheduler_type, not one."
             )
         if args.n_gpu > 1:
             raise ValueError(
@@ -327,13 +332,28 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             self.state.log_history[-1].update(estimates.figures_by_layer())
 
     def _install_estimates(self) -> None:
-        """Hand the estimate to the optimizer, and record it for replay."""
+        """Hand the estimate to the optimizer."""
         if not self._estimates:
             raise self._no_estimate()
-        if self.replay_log is not None:
-            rates = list(self._estimates.learning_rates.values())
-            self.replay_log.record(self.state.global_step, list(self._estimates), rates)
+        self._stepped = list(self._estimates)
         self._estimates.install()
+        self._written = self._gradients()
+
+    def _gradients(self) -> list[tuple[int, int]]:
+        """Which tensors the estimate stands in, and how often each was changed; none where it is streamed."""
+        gradients = [parameter.grad for parameter in self.split.zo_parameters]
+        return [(id(gradient), version(gradient)) for gradient in gradients if gradient is not None]
+
+    def _take_note_of_step(self) -> None:
+        """Log the step that was taken, for replay."""
+        if self.replay_log is None or self.accelerator.optimizer_step_was_skipped:
+            return
+        if self._gradients() != self._written:
+            logger.warning("A callback has changed the zeroth-order estimate, so no log of the steps is kept.")
+            self.replay_log = None
+            return
+        rates = list(self._estimates.learning_rates.values())
+        self.replay_log.record(self.state.global_step, self._stepped, rates)
 
     def _replay_settings(self) -> ReplaySettings:
         args, estimator = self.args, self._estimator
@@ -378,6 +398,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         if self.replay_log is not None:
             self.replay_log = earlier_log(folder / REPLAY_FILE, self._replay_settings())
 
+    def _has_loaded_best(self, folder: Path) -> None:
+        if self.replay_log is not None:
+            self.replay_log = earlier_log(folder / REPLAY_FILE, self._replay_settings())
+
     def _estimate_scale(self, num_items_in_batch: torch.Tensor | int | None) -> float:
         """The scale of a micro-batch's estimate: the factor by which the Trainer multiplies its loss."""
         # A quotient of losses has no scale of its own, and an objective counts no items.
@@ -419,6 +443,4 @@ class _InstallEstimate(TrainerCallback):
             parameter.grad = None
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        log = self.trainer.replay_log
-        if log is not None and self.trainer.accelerator.optimizer_step_was_skipped:
-            log.steps.pop()
+        self.trainer._take_note_of_step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -189,6 +189,11 @@ class LayerAssignment:
             for (branch, stack, layer), names in groups.items()
         )
         chosen = {name for group in zo for name in group.names}
+        if is_complex := [name for name in trainable if name in chosen and trainable[name].is_complex()]:
+            raise ValueError(
+                f"{is_complex[0]} is complex, and directions are real, so that its imaginary part would not be "
+                "trained. Leave it out by zo_layers, or keep it as real numbers (torch.view_as_complex)."
+            )
         return ParameterSplit(fo={name: p for name, p in trainable.items() if name not in chosen}, zo=zo)
 
     def _selector(self, locations: Mapping[str, Location], depths: Mapping[str, int]) -> Callable[[str], bool]:
@@ -201,6 +206,12 @@ class LayerAssignment:
         in_branch = {"dual": ("vision", "language", None)}.get(self.branch, (self.branch,))
         if self._is_regex_list:
             patterns = [re.compile(pattern) for pattern in self.layers]
+            for pattern in patterns:
+                if not any(map(pattern.search, locations)):
+                    raise ValueError(
+                        f"zo_layers: {pattern.pattern!r} matches no trainable parameter. Of tied weights the model "
+                        f"knows one name. {_inventory(locations)}"
+                    )
             return lambda name: locations[name].branch in in_branch and any(p.search(name) for p in patterns)
         if self.layers == "all":
             return lambda name: locations[name].branch in in_branch
@@ -277,7 +288,7 @@ def _positive(eps: float, branch: str | None) -> float:
     return float(eps)
 
 
-def _inventory(trainable: dict[str, nn.Parameter]) -> str:
+def _inventory(trainable: Collection[str]) -> str:
     """Describe a model's trainable layers, for an error message."""
     if not trainable:
         return "The model has no parameter that requires a gradient."

@@ -64,7 +64,7 @@ class Direction:
 
 def room_for(count: int, device: torch.device | str) -> torch.Tensor:
     """An empty tensor with room for a block of a direction of `count` coordinates."""
-    return torch.empty(-(-min(count, BLOCK) // WORD) * WORD, device=device)
+    return torch.empty(-(-min(count, BLOCK) // WORD) * WORD, dtype=torch.float32, device=device)
 
 
 def draw_direction(count: int, seed: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -127,6 +127,8 @@ def test_a_trainer_has_the_attribute(trained, name):
         (accelerate.Accelerator, "scaler"),
         (accelerate.Accelerator, "verify_device_map"),
         (DistributedDataParallel, "_set_params_and_buffers_to_ignore_for_model"),
+        (DistributedDataParallel, "_sync_buffers"),
+        (DistributedDataParallel, "will_sync_module_buffers"),
         (BaseTuner, "inject_adapter"),
         (BaseTuner, "_create_and_replace"),
     ],

@@ -165,9 +165,16 @@ class Unused(Mlp):
         return {"loss": (x.sum(dim=1) - labels + 1).square().mean(), "logits": x}
 
 
+class NotANumber(OneClass):
+    def forward(self, x, labels=None):
+        logits = self.layers[0](x)
+        return {"loss": logits.mean() / 0 - logits.mean() / 0, "logits": logits}
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
+        (NotANumber, "The loss is nan where the training begins."),
         (OneClass, "all of them are exactly zero. The loss is 0 whatever the weights are, as it is of a task with a"),
         (OnPolicy, "all of them are exactly zero. Backpropagation has a gradient there: the loss compares the model"),
         (Unused, "all of them are exactly zero. The loss does not depend on these weights at all."),

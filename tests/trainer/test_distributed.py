@@ -130,6 +130,14 @@ def test_the_cost_model_reckons_with_the_bytes_that_are_measured(pair, monkeypat
 
 
 @pytest.mark.slow
+def test_all_passes_of_a_step_begin_with_the_buffers_of_the_first_process(tmp_path):
+    found = launch(2, "buffers", tmp_path)["buffers"]
+    assert found["[1]"]["differences"] == [0.0] * 4  # these weights change nothing; another buffer would
+    for each in found.values():
+        assert each["resumed"] == each["whole"]
+
+
+@pytest.mark.slow
 def test_processes_freeze_the_same_experts(pair):
     assert pair["frozen"] == [[0, 1, 0]] * 2
 

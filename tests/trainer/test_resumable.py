@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -319,3 +319,47 @@ def test_other_frozen_weights_than_the_checkpoint_leaves_out_are_refused(tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
     with pytest.raises(ResumeError, match="leaves out the frozen weights of RandomFeatures, and they are others now"):
         resumed(tmp_path, RandomFeatures(1), "checkpoint-2")
+
+
+def with_adapters(active: list[str]):
+    """A language model with two adapters, and what it learns from."""
+    config = LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model, data = prompted(config)
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(active)
+    return model, data
+
+
+def adapters_of(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+
+def same(some: dict, others: dict) -> bool:
+    return all(torch.equal(value, others[name]) for name, value in some.items())
+
+
+@pytest.mark.parametrize("active", [["default"], ["second"], ["default", "second"]], ids=str)
+def test_every_adapter_goes_on_and_comes_back_as_the_best(tmp_path, active):
+    options = {**SAVING, "zo_layers": "all", "max_steps": 4}
+    model, data = with_adapters(active)
+    train(tmp_path, model, data=data, **options)
+    other, _ = with_adapters(active)
+    again = ZOCLTrainer(model=other, args=arguments(tmp_path, **options), train_dataset=data)
+    again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
+    assert same(adapters_of(model), adapters_of(other))
+
+    seen = {}
+
+    class Evaluates(ZOCLTrainer):
+        def evaluate(self, *args, **kwargs):
+            seen[self.state.global_step] = adapters_of(self.model)
+            self.log(found := {"eval_step": self.state.global_step})
+            return found
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
+    args = arguments(tmp_path, **options, **best, eval_strategy="steps", eval_steps=2)
+    model, data = with_adapters(active)
+    Evaluates(model, args, train_dataset=data, eval_dataset=data).train()
+    assert list(model.active_adapters) == active
+    assert same(seen[2], adapters_of(model))
+    assert not same(seen[4], adapters_of(model))

@@ -375,15 +375,15 @@ class _Fp16(TrainerCallback):
         self.accelerator.state._mixed_precision = "no"
 
 
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 @pytest.mark.parametrize("layers", ["all", [1]])
-def test_a_gradient_scaler_never_divides_the_estimate(tmp_path, layers):
-    """fp16: the scaler unscales what it finds before clipping; the estimate, installed after, is never divided."""
+def test_a_gradient_scaler_never_divides_the_estimate(tmp_path, layers, max_grad_norm):
+    """fp16: the scaler unscales what it finds before clipping, or in its step; the estimate is never divided."""
+    options = {"zo_layers": layers, "max_steps": 1, "zo_optim": "sgd", "max_grad_norm": max_grad_norm}
     seen = {}
     for name, scaler in [("plain", None), ("scaled", torch.amp.GradScaler("cpu", init_scale=1024.0))]:
         model = Mlp()
-        trainer = ZOCLTrainer(
-            model=model, args=arguments(tmp_path, zo_layers=layers, max_steps=1), train_dataset=rows(8)
-        )
+        trainer = ZOCLTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=rows(8))
         trainer.accelerator.scaler = scaler
         if scaler is not None:
             trainer.add_callback(_Fp16(trainer))
@@ -526,8 +526,15 @@ def test_plain_training_arguments_are_refused(tmp_path):
 
 def test_a_given_optimizer_is_refused(tmp_path):
     model = Mlp()
-    with pytest.raises(ValueError, match="pass optim and zo_optim"):
+    with pytest.raises(ValueError, match="pass optim, zo_optim"):
         ZOCLTrainer(model, arguments(tmp_path), optimizers=(torch.optim.SGD(model.parameters()), None))
+
+
+def test_a_given_schedule_is_refused(tmp_path):
+    """It would be that of an optimizer which takes no step."""
+    schedule = torch.optim.lr_scheduler.ConstantLR(torch.optim.SGD(Mlp().parameters()))
+    with pytest.raises(ValueError, match="pass optim, zo_optim and lr_scheduler_type"):
+        ZOCLTrainer(Mlp(), arguments(tmp_path), optimizers=(None, schedule))
 
 
 def test_a_bad_assignment_fails_when_the_trainer_is_made(tmp_path):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 from hf_zocl.zo import LayerAssignment
@@ -254,3 +255,20 @@ def test_a_frozen_model_says_so():
     model = TwoTowers().requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter that requires a gradient"):
         LayerAssignment("dual", "all").split(model)
+
+
+def test_complex_parameters_are_refused_where_they_would_be_zeroth_order():
+    """A direction is real: the imaginary part would never move."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.filter = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="filter is complex"):
+        LayerAssignment("dual", "all").split(model)
+    assert "filter" in LayerAssignment("dual", ["0.weight"]).split(model).fo
+
+
+def test_an_expression_that_matches_nothing_is_refused():
+    model = nn.Module()
+    model.embedding, model.head = nn.Embedding(3, 4), nn.Linear(4, 3, bias=False)
+    model.head.weight = model.embedding.weight
+    with pytest.raises(ValueError, match="'head' matches no trainable parameter. Of tied weights .* one name"):
+        LayerAssignment("dual", ["embedding", "head"]).split(model)

@@ -85,6 +85,15 @@ def test_blocks_are_parts_of_one_direction():
     torch.testing.assert_close(own.squares, total.square().sum())
 
 
+def test_a_direction_is_the_same_whatever_numbers_torch_makes_by_default():
+    expected = draw_direction(100, 1)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(draw_direction(100, 1), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_moments_and_gradients_that_are_lent_are_those_that_are_written():
     perturbation = large()
     combination = Combination((1, 2), torch.tensor([0.5, -2.0]), moved=(1e-3, 0.0))

@@ -5,13 +5,15 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 import hf_zocl.trainer.mixin
 import hf_zocl.zo.streaming
+from hf_zocl import ZOCLTrainer
 from hf_zocl.passes import PlainEvaluation
 from hf_zocl.trainer.replay_file import load_replay_log, save_replay_log
 from hf_zocl.zo import LayerAssignment, ReplayLog, ReplaySettings, ZOEstimator, build_zo_optimizer
-from tests.helpers import Mlp, rows, train
+from tests.helpers import Mlp, arguments, rows, train
 
 
 def trained(
@@ -108,3 +110,53 @@ def test_the_log_of_streamed_parameters_gives_them_again(tmp_path, monkeypatch, 
     assert not torch.equal(weights(before), weights(model))
     log.replay(groups, before)
     assert torch.equal(weights(before), weights(model))
+
+
+class Before(TrainerCallback):
+    """Calls a function just before the optimizer's step."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_pre_optimizer_step(self, args, state, control, model, optimizer, **kwargs):
+        self.call(model, optimizer)
+
+
+def replayed(log: ReplayLog) -> torch.Tensor:
+    model = Mlp()
+    log.replay(LayerAssignment().split(model).zo)
+    return weights(model)
+
+
+def test_the_log_has_the_learning_rate_that_was_stepped_by(tmp_path):
+    raise_it = Before(lambda model, optimizer: optimizer.param_groups[0].update(lr=0.1))
+    trainer = train(tmp_path, Mlp(), data=rows(), callbacks=[raise_it], zo_layers="all", zo_learning_rate=1e-3)
+    assert torch.equal(replayed(trainer.replay_log), weights(trainer.model))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, optimizer: model.layers[0].weight.grad.mul_(-1),
+        lambda model, optimizer: setattr(model.layers[0].weight, "grad", None),
+    ],
+)
+def test_no_log_is_kept_of_estimates_that_a_callback_has_changed(tmp_path, change):
+    trainer = train(tmp_path, Mlp(), data=rows(), callbacks=[Before(change)], zo_layers="all")
+    assert trainer.replay_log is None
+
+
+def test_the_log_is_that_of_the_best_weights_where_they_are_loaded(tmp_path):
+    saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 1, "eval_steps": 1, "max_steps": 3}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "step", "greater_is_better": False}
+    args = arguments(tmp_path, zo_layers="all", **saving, **best)
+    trainer = ZOCLTrainer(
+        Mlp(),
+        args,
+        train_dataset=rows(),
+        eval_dataset=rows(8),
+        compute_metrics=lambda _: {"step": trainer.state.global_step},
+    )
+    trainer.train()
+    assert len(trainer.replay_log.steps) == 1
+    assert torch.equal(replayed(trainer.replay_log), weights(trainer.model))
