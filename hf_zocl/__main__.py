@@ -11,14 +11,14 @@ from .commands.door import is_refusal, one_line
 
 
 COMMANDS = {
-    "train": "learn a stream of tasks (under `accelerate launch -m`, in several processes too)",
+    "train": "learn a stream of tasks (under `accelerate launch -m`, also in several processes)",
     "evaluate": "measure a task's checkpoint, as its run did or on another benchmark",
     "report": "write a report of finished runs, or a comparison of several",
     "demo": "serve a page to try a run with, or push it as a Space",
     "push": "push to the Hub what a run could not push, or a run that was never pushed",
     "tune": "choose learning rates and ε on the first task alone",
-    "replay": "make a task's adapter again from the log of its zeroth-order steps",
-    "recipes": "list the recipes and presets that can be asked for by name",
+    "replay": "rebuild a task's adapter from the log of its zeroth-order steps",
+    "recipes": "list the recipes and presets that come with the package",
 }
 
 
@@ -43,7 +43,7 @@ def chosen() -> Callable[[], None]:
         return print_help
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
-        given = f"{name!r} is no command" if name else "a command is missing"
+        given = f"{name!r} is not a command" if name else "a command is missing"
         meant = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"usage: python -m hf_zocl {'|'.join(COMMANDS)} …: {given}{meant}")
     sys.argv[:2] = [f"hf_zocl {name}"]

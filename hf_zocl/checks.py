@@ -67,7 +67,9 @@ def check_writable(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={shown(text)}: it holds half a character, which no file can hold.") from error
+        raise ValueError(
+            f"{name}={shown(text)}: it contains half a character, which cannot be written to a file."
+        ) from error
 
 
 def shown(value: Any, limit: int = 80) -> str:

@@ -186,7 +186,7 @@ def test_tune_keeps_what_it_measured_if_no_candidate_can_be_chosen(tmp_path, mon
     file = tmp_path / "rows.json"
     command = ["tune", "--recipe", "quickstart", "--retention", "x", "--keep", "0.9", "--output", str(file)]
     monkeypatch.setattr(sys, "argv", [*command, "--grid", "learning_rate=1e-3"])
-    with pytest.raises(SystemExit, match="--keep 0.9: no candidate retains so much"):
+    with pytest.raises(SystemExit, match="--keep 0.9: no candidate retains that much"):
         tune.main()
     assert "| learning_rate=1e-3 | 60.0 | 40.0 | 49.0 |  |" in capsys.readouterr().out
     assert [row["first_task"] for row in json.loads(file.read_text())] == [0.5, 0.6]
@@ -201,7 +201,7 @@ def test_with_a_floor_of_retention_the_fastest_learner_wins():
     assert mark_best(rows, keep=1) is rows[3]
     assert mark_best(rows, keep=2) is rows[2]
     assert [row["chosen"] for row in rows] == [False, False, True, False]
-    with pytest.raises(ValueError, match="--keep 9.5: no candidate retains so much; the most is 8.0000"):
+    with pytest.raises(ValueError, match="--keep 9.5: no candidate retains that much; the most is 8.0000"):
         mark_best(rows, keep=9.5)
 
 
@@ -382,7 +382,7 @@ def test_several_seeds_lock_the_folder_above_them_and_replace_no_comparison_unas
         with ExitStack() as second, pytest.raises(FolderInUseError):
             train.prepare(recipe, recipe.per_seed(), second)
     (tmp_path / "comparison.md").write_text("mine")
-    with ExitStack() as stack, pytest.raises(RunFolderError, match="comparison.md is there already"):
+    with ExitStack() as stack, pytest.raises(RunFolderError, match="comparison.md already exists"):
         train.prepare(recipe, recipe.per_seed(), stack)
     (tmp_path / "comparison.md").unlink()
     (tmp_path / "seed-2").mkdir()

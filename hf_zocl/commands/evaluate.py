@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--task", type=task_number, help="the task, counted from 1, or best")
     parser.add_argument("--revision", help="a revision on the Hub, instead of --task")
     parser.add_argument("--disable_tqdm", action="store_true")
-    parser.add_argument("--output", type=Path, help="a JSON file for what was measured")
+    parser.add_argument("--output", type=Path, help="a JSON file to write the figures to")
     options, further = parser.parse_known_args()
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,9 @@ def recipe_arguments(argv: list[str]) -> dict[str, Any]:
     known = {*(each.name for each in fields(RunArguments)), *NUMERICS} - OF_TRAINING
     for argument in argv:
         if argument.startswith("--") and argument[2:].split("=")[0] not in known:
-            raise ValueError(f"{argument} is no argument of a recipe's stream; there are {', '.join(sorted(known))}.")
+            raise ValueError(
+                f"{argument} is not an argument of an evaluation: expected one of {', '.join(sorted(known))}."
+            )
     parser = RecipeParser((RunArguments, TrainingArguments))
     parser.set_defaults(**dict.fromkeys(known))
     given = vars(parser.parse_args(argv))

@@ -52,7 +52,9 @@ def recipe_file(given: str, beside: Path | None = None) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise ValueError(f"there is no such file, and no recipe of that name; there are {', '.join(names('recipe'))}.")
+    raise ValueError(
+        f"there is no such file and no such recipe: expected a file, or one of {', '.join(names('recipe'))}."
+    )
 
 
 def preset_file(name: str) -> Path:

@@ -16,8 +16,8 @@ def main() -> None:
     parser = Parser(description=__doc__)
     parser.add_argument("output_dir", type=Path, help="A run's folder.")
     parser.add_argument("--hub_model_id", help="name or user/name; default: the run's own.")
-    parser.add_argument("--hub_token", help="Default: HF_TOKEN, or the one of `hf auth login`.")
-    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="A new repository is private.")
+    parser.add_argument("--hub_token", help="Default: HF_TOKEN, or the token of `hf auth login`.")
+    parser.add_argument("--hub_private_repo", action="store_true", default=None, help="Make a new repository private.")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s")
     outcomes, left, where = push_run(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
@@ -25,7 +25,7 @@ def main() -> None:
         print(f"{name:<10} {outcome}")
     for name in left:
         if name not in outcomes:
-            print(f"{name:<10} waits for the one before it")
+            print(f"{name:<10} waits for the task before it")
     print(
         f"\n{len(outcomes) - sum(name in left for name in outcomes)} of {len(outcomes.keys() | left)} are on {where}."
     )
@@ -43,9 +43,7 @@ def push_run(
     queue = PushQueue.read(output_dir)
     tasks = complete_tasks(output_dir)
     if not tasks:
-        raise ValueError(
-            f"{output_dir}: expected a run's folder, with task-01 and so on; there is no such task in it."
-        )
+        raise ValueError(f"{output_dir}: expected a run's folder with at least one complete task (task-01 and so on).")
     if queue is not None:
         repo_id, private = repo_id or queue.repo_id, queue.private if private is None else private
     elif repo_id is None and (output_dir / RESULTS_FILE).is_file():

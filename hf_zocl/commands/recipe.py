@@ -57,7 +57,9 @@ class Recipe:
         """A recipe for every seed, each with its own folder; without `seeds`, this recipe."""
         seeds = self.run.seed_list(self.training.seed)
         if self.run.vary_class_order and seeds is None:
-            raise ValueError("vary_class_order=True: expected seeds or num_seeds; a single run has class_order_seed.")
+            raise ValueError(
+                "vary_class_order=True needs seeds or num_seeds; for a single run, give class_order_seed."
+            )
         if self.run.vary_class_order and self.run.class_order is not None:
             raise ValueError("vary_class_order=True and class_order were both given: pass one.")
         if seeds is None:
@@ -94,7 +96,7 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = RecipeParser(
         (RunArguments, AdapterArguments, ZOCLTrainingArguments),
-        description="Learn a stream of tasks. Any argument may stand in the recipe; the command line overrides it.",
+        description="Learn a stream of tasks. The recipe may set any argument; the command line overrides it.",
     )
     parser.add_argument("--recipe", help="A recipe: its name, or a YAML file of arguments.")
     named = RecipeParser((), add_help=False, allow_abbrev=False)
@@ -140,7 +142,7 @@ def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, Adapte
     except (ValueError, OSError):
         raise
     except Exception as error:  # bad values fail in transformers and accelerate with many kinds of errors
-        raise ValueError(f"the arguments cannot be taken: {type(error).__name__}: {error}") from error
+        raise ValueError(f"the arguments are not valid: {type(error).__name__}: {error}") from error
     return run, adapter, training
 
 
@@ -177,8 +179,8 @@ def build_scheduler(recipe: Recipe) -> ContinualTaskScheduler:
 def _build_scheduler(run: RunArguments, training: ZOCLTrainingArguments, recipe: Recipe) -> ContinualTaskScheduler:
     if training.sharding is not None:
         raise ValueError(
-            f"{training.sharding} shards the model, but a task's checkpoint is written from a whole adapter by one "
-            "process: use data parallelism (docs/scaling.md)."
+            f"{training.sharding} shards the model, but one process must write a task's checkpoint from the whole "
+            "adapter: use data parallelism (docs/scaling.md)."
         )
     stream, template = build_stream(run, seed=training.data_seed or 0)
     with training.main_process_first(desc="merging the adapter") if run.merge_into else nullcontext():
@@ -211,8 +213,8 @@ def _plugins(run: RunArguments, known_classes: Sequence[str], stream: TaskStream
     lost = [name for name in known_classes if name not in stream.class_names]
     if steps and lost:
         raise ValueError(
-            f"classifier_alignment={steps}: {run.model_name_or_path} knows {shown(lost[0])} and other classes that do "
-            "not arrive here; they have no statistics, and aligning the text tower without them would lose them."
+            f"classifier_alignment={steps}: {run.model_name_or_path} knows classes that this stream lacks, such as "
+            f"{shown(lost[0])}; they have no statistics, so aligning the text tower would lose them."
         )
     options = {} if rate is None else {"learning_rate": rate}
     return [ClassifierAlignment(steps, **options)] if steps else []

@@ -65,7 +65,7 @@ def read_recipe(
         name = key.value
         if name in entries:
             raise ValueError(
-                f"{path}, line {key.start_mark.line + 1}: {name} is there twice, first in {entries[name].place}."
+                f"{path}, line {key.start_mark.line + 1}: {name} is given twice, first in {entries[name].place}."
             )
         if name == "include":
             hint: Any = str
@@ -109,7 +109,7 @@ def _include(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if base.resolve() in (path.resolve(), *(one.resolve() for one in including)):
-        raise ValueError(f"{where} leads back to itself.")
+        raise ValueError(f"{where} includes itself.")
     return read_recipe(base, hints, (*including, path), with_preset)
 
 
@@ -128,11 +128,11 @@ def _mapping(path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: this is no YAML: {error.problem or error.context}.") from error
+        raise ValueError(f"{path}{line}: this is not valid YAML: {error.problem or error.context}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: this is no YAML: {error}.") from error
+        raise ValueError(f"{path}: this is not valid YAML: {error}.") from error
     except RecursionError as error:
-        raise ValueError(f"{path}: this is no recipe: it is nested too deeply.") from error
+        raise ValueError(f"{path}: this is not a recipe: it is nested too deeply.") from error
     if not isinstance(root, yaml.MappingNode):
         kind = "nothing" if root is None else {"seq": "a list", "str": "text"}.get(root.tag.split(":")[-1], "a value")
         raise ValueError(f"--recipe {path}: expected a mapping of argument: value, got {kind}.")

@@ -18,13 +18,14 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's folder")
     parser.add_argument("--task", type=int, default=1, help="the task, counted from 1")
-    parser.add_argument("--device", default="cpu", help="the device that the run was on")
+    parser.add_argument("--device", default="cpu", help="the device that the run used")
     options = parser.parse_args()
     rebuilt = rebuild_task(options.run, options.task, options.device)
     share = rebuilt.log_bytes / rebuilt.checkpoint_bytes
     print(
         f"{rebuilt.steps} steps in {rebuilt.log_bytes:,} bytes ({rebuilt.log_bytes / max(rebuilt.steps, 1):.0f} a "
-        f"step); the checkpoint's weights are {rebuilt.checkpoint_bytes:,} bytes: {100 * share:.1f} % of them."
+        f"step); the checkpoint's weights are {rebuilt.checkpoint_bytes:,} bytes, so the log is {100 * share:.1f} % "
+        "of that."
     )
     if rebuilt.different:
         sys.exit(

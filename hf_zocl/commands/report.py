@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", help="folders of runs")
     parser.add_argument("--compare", nargs="+", default=[], metavar="RUN", help="more folders of runs")
     parser.add_argument("--baseline", help="the name of the run that the others are compared with")
-    parser.add_argument("--output_dir", type=Path, help="default: the run's folder; of several, runs/report")
+    parser.add_argument("--output_dir", type=Path, help="default: the run's folder, or runs/report for several runs")
     options = parser.parse_args()
     folders = [*options.runs, *options.compare]
     if not folders:

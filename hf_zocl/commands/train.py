@@ -59,7 +59,7 @@ def prepare(recipe: Recipe, recipes: list[Recipe], stack: ExitStack) -> None:
     there = next((folder / name for name in COMPARISON_FILES if (folder / name).exists()), None)
     if there is not None and not recipe.resume and not recipe.run.overwrite_output_dir:
         raise RunFolderError(
-            f"{there} is there already: --resume and --overwrite_output_dir replace it, another output_dir leaves it "
+            f"{there} already exists: --resume and --overwrite_output_dir replace it, another output_dir leaves it "
             "alone."
         )
     for one in recipes:
@@ -108,7 +108,7 @@ def join_again() -> None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
         return
     if int(os.environ["GROUP_WORLD_SIZE"]) > 1:
-        raise ValueError("To start processes anew on several machines, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.")
+        raise ValueError("To restart processes on several machines, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.")
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(store=dist.PrefixStore(f"restart-{restarts()}", store), rank=rank, world_size=count)

@@ -63,7 +63,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--grid", action="append", required=True, metavar="ARGUMENT=VALUE,VALUE,…")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add_judge_arguments(parser)
-    parser.add_argument("--output", type=Path, help="Writes the rows as JSON.")
+    parser.add_argument("--output", type=Path, help="JSON file to write the rows to.")
     options, further = parser.parse_known_args()
     names = [item.partition("=")[0] for item in options.grid]
     if len(set(names)) < len(names):
@@ -89,8 +89,8 @@ def add_judge_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     parser.add_argument("--retention", required=required, help="Dataset that the model knew: Hub id or folder.")
     parser.add_argument("--retention_classes", help="JSON file and key of its label ids, FILE:KEY; default: all.")
     parser.add_argument("--retention_images", type=int, default=20, help="Its test images per class.")
-    parser.add_argument("--keep", type=float, help="Least R, as a fraction: of those candidates the greatest A wins.")
-    parser.add_argument("--repetitions", type=int, help="Of the first task, before R; default: the stream's tasks.")
+    parser.add_argument("--keep", type=float, help="Least R, as a fraction; the greatest A above it wins.")
+    parser.add_argument("--repetitions", type=int, help="Trainings of the first task before R; default: one per task.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +174,7 @@ def mark_best(rows: list[dict[str, Any]], keep: float | None = None) -> dict[str
         candidates, name = [row for row in candidates if row["retained"] >= keep], "first_task"
         if not candidates:
             most = max(row["retained"] for row in rows[1:])
-            raise ValueError(f"--keep {keep}: no candidate retains so much; the most is {most:.4f}.")
+            raise ValueError(f"--keep {keep}: no candidate retains that much; the most is {most:.4f}.")
     best = max(candidates, key=lambda row: row[name])
     for row in rows:
         row["chosen"] = row is best

@@ -92,7 +92,7 @@ def run_arguments_of(recipe: dict[str, Any], given: dict[str, Any], is_own: bool
     """The run's arguments, overridden by `given`; for another benchmark, without those of the run's stream."""
     names = {each.name for each in fields(RunArguments)}
     if is_own and "benchmark" not in recipe:
-        raise ValueError("the checkpoint's recipe names no benchmark (it was not trained by one): give benchmark.")
+        raise ValueError("the checkpoint was not trained by a recipe, which would name its benchmark: give benchmark.")
     kept = names - {"seeds", "num_seeds"} if is_own else {"image_cache_gb"}
     own = {name: recipe[name] for name in kept & recipe.keys()}
     return RunArguments(**{**own, **{name: value for name, value in given.items() if name in names}})

@@ -82,13 +82,13 @@ class FolderLock:
                 holder = file.readline().strip() if fcntl is not None else ""
                 file.close()
                 raise FolderInUseError(
-                    f"{self.folder} is in use by another run{f' ({holder})' if holder else ''}: wait for its end, or "
-                    "choose another output_dir."
+                    f"{self.folder} is in use by another run{f' ({holder})' if holder else ''}: wait until it ends, "
+                    "or choose another output_dir."
                 ) from None
             except OSError as error:
                 file.close()
                 self._path.unlink(missing_ok=True)
-                logger.warning(f"{self.folder} cannot be locked ({error.strerror}): start no other run there.")
+                logger.warning(f"{self.folder} cannot be locked ({error.strerror}): do not start another run there.")
                 return None
             if self._is_current(file):
                 file.truncate(0)

@@ -58,8 +58,9 @@ def rebuild_task(run: str | Path, task: int, device: str = "cpu") -> Rebuilt:
             raise ValueError(f"{file}: there is no such file, so {folder.path} holds no complete task {task}.")
     if not log_file.is_file():
         raise ValueError(
-            f"{log_file}: there is no such file. Runs write it whose zo_layers are all (zo_branch=dual) and whose "
-            "weights nothing else changes (classifier_alignment=0), and keep it."
+            f"{log_file}: there is no such file. Only a run whose trained weights are all zeroth-order "
+            "(zo_branch=dual, zo_layers=all), in float32 and changed by nothing else (classifier_alignment=0) writes "
+            "one."
         )
     results = read_json(folder.path / RESULTS_FILE)
     recipe = results["recipe"]

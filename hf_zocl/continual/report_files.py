@@ -63,12 +63,12 @@ class ReportFiles:
             try:
                 history = PredictionHistory.read(path).up_to(done)
             except ValueError as error:
-                logger.warning(f"{error} It is left out.")
+                logger.warning(f"{error} The file is ignored.")
                 continue
             if history.is_of([len(task.test) for task in stream]) and len(history.after) == done:
                 self._history = history
                 return
-        logger.warning(f"resume: {self.folder} has no predictions of its tasks: its report will be without them.")
+        logger.warning(f"resume: {self.folder} has no predictions of its tasks, so its report will lack them.")
 
     def add(self, task: int, predicted: np.ndarray) -> None:
         """Keep the model's predictions after a task."""

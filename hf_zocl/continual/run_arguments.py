@@ -90,11 +90,11 @@ class RunArguments:
     image_column: str | None = field(default=None, metadata={"help": "Column of images."})
     label_column: str | None = field(default=None, metadata={"help": "Column of labels."})
     name_column: str | None = field(default=None, metadata={"help": "Column of class names."})
-    class_names: list[str] | None = field(default=None, metadata={"help": "A name for every label id from 0."})
+    class_names: list[str] | None = field(default=None, metadata={"help": "One name per label id, from 0."})
     test_fraction: float | None = field(default=None, metadata={"help": "Share of a single split to test on."})
     scenario: str | None = field(default=None, metadata={"help": f"What is predicted among: {', '.join(SCENARIOS)}."})
     domain_column: str | None = field(default=None, metadata={"help": "Column of domains (scenario=domain)."})
-    learning: str = field(default="sequential", metadata={"help": f"{', '.join(LEARNING)}: the bounds, by name."})
+    learning: str = field(default="sequential", metadata={"help": f"Task by task, or a bound: {', '.join(LEARNING)}."})
     initial_increment: int | None = field(default=None, metadata={"help": "Classes of the first task."})
     increment: int | None = field(default=None, metadata={"help": "Classes of every other task."})
     class_order: list[int] | None = field(default=None, metadata={"help": "Label ids in order of arrival."})
@@ -104,13 +104,13 @@ class RunArguments:
     max_test_images_per_class: int | None = field(default=None, metadata={"help": "Cap on test images."})
     prompt_template: list[str] | None = field(default=None, metadata={"help": "Prompts with a {} for the class."})
     held_out: list[str] | None = field(default=None, metadata={"help": "Benchmarks never trained on (name=folder)."})
-    evaluate_future: bool | None = field(default=None, metadata={"help": "Measure the tasks to come as well."})
-    image_cache_gb: float = field(default=DEFAULT_CACHE_GB, metadata={"help": "Greatest image cache, GB; 0: none."})
+    evaluate_future: bool | None = field(default=None, metadata={"help": "Also measure the tasks to come."})
+    image_cache_gb: float = field(default=DEFAULT_CACHE_GB, metadata={"help": "Largest image cache, GB; 0: none."})
     skip_corrupt: bool = field(default=False, metadata={"help": "Leave out images that cannot be decoded."})
     classifier_alignment: int = field(default=0, metadata={"help": "Steps of classifier alignment after every task."})
-    classifier_alignment_learning_rate: float | None = field(default=None, metadata={"help": "Their rate (5e-3)."})
-    seeds: str | None = field(default=None, metadata={"help": "Run once with each: 1993,1996,1997."})
-    num_seeds: int | None = field(default=None, metadata={"help": "Run with so many seeds, from seed on."})
+    classifier_alignment_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate (5e-3)."})
+    seeds: str | None = field(default=None, metadata={"help": "Run once per seed: 1993,1996,1997."})
+    num_seeds: int | None = field(default=None, metadata={"help": "Run with this many seeds, from seed on."})
     vary_class_order: bool = field(default=False, metadata={"help": "The seeds draw the class order too."})
     resume: bool = field(default=False, metadata={"help": "Go on where the run in output_dir stopped."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace the run in output_dir."})
@@ -130,7 +130,7 @@ class RunArguments:
         given = [self.dataset_name, self.dataset_path, self.datasets]
         if self.benchmark == "none" and sum(one is not None for one in given) != 1:
             raise ValueError(
-                "benchmark=none needs exactly one of dataset_name (Hub id) and dataset_path (folder), or datasets."
+                "benchmark=none needs exactly one of dataset_name (Hub id), dataset_path (folder) and datasets."
             )
         if self.seeds is not None and self.num_seeds is not None:
             raise ValueError(f"seeds={self.seeds!r} and num_seeds={self.num_seeds} were both given: pass one.")
@@ -144,7 +144,7 @@ class RunArguments:
             what = f"scenario={self.scenario!r}" if self.datasets is None else f"datasets={self.datasets}"
             raise ValueError(f"learning=joint has one task; {what} needs several.")
         if self.class_names is not None and self.datasets is not None:
-            raise ValueError("class_names are those of one dataset; datasets have names of their own (name_column).")
+            raise ValueError("class_names is for a single dataset; with datasets, leave it out or give name_column.")
         if self.benchmark != "none" and (self.dataset_name or self.datasets) is not None:
             raise ValueError(
                 f"dataset_name={self.dataset_name or self.datasets!r} goes with benchmark=none; "
@@ -165,9 +165,11 @@ class RunArguments:
             parts = [part.strip() for part in str(self.seeds).split(",")]
             seeds = [int(part) for part in parts if part.isdigit()]
             if len(seeds) != len(parts):
-                raise ValueError(f"seeds={self.seeds!r}: expected whole numbers with commas between them.")
+                raise ValueError(f"seeds={self.seeds!r}: expected whole numbers, separated by commas.")
         if not seeds or len(set(seeds)) != len(seeds):
-            raise ValueError(f"seeds={self.seeds!r}, num_seeds={self.num_seeds}: expected at least one, each once.")
+            raise ValueError(
+                f"seeds={self.seeds!r}, num_seeds={self.num_seeds}: expected at least one, and none twice."
+            )
         return seeds
 
 
@@ -206,7 +208,7 @@ def build_stream(args: RunArguments, seed: int = 0) -> tuple[TaskStream, str | t
 def _stream_of_datasets(args: RunArguments, options: dict[str, Any]) -> TaskStream:
     scenario = options.pop("scenario", "cross-dataset")
     if scenario not in ("domain", "cross-dataset"):
-        raise ValueError(f"datasets: each is a task of scenario domain or cross-dataset, not of {scenario!r}.")
+        raise ValueError(f"scenario={scenario!r}: with datasets, expected 'domain' or 'cross-dataset'.")
     options["increment"] = "all"
     streams = [TaskStream.from_dataset(dataset, **options) for dataset in args.datasets]
     return TaskStream.from_streams(streams, "+".join(stream.name for stream in streams), scenario)
@@ -222,10 +224,10 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
     for entry in args.held_out or ():
         name, _, folder = entry.partition("=")
         if name in streams:
-            raise ValueError(f"held_out={entry!r}: {name!r} is there twice; expected each benchmark once.")
+            raise ValueError(f"held_out={entry!r}: {name!r} is named twice; expected each benchmark once.")
         benchmark = get_benchmark(name)
         if not isinstance(benchmark, Benchmark):
-            raise ValueError(f"held_out={entry!r}: a stream of several datasets; name them one by one.")
+            raise ValueError(f"held_out={entry!r}: this is a stream of several datasets; name them one by one.")
         cap = args.max_test_images_per_class
         stream = benchmark.stream(folder or None, increment="all", max_test_images_per_class=cap, seed=seed)
         streams[name] = stream.map_tasks(

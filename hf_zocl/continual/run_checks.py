@@ -17,7 +17,7 @@ from ..trainer.resumable import ResumeError
 _EVALUATES = "the scheduler evaluates after every task"
 _HALF = (
     "bf16_full_eval and fp16_full_eval would leave the weights in half precision for the training that follows; bf16 "
-    "or fp16 is in force while the scheduler evaluates, too"
+    "and fp16 also apply while the scheduler evaluates"
 )
 _MEASURED = "a run is measured with {needed!r}"
 # The argument, the value that it must have (or None), and why.
@@ -33,7 +33,7 @@ _NEEDED = {
     "batch_eval_metrics": (False, _MEASURED),
     "neftune_noise_alpha": (
         None,
-        "its noise goes into input embeddings of language models, and a classifier of images has none",
+        "it adds noise to a language model's input embeddings, and an image classifier has none",
     ),
 }
 
@@ -63,7 +63,8 @@ def check_batches(args: ZOCLTrainingArguments, stream: TaskStream) -> None:
         if args.dataloader_drop_last and len(task.train) < batch:
             raise ValueError(
                 f"dataloader_drop_last=True: {task.name} has {len(task.train)} training images, less than a batch of "
-                f"{batch} (per_device_train_batch_size), so no step would be made; expected False, or less a batch."
+                f"{batch} (per_device_train_batch_size), so no step would be taken; expected False, or a smaller "
+                "batch."
             )
 
 
@@ -86,8 +87,8 @@ def check_fingerprints(here: dict[str, str], there: dict[str, str], output_dir: 
     for name, value in here.items():
         if there.get(name, value) != value:
             raise ResumeError(
-                f"resume: the {name.replace('_', ' ')} {'have' if name == 'images' else 'has'} changed since the "
-                f"run in {output_dir} began: it goes on with what it began with, or not at all."
+                f"resume: the {name.replace('_', ' ')} {'have' if name == 'images' else 'has'} changed since the run "
+                f"in {output_dir} began: it can only go on with what it began with."
             )
 
 
@@ -105,6 +106,6 @@ def check_measuring(here: Mapping[str, Any], there: Mapping[str, Any], output_di
         value = list(value) if isinstance(value, tuple) else value
         if there.get(name, value) != value:
             raise ResumeError(
-                f"resume: {name}={value!r}, but the run in {output_dir} began with {there[name]!r}: it goes on with "
-                "what it began with, or not at all."
+                f"resume: {name}={value!r}, but the run in {output_dir} began with {there[name]!r}: it can only go on "
+                "with what it began with."
             )

@@ -86,7 +86,7 @@ class RunFolder:
         there = next((path for path in self._written(tasks, any_task=True) if not _is_of_a_beginning(path)), None)
         if there is not None:
             raise RunFolderError(
-                f"{there} is there already, and no {RESULTS_FILE} says that a run wrote it: move it away, or choose "
+                f"{there} already exists, and no {RESULTS_FILE} says that a run wrote it: move it away, or choose "
                 "another output_dir."
             )
 
@@ -111,8 +111,8 @@ class RunFolder:
                 )
             for file in added_files(self.path / task_folder(task)):
                 raise RunFolderError(
-                    f"overwrite_output_dir: {file} is not of the run that is there, and would be taken for a part of "
-                    "the next one's checkpoint: move it away, or choose another output_dir."
+                    f"overwrite_output_dir: {file} was not written by the run there, and would be read with the next "
+                    "run's checkpoint: move it away, or choose another output_dir."
                 )
 
     def start(self, results: dict[str, Any], files: Mapping[str, bytes] | None = None) -> None:
@@ -194,19 +194,19 @@ class RunFolder:
         ]
         if different:
             raise ResumeError(
-                f"resume: {file} is the run of another recipe ({', '.join(different)}): --overwrite_output_dir in "
-                "place of --resume replaces it, another output_dir leaves it alone."
+                f"resume: {file} is of a run with another recipe ({', '.join(different)}): --overwrite_output_dir "
+                "instead of --resume replaces it, another output_dir leaves it alone."
             )
         began = results.get("processes", processes)
         if began != processes is not None:
             raise ResumeError(
-                f"resume: {file} is a run of {began} process{'es' if began > 1 else ''}, and {processes} would go on "
-                f"with other batches: expected {began}."
+                f"resume: {file} is of a run in {began} process{'es' if began > 1 else ''}, and {processes} would "
+                f"make other batches: expected {began}."
             )
         if results["classes"] != list(class_names):
-            raise ResumeError(f"resume: {file} is a run over other classes ({', '.join(results['classes'])}).")
+            raise ResumeError(f"resume: {file} is of a run with other classes ({', '.join(results['classes'])}).")
         if after is None and file != self.path / RESULTS_FILE:
-            logger.warning(f"resume: {self.path / RESULTS_FILE} is lost; its copy {file} takes its place.")
+            logger.warning(f"resume: {self.path / RESULTS_FILE} is missing; its copy {file} is used instead.")
             self.write(results)
         return results
 
@@ -229,7 +229,7 @@ class RunFolder:
                 if task == done:
                     raise
                 logger.warning(
-                    f"{error} The run goes on without it, for it needs the last complete task alone; nothing but that "
+                    f"{error} The run goes on without it, because it needs only the last complete task; only that "
                     "checkpoint is lost."
                 )
 
@@ -239,7 +239,7 @@ class RunFolder:
             read_sealed_task(folder)
         except ValueError as error:
             before = [number for number in range(task - 1, 0, -1) if self._is_sealed(number)][:1]
-            way = "--overwrite_output_dir starts anew"
+            way = "--overwrite_output_dir starts again"
             if before:
                 way = f"--resume_from_checkpoint {self.path / task_folder(before[0])} goes on after task {before[0]}"
             raise ResumeError(f"resume: {error} Put it back, or: {way}.") from error
@@ -359,12 +359,12 @@ class RunFolder:
                 results = read_json(file)
                 if isinstance(results.get("tasks"), list) and isinstance(results.get("recipe"), dict):
                     return results
-                problem = problem or f"{file} is not the results of a run."
+                problem = problem or f"{file} does not hold the results of a run."
             except ValueError as error:
                 problem = problem or str(error)
         raise RunFolderError(
-            f"overwrite_output_dir: {problem} So nothing says what a run wrote there: move it away, or choose another "
-            "output_dir."
+            f"overwrite_output_dir: {problem} So it is not known which files the run wrote: move it away, or choose "
+            "another output_dir."
         )
 
     def _way_back(self, file: Path) -> str:

@@ -242,7 +242,7 @@ class ContinualTaskScheduler:
             try:
                 fetch_run(self._pusher.queue.repo_id, self.output_dir, token=self.args.hub_token)
             except (OSError, ValueError) as error:  # starting anew would replace what is in the repository
-                raise ResumeError(f"resume: {error} Without --resume the run starts anew.") from error
+                raise ResumeError(f"resume: {error} Without --resume the run starts from the beginning.") from error
 
     def _prepare_images(self) -> None:
         """Decode and resize images ahead; the first process fills the cache for the others."""
@@ -307,7 +307,7 @@ class ContinualTaskScheduler:
             for task in self.stream[:done]:  # a killed run may have left some behind
                 self.folder.remove_checkpoints(task.name)
         if done == len(self.stream):
-            logger.info(f"The run in {self.output_dir} is complete (--overwrite_output_dir runs it anew).")
+            logger.info(f"The run in {self.output_dir} is complete (--overwrite_output_dir runs it again).")
             return None
         if chosen is not None and self.folder.task_of(chosen) is not None:
             chosen = None

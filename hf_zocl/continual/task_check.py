@@ -91,8 +91,8 @@ class TaskCheck(TrainerCallback):
         if args.zo_branch != "none":
             rates += f" and zo_learning_rate={args.zo_learning_rate}"
         raise TaskError(
-            f"{self.name} diverged: {what} of {self.trainer.state.max_steps}{which}, with {rates}. Nothing of it is "
-            "saved as complete; the tasks before it are whole."
+            f"{self.name} diverged: {what} of {self.trainer.state.max_steps}{which}, with {rates}. It is not saved as "
+            "complete; the tasks before it are whole."
         )
 
     def _weights(self) -> tuple[list[str], torch.Tensor]:

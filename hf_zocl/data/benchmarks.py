@@ -311,4 +311,6 @@ def get_benchmark(name: str) -> Benchmark | BenchmarkSequence:
         return BENCHMARKS[name]
     close = difflib.get_close_matches(str(name), BENCHMARKS, n=2)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise ValueError(f"benchmark={name!r} is not registered.{hint} There are {', '.join(map(repr, BENCHMARKS))}.")
+    raise ValueError(
+        f"benchmark={name!r} is not registered.{hint} Expected one of {', '.join(map(repr, BENCHMARKS))}."
+    )

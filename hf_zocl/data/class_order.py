@@ -32,8 +32,8 @@ def draw_class_order(label_ids: list[int], given: Sequence[int] | None, seed: in
     if not order or unknown or repeated:
         what = f"unknown label ids {listed(unknown)}" if unknown else f"repeated label ids {listed(repeated)}"
         raise ValueError(
-            f"class_order: {what if order else 'it is empty'}; expected each id once, of the dataset's "
-            f"{len(label_ids)} classes (ids {label_ids[0]} to {label_ids[-1]})."
+            f"class_order: {what if order else 'it is empty'}; expected label ids of the dataset's {len(label_ids)} "
+            f"classes, each once ({label_ids[0]} to {label_ids[-1]})."
         )
     return order
 

@@ -45,8 +45,8 @@ def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
         others = [each for each in folders if each not in splits and classes[each] and len(classes[each][0]) == depth]
         if others and len(set(splits.values())) == 1:
             raise ValueError(
-                f"{next(iter(splits)).name!r} in it may be a split, or a folder of classes as {others[0].name!r} is; "
-                "expected folders of splits alone, as train and test, or all that is there in one called train."
+                f"its folder {next(iter(splits)).name!r} may be a split, or hold classes as {others[0].name!r} does; "
+                "expected only folders of splits, such as train and test, or everything in one folder called train."
             )
         is_clear = len(set(splits.values())) == len(splits)
         return {split: _pattern(each, depth) for each, split in splits.items()} if is_clear else None

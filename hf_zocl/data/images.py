@@ -52,8 +52,8 @@ class PixelCodec:
         if not is_fixed or size.get("height") is None or size.get("width") is None:
             raise ValueError(
                 f"the image processor makes images of several sizes (do_resize={image_processor.do_resize}, "
-                f"do_center_crop={image_processor.do_center_crop}, size={dict(image_processor.size)}), which make no "
-                "batch; expected do_center_crop=True, or a size of height and width."
+                f"do_center_crop={image_processor.do_center_crop}, size={dict(image_processor.size)}), which cannot "
+                "form a batch; expected do_center_crop=True, or a size of height and width."
             )
         self.shape = (3, int(size["height"]), int(size["width"]))
         ramp = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
@@ -234,7 +234,7 @@ class _Source:
                 return images
         except (OSError, pa.ArrowException):  # the cache file cannot be read as a table
             pass
-        logger.warning(f"{self.where}: the cache of decoded images is damaged, or has no checksum; it is made anew.")
+        logger.warning(f"{self.where}: the cache of decoded images is damaged, or has no checksum; it is made again.")
         images = made(load_from_cache_file=False)
         _is_intact(images, started)
         return images

@@ -40,19 +40,19 @@ def shared_images(train: Split, test: Split) -> list[tuple[int, int]]:
 
 def describe_shared(found: list[tuple[int, int]], train: Split, test: Split) -> str:
     """Describe the images that two splits share, as text."""
-    many = f"{len(found)} of {len(test.row_ids)} test images are trained on as well"
+    many = f"{len(found)} of {len(test.row_ids)} test images are also trained on"
     splits = tuple(zip((train, test), found[0], strict=True))
     paths = [_Files.of(split).paths[position].as_py() for split, position in splits]
     if paths[0] == paths[1] and paths[0] is not None and os.path.isfile(paths[0]):
         return (
-            f"{paths[0]} is in both splits, for a folder called as a split is taken for one (in folders like "
-            f"train/CLASS/1.png alone a class may be called so); {many}"
+            f"{paths[0]} is in both splits, because a folder named like a split is taken for one (only in a layout "
+            f"like train/CLASS/1.png may a class have such a name); {many}"
         )
     ours, theirs = (
         f"row {split.row_ids[position]} of split {split.name!r}" + (f" ({path})" if path else "")
         for (split, position), path in zip(splits, paths, strict=True)
     )
-    return f"{ours} and {theirs} are one image; {many}"
+    return f"{ours} and {theirs} are the same image; {many}"
 
 
 def _size(path: str | None) -> int:

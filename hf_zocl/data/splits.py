@@ -129,9 +129,9 @@ def open_split(
     name = next((name for name in wanted if name in splits), None)
     if name is None:
         which = f"{argument}={given!r}" if given is not None else f"no {' or '.join(map(repr, wanted))}"
-        raise ValueError(f"{which}: the dataset's splits are {listed(splits)}; choose one by {argument}.")
+        raise ValueError(f"{which}: the dataset's splits are {listed(splits)}; choose one with {argument}.")
     if len(splits[name]) == 0:
-        raise ValueError(f"split {name!r} is empty; choose another by {argument}.")
+        raise ValueError(f"split {name!r} is empty; choose another with {argument}.")
     return Split(str(name), splits[name])
 
 
@@ -160,7 +160,9 @@ def _column(split: Split, given: str | None, found: list[str], argument: str, wh
     if given is None and not found:
         raise ValueError(f"split {split.name!r} has no column {what}; it has {columns}. {argument} chooses one.")
     if given is None and len(found) > 1:
-        raise ValueError(f"split {split.name!r} has several such columns, {listed(found)}: choose one by {argument}.")
+        raise ValueError(
+            f"split {split.name!r} has several such columns, {listed(found)}: choose one with {argument}."
+        )
     return given or found[0]
 
 
@@ -301,7 +303,7 @@ def check_names(names: dict[int, str], feature, are_given: bool) -> None:
         shown = ", ".join(f"{label} ({own[label]!r})" if own else str(label) for label in labels)
         check_writable(f"{source}: class {shown}", name)
         if not name.strip():
-            raise ValueError(f"{source}: nothing is left for a prompt of the name of class {shown}; give class_names.")
+            raise ValueError(f"{source}: the name of class {shown} leaves nothing for a prompt; give class_names.")
         if len(labels) > 1:
             raise ValueError(f"{source}: classes {shown} are all called {name!r} in a prompt; give class_names.")
 

@@ -76,8 +76,8 @@ class TaskStream(Sequence[Task]):
         if any(task.index != index for index, task in enumerate(self._tasks, start=1)):
             given = [task.index for task in self._tasks]
             raise ValueError(
-                f"stream {name!r}: tasks {given} in this order; expected 1 to {len(given)}: the labels of each go on "
-                "from those of the one before it."
+                f"stream {name!r}: tasks {given} in this order; expected 1 to {len(given)}: each task's labels "
+                "continue those of the task before it."
             )
         if scenario == "domain":
             _check_same_classes(self._tasks)
@@ -133,10 +133,10 @@ class TaskStream(Sequence[Task]):
             return task.class_names, task.first_label
         if self.scenario == "class" and index > 1:
             return self.seen_class_names(index), 0
-        why = "it is the first" if self.scenario == "class" else f"scenario={self.scenario!r} has no other for it"
+        why = "it is the first" if self.scenario == "class" else f"scenario={self.scenario!r} adds no others"
         raise ValueError(
             f"task {index} of {self.name!r} has the single class {task.class_names[0]!r}, and {why}: a loss over one "
-            "class is zero, and nothing would be learned. Give it two classes or more "
+            "class is zero, so nothing would be learned. Give it at least two classes "
             f"({'initial_increment' if index == 1 and self.scenario == 'class' else 'increment'})."
         )
 
@@ -285,7 +285,10 @@ class TaskStream(Sequence[Task]):
         label_column = find_label_column(train, label_column)
         named = train
         if (scenario == "domain") != (domain_column is not None):
-            raise ValueError(f"scenario={scenario!r}, domain_column={domain_column!r}: a domain is a column's value.")
+            raise ValueError(
+                f"scenario={scenario!r}, domain_column={domain_column!r}: expected both 'domain' and a "
+                "column, or neither."
+            )
         train = train.with_columns(image_column, label_column, domain_column)
         test = test.with_columns(
             find_image_column(test, image_column), find_label_column(test, label_column), domain_column
@@ -305,7 +308,7 @@ class TaskStream(Sequence[Task]):
             left_out = [names[label] for label in names if label not in set(order)]
             raise ValueError(
                 f"class_order leaves out {len(left_out)} of {len(names)} classes ({listed(left_out)}); expected every "
-                "class once, or partial_order=True to learn the others alone."
+                "class once, or partial_order=True to learn only the others."
             )
         check_names({label: names[label] for label in order}, train.data.features["label"], class_names is not None)
         if scenario == "domain":
@@ -345,7 +348,7 @@ def _check_apart(stream: TaskStream, train: Split, test: Split, is_allowed: bool
     what = f"{stream.name}: {describe_shared(found, *used)}"
     if not is_allowed:
         raise ValueError(f"{what}, so their accuracy says nothing. Take them out of one of the splits.")
-    logger.warning("%s. They stay, as the dataset was published so.", what)
+    logger.warning("%s. They stay, because the dataset was published this way.", what)
 
 
 def _cut(

@@ -86,7 +86,7 @@ def _stream(recipe: dict[str, Any], is_own: bool, dataset_path: str | None) -> T
             raise ValueError("a repository does not hold its dataset: give --dataset_path")
         recipe = {name: value for name, value in recipe.items() if name not in ("dataset_path", "held_out")}
     elif recipe.get("dataset_path") and dataset_path is None and not Path(recipe["dataset_path"]).exists():
-        raise ValueError(f"{recipe['dataset_path']} is not there: give --dataset_path")
+        raise ValueError(f"{recipe['dataset_path']} does not exist: give --dataset_path")
     stream, _ = build_stream(run_arguments_of(recipe, given, is_own=True), seed=recipe.get("data_seed") or 0)
     return stream
 

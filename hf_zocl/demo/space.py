@@ -44,8 +44,8 @@ tags:
 - hf_zocl
 ---
 
-What [{repository}](https://huggingface.co/{repository}) says of an image before its training and after each of its
-tasks: move the slider. The folder `hf_zocl/` is the package, as it was when this Space was pushed.
+What [{repository}](https://huggingface.co/{repository}) predicts for an image before training and after each task:
+move the slider. The folder `hf_zocl/` is the package, as it was when this Space was pushed.
 """
 # Files of the package that the app needs. The embedded model is left out: a repository has its base model.
 PACKAGED = (".py", ".yaml", ".json", ".html", ".css", ".md", ".parquet")
@@ -82,12 +82,12 @@ def repository_of(run: str, token: str | None = None) -> str:
             name = folder.absolute().name
         if not name:
             raise ValueError(
-                f"{run} was not pushed to the Hub, from where a Space loads it: `python -m hf_zocl push {run} "
-                "--hub_model_id USER/NAME`, and give that name in its place."
+                f"{run} was not pushed to the Hub, from where a Space loads it: run `python -m hf_zocl push {run} "
+                "--hub_model_id USER/NAME`, and give that name instead."
             )
     if "/" not in name:
         if (token := token or get_token()) is None:
-            raise ValueError(f"{name}: there is no token to know whose it is: give user/{name}.")
+            raise ValueError(f"{name}: without a token the user is not known: give user/{name}.")
         name = f"{HfApi(token=token).whoami()['name']}/{name}"
     return name
 

@@ -105,7 +105,7 @@ def _verdict(series: TaskSeries, stage: Stage, said: int, truth: int | None) -> 
         return '<span class="right">✓ right</span>'
     name = escape(series.classes[truth])
     not_yet = "" if truth in stage.known else ", which it has not learned yet"
-    return f'<span class="wrong">✗ it is: {name}{not_yet}</span>'
+    return f'<span class="wrong">✗ true class: {name}{not_yet}</span>'
 
 
 def _bar(name: str, probability: torch.Tensor, is_true: bool) -> str:

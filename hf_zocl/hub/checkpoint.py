@@ -255,7 +255,7 @@ def read_sealed_task(folder: Path) -> dict[str, Any]:
     """
     info = read_sealed(folder)
     if task_folder(info["task"]) != folder.name:
-        raise ValueError(f"{folder / TASK_FILE} is foreign: it is of task {info['task']}.")
+        raise ValueError(f"{folder / TASK_FILE} does not belong here: it is of task {info['task']}.")
     return info
 
 
@@ -274,12 +274,12 @@ def _check_seal(folder: Path, info: dict[str, Any]) -> None:
         if name not in sealed and name == RESULTS_FILE:
             continue  # earlier releases did not seal the results
         if name not in sealed:
-            raise ValueError(f"{folder / name} is foreign: {TASK_FILE} does not list it.")
+            raise ValueError(f"{folder / name} does not belong here: {TASK_FILE} does not list it.")
         size = (folder / name).stat().st_size
         if size != sealed[name]["bytes"]:
             raise ValueError(f"{folder / name} is damaged: it has {size} bytes, expected {sealed[name]['bytes']}.")
         if fingerprint(folder / name) != sealed[name]:
-            raise ValueError(f"{folder / name} is damaged: its content does not fit its checksum in {TASK_FILE}.")
+            raise ValueError(f"{folder / name} is damaged: its content does not match its checksum in {TASK_FILE}.")
 
 
 def _is_sealed(name: str) -> bool:
@@ -291,7 +291,7 @@ def _loaded_files(folder: Path) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if _is_sealed(path.name))
     for name in REQUIRED_FILES:
         if name not in names:
-            raise ValueError(f"{folder / name} is missing: a checkpoint cannot be without it.")
+            raise ValueError(f"{folder / name} is missing: every checkpoint needs it.")
     for name in names:
         check_place(folder / name)
     return names

@@ -84,7 +84,7 @@ def persistently(
             if note is not None:
                 note(error, max(wait, after))
             else:
-                logger.warning(f"The Hub: {one_line(error)}; again in {max(wait, after):g} s.")
+                logger.warning(f"The Hub: {one_line(error)}; trying again in {max(wait, after):g} s.")
             time.sleep(max(wait, after))
     raise AssertionError("the last attempt returns or raises")
 
@@ -155,7 +155,7 @@ def download(repo_id: str, patterns: Sequence[str], revision: str | None = None,
         folder = Path(snapshot_download(repo_id, **{**options, "local_files_only": True}))
     except Exception:
         raise OSError(f"{repo_id}: the Hub cannot be reached ({reason}).") from None
-    logger.warning(f"{repo_id}: the Hub cannot be reached ({reason}): taking what was downloaded before.")
+    logger.warning(f"{repo_id}: the Hub cannot be reached ({reason}): using what was downloaded before.")
     return folder
 
 

@@ -239,8 +239,8 @@ def _go_on(name: str, folder: Path, args: AdapterArguments, dtype: str) -> Pretr
     _check_arguments(name, args, config)
     if getattr(config, "num_routers", 1) > 1:
         raise ValueError(
-            f"model_name_or_path={name!r}: its adapter has a router for each of {config.num_routers} tasks of its own "
-            "stream, and none for those of another: train a fresh one on its base model."
+            f"model_name_or_path={name!r}: its adapter has a router for each of its own stream's {config.num_routers} "
+            "tasks, and none for new tasks: train a fresh adapter on its base model."
         )
     freeze(clip, args.frozen_parameters or ())
     known = () if info is None else (*info["classes"], *info.get("known_classes", ()))
@@ -312,8 +312,8 @@ def _merged(adapter: Path, folder: Path, dtype: str) -> Path:
         # A model merged by an earlier release does not say what it was made from.
         if (folder / MERGED_FROM).is_file() and read_json(folder / MERGED_FROM) != origin:
             raise ValueError(
-                f"merge_into={str(folder)!r} holds a model into which another adapter than {adapter} was merged: "
-                "expected that adapter, or a new folder."
+                f"merge_into={str(folder)!r} holds a model with an adapter other than {adapter} merged in: expected "
+                "that adapter, or a new folder."
             )
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -356,11 +356,13 @@ def _read_adapter_config(folder: Path, info: dict[str, Any] | None) -> PeftConfi
     file = folder / ADAPTER_CONFIG
     content = read_json(file)
     check_adapter_config(content, str(file))
-    with refusing(f"{file} is damaged: it is no configuration of an adapter"):
+    with refusing(f"{file} is damaged: it is not the configuration of an adapter"):
         config = PeftConfig.from_peft_type(**content)
         name = adapter_name(config)
     if info is not None and name != info["adapter"]:
-        raise ValueError(f"{file} is foreign: its adapter is {name!r}, expected {info['adapter']!r} ({TASK_FILE}).")
+        raise ValueError(
+            f"{file} does not belong here: its adapter is {name!r}, expected {info['adapter']!r} ({TASK_FILE})."
+        )
     return config
 
 
@@ -379,10 +381,12 @@ def _base_model_of(folder: Path, info: dict[str, Any] | None, config: PeftConfig
             check_repository_name(name)
         except ValueError as error:
             raise ValueError(
-                f"{file}: the base model {name!r} is no repository on the Hub: give base_model."
+                f"{file}: the base model {name!r} is not a repository on the Hub: give base_model."
             ) from error
         if Path(name).exists():
-            raise ValueError(f"{file}: {name!r} is a repository and a folder here: say which, as base_model.")
+            raise ValueError(
+                f"{file}: {name!r} may be a repository or the folder of that name here: say which, as base_model."
+            )
     return name
 
 
@@ -440,5 +444,5 @@ def _hinting_at_download(folder: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         if is_snapshot(folder):
-            raise ValueError(f"{error} It was downloaded: force_download=True fetches it anew.") from error
+            raise ValueError(f"{error} It was downloaded: force_download=True fetches it again.") from error
         raise

@@ -96,7 +96,8 @@ def base_model_files(folder: Path, info: dict[str, Any]) -> list[Path]:
                 check_place(path)
             return [place / BASE_CONFIG, *weights]
     raise FileNotFoundError(
-        f"{folder / ADAPTER_CONFIG}: its local base model, {recorded}, is not there; it is pushed along."
+        f"{folder / ADAPTER_CONFIG}: its local base model, {recorded}, is missing, and must be pushed with the "
+        "adapter."
     )
 
 

@@ -307,7 +307,7 @@ class HubPusher:
         def note(error: Exception, wait: float) -> None:
             if isinstance(error, RepositoryNotFoundError):
                 self.repo_id = None  # the repository was deleted: the next attempt creates it again
-            logger.warning(f"Pushing failed ({self._describe(error)}); again in {wait:g} s.")
+            logger.warning(f"Pushing failed ({self._describe(error)}); trying again in {wait:g} s.")
 
         def is_final(error: Exception) -> bool:
             return status_of(error) in REFUSALS or isinstance(error, (OfflineModeIsEnabled, ForeignRepositoryError))

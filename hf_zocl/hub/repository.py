@@ -79,7 +79,7 @@ def push_files(api: HfApi, repo_id: str, tag: str, files: dict[str, Path | bytes
         commit = api.create_commit(repo_id, operations, commit_message=message, parent_commit=head).oid
     stale = [name for name in tags if name == tag or (is_task_name(name) and task_number(name) > task_number(tag))]
     for name in stale:
-        logger.warning(f"{repo_id}: tag {name} was that of other files, at {tags[name]}; it is replaced.")
+        logger.warning(f"{repo_id}: tag {name} pointed to other files, at {tags[name]}; it is replaced.")
         api.delete_tag(repo_id, tag=name)
     try:
         api.create_tag(repo_id, tag=tag, revision=commit)
@@ -221,7 +221,7 @@ def _check_free(output_dir: Path, names: list[str]) -> None:
     found = next((path for path in there if path.exists()), None)
     if found is not None:
         raise ValueError(
-            f"{found} is there already, and no {RESULTS_FILE} says that a run wrote it: move it away, or fetch into "
+            f"{found} already exists, and no {RESULTS_FILE} says that a run wrote it: move it away, or fetch into "
             "another folder."
         )
 

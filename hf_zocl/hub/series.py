@@ -200,11 +200,12 @@ def _stage(saved: _Saved, task: int, last: _Saved, model: CLIPClassifier) -> Sta
     info = saved.info
     if info["task"] != task:
         raise ValueError(
-            f"{saved.folder / TASK_FILE} is foreign: it is of task {info['task']}, expected {task_folder(task)}."
+            f"{saved.folder / TASK_FILE} does not belong here: it is of task {info['task']}, expected "
+            f"{task_folder(task)}."
         )
     same = [(info.get(name), last.info.get(name)) for name in ("adapter", "base_model", "base_model_sha256")]
     names = set(info["classes"]) | set(info.get("known_classes", ()))
-    foreign = f"{saved.folder} is foreign: it is not of the run of {last.folder.name}"
+    foreign = f"{saved.folder} does not belong here: it is not of the run of {last.folder.name}"
     if saved.config != last.config or any(mine != theirs for mine, theirs in same):
         raise ValueError(f"{foreign}: another adapter or base model.")
     if not names <= {*last.info["classes"], *last.info.get("known_classes", ())}:

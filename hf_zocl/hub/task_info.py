@@ -69,9 +69,9 @@ def check_place(file: Path) -> None:
     folder, target = file.parent.resolve(), file.resolve()
     blobs = [folder.parent.parent / "blobs"] if is_snapshot(folder) else []
     if not any(target.is_relative_to(place) for place in [folder, *blobs]):
-        raise ValueError(f"{file} is foreign: it is a link out of the checkpoint's folder.")
+        raise ValueError(f"{file} does not belong here: it is a link out of the checkpoint's folder.")
     if not target.is_file():
-        raise ValueError(f"{file} is damaged: it is no file.")
+        raise ValueError(f"{file} is damaged: it is not a file.")
 
 
 def read_task(folder: Path) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def read_task(folder: Path) -> dict[str, Any]:
     if problem := _contradiction(info):
         raise ValueError(f"{file} is damaged: {problem}.")
     if (is_sealed(info) or info["format_version"] > 1) and info.get("sha256") != task_digest(info):
-        raise ValueError(f"{file} is damaged: its content does not fit its checksum.")
+        raise ValueError(f"{file} is damaged: its content does not match its checksum.")
     return info
 
 
@@ -123,9 +123,9 @@ def _contradiction(info: dict[str, Any]) -> str | None:
         if len(values) != tasks:
             return f"{name} has {len(values)} entries after task {tasks}"
     if any(len(row) != number for number, row in enumerate(metrics["accuracy_matrix"], start=1)):
-        return "metrics.accuracy_matrix is no lower triangle"
+        return "metrics.accuracy_matrix is not a lower triangle"
     if len(info["zero_shot"]["seen_accuracy"]) < tasks or info["num_tasks"] < tasks:
-        return f"zero_shot or num_tasks knows fewer than {tasks} tasks"
+        return f"zero_shot or num_tasks covers fewer than {tasks} tasks"
     if info.get("scenario") != "domain" and sum(info["task_sizes"]) != len(info["classes"]):
         return f"task_sizes add up to {sum(info['task_sizes'])}, but there are {len(info['classes'])} classes"
     return None

@@ -95,9 +95,11 @@ def check_known(content: Any, where: str, plain: bool = False) -> None:
         _check_count(content, where)
         for key, value in content.items():
             if not PLAIN.fullmatch(key) and plain:
-                raise ValueError(f"{where}: {shown(key)} is not allowed in a checkpoint: it is no plain name.")
+                raise ValueError(f"{where}: {shown(key)} is not allowed in a checkpoint: it is not a plain name.")
             if LEADS_ELSEWHERE.fullmatch(key) and value and value not in OWN_ATTENTION:
-                raise ValueError(f"{where}: {key}={shown(value)} is not allowed in a checkpoint: it leads elsewhere.")
+                raise ValueError(
+                    f"{where}: {key}={shown(value)} is not allowed in a checkpoint: it points outside it."
+                )
             if key in SIZES and isinstance(value, int) and not 0 <= value <= SIZES[key]:
                 raise ValueError(f"{where}: {key}={shown(value)} is not allowed: expected 0 to {SIZES[key]}.")
             check_known(value, f"{where}: {key}", plain)
@@ -143,7 +145,7 @@ def check_model_config(content: dict[str, Any], where: str) -> None:
     for tower in (content, *(content.get(f"{name}_config") for name in ("text", "vision"))):
         activation = tower.get("hidden_act") if isinstance(tower, dict) else None
         if activation is not None and (not isinstance(activation, str) or activation not in ACT2FN):
-            raise ValueError(f"{where}: hidden_act={shown(activation)} is no activation of transformers.")
+            raise ValueError(f"{where}: hidden_act={shown(activation)} is not an activation of transformers.")
 
 
 def read_processor(folder: Path, vocabulary: int) -> CLIPProcessor:
@@ -234,8 +236,8 @@ def check_adapter(folder: Path, clip_config: CLIPConfig, config: PeftConfig) -> 
         return
     name = min(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     raise ValueError(
-        f"{file} is foreign: {name} has the shape {found.get(name, 'none')}, "
-        f"where its base model and {ADAPTER_CONFIG} have {expected.get(name, 'none')}."
+        f"{file} does not belong here: {name} has the shape {found.get(name, 'none')}, where its base model and "
+        f"{ADAPTER_CONFIG} have {expected.get(name, 'none')}."
     )
 
 
@@ -288,9 +290,9 @@ def _image_problem(key: str, value: Any) -> str | None:
         least = 0 if key == "image_mean" else 1e-6
         values = value if isinstance(value, list) else [value]
         is_right = len(values) in (1, 3) and all(is_number(one) and least <= one <= 1e6 for one in values)
-        return None if is_right or value is None else f"numbers from {least} on, one a channel"
+        return None if is_right or value is None else f"numbers from {least} to 1e6, one per channel"
     if key == "resample":
-        return None if value is None or (isinstance(value, int) and 0 <= value <= 5) else "Pillow's number of a filter"
+        return None if value is None or (isinstance(value, int) and 0 <= value <= 5) else "a Pillow filter's number"
     return None if is_number(value) and 0 < value <= 1e6 else "a number greater than 0"
 
 
@@ -307,10 +309,12 @@ def _read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
         raise ValueError(f"{file}: its processor cannot be read: expected CLIP's tokenizer, with a vocab and merges.")
     wrong = next((key for key, value in vocab.items() if type(value) is not int or not 0 <= value < vocabulary), None)
     if wrong is not None:
-        raise ValueError(f"{file} is foreign: {shown(wrong)} is token {shown(vocab[wrong])} of {vocabulary}.")
+        raise ValueError(
+            f"{file} does not belong here: {shown(wrong)} is token {shown(vocab[wrong])} of {vocabulary}."
+        )
     pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in merges]
     if not all(len(pair) == 2 and all(isinstance(part, str) for part in pair) for pair in pairs):
-        raise ValueError(f"{file} is damaged: model.merges are no pairs.")
+        raise ValueError(f"{file} is damaged: model.merges are not pairs.")
     options = {key: _token(value) for key, value in config.items() if key in TOKENIZER_KEYS and value is not None}
     for key, value in options.items():
         if key == "model_max_length":
@@ -322,7 +326,9 @@ def _read_tokenizer(folder: Path, vocabulary: int) -> CLIPTokenizer:
     with refusing(f"{file}: its processor cannot be read"):
         tokenizer = CLIPTokenizer(vocab=vocab, merges=pairs, **options)
     if max(tokenizer.all_special_ids, default=0) >= vocabulary:
-        raise ValueError(f"{folder / TOKENIZER_CONFIG} is foreign: the model does not know its special tokens.")
+        raise ValueError(
+            f"{folder / TOKENIZER_CONFIG} does not belong here: the model does not know its special tokens."
+        )
     return tokenizer
 
 

@@ -80,7 +80,7 @@ class AdapterArguments:
     moe_noise: bool = field(default=True, metadata={"help": "Whether the router is noisy in training."})
     moe_router_per_task: bool = field(default=False, metadata={"help": "A router for every task."})
     frozen_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Adapter parameters that stay as drawn, by regular expressions: lora_A."}
+        default=None, metadata={"help": "Adapter parameters to leave untrained, by regular expression: lora_A."}
     )
 
     def __post_init__(self):
@@ -99,7 +99,7 @@ class AdapterArguments:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ValueError(f"frozen_parameters={pattern!r} is no regular expression: {error}.") from error
+                raise ValueError(f"frozen_parameters={pattern!r} is not a regular expression: {error}.") from error
         peft_config(self)
 
 
@@ -108,7 +108,7 @@ def _mapping(given: Mapping[str, Any] | str | None) -> dict[str, Any] | None:
         try:
             given = json.loads(given)
         except json.JSONDecodeError as error:
-            raise ValueError(f"adapter_config={given!r} is no JSON: {error}.") from error
+            raise ValueError(f"adapter_config={given!r} is not JSON: {error}.") from error
     if given is None:
         return None
     check_type("adapter_config", given, Mapping, "a mapping of names to values, or JSON of one")
@@ -124,7 +124,7 @@ def config_class(adapter: str) -> type[PeftConfig]:
     classes = {_plain(kind.value): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     known = {name: cls for name, cls in classes.items() if not issubclass(cls, PromptLearningConfig)}
     if adapter not in known:
-        reason = "adds virtual tokens, which a CLIP does not take" if adapter in classes else "is unknown"
+        reason = "adds virtual tokens, which a CLIP model does not accept" if adapter in classes else "is unknown"
         raise ValueError(f"adapter={adapter!r} {reason}: expected one of lora, moe, {', '.join(sorted(known))}.")
     return known[adapter]
 
@@ -144,10 +144,10 @@ def peft_config(args: AdapterArguments, num_tasks: int = 1) -> PeftConfig:
     options = _options(cls)
     for name in more:
         if name in own:
-            raise ValueError(f"adapter_config has {name!r}, which is an argument of its own: {own[name]}.")
+            raise ValueError(f"adapter_config has {name!r}, which has its own argument: {own[name]}.")
         if name not in options:
             raise ValueError(
-                f"adapter_config has {name!r}, which {cls.__name__} does not take: expected some of "
+                f"adapter_config has {name!r}, which {cls.__name__} does not accept: expected some of "
                 f"{', '.join(each for each in options if each not in own)}."
             )
     given = {name: getattr(args, argument) for name, argument in own.items()}

@@ -64,8 +64,8 @@ def freeze(model: PeftModel, patterns: Sequence[str]) -> None:
             trainable[name].requires_grad_(False)
         if not names or not any(parameter.requires_grad for parameter in trainable.values()):
             raise ValueError(
-                f"frozen_parameters={list(patterns)}: {pattern!r} leaves {'all' if names else 'no'} parameters of the "
-                f"adapter frozen, of {', '.join(list(trainable)[:2])}, …; expected some."
+                f"frozen_parameters={list(patterns)}: {pattern!r} freezes {'all' if names else 'no'} parameters of "
+                f"the adapter ({', '.join(list(trainable)[:2])}, …); expected some."
             )
 
 
@@ -90,13 +90,13 @@ def trained_adapter(model: nn.Module) -> str:
     """
     if not isinstance(model, PeftModel):
         raise ValueError(
-            f"the model ({type(model).__name__}) has no adapter, so there is nothing that a task's checkpoint would "
-            "hold: expected one that peft.get_peft_model or hf_zocl.models.add_adapter has wrapped."
+            f"the model ({type(model).__name__}) has no adapter, so a task's checkpoint would hold nothing: expected "
+            "a model from peft.get_peft_model or hf_zocl.models.add_adapter."
         )
     names = list(model.active_adapters)
     if len(names) != 1:
         raise ValueError(
-            f"the model's active adapters are {', '.join(names) or 'none'}: expected one, which is trained and saved "
+            f"the model's active adapters are {', '.join(names) or 'none'}: expected exactly one, to train and save "
             "(model.set_adapter)."
         )
     return names[0]
@@ -114,7 +114,7 @@ def check_trained_parameters(model: PeftModel) -> None:
     lost = [each for each, parameter in trained.items() if parameter.data_ptr() not in saved]
     if lost:
         raise ValueError(
-            f"{lost[0]} (and {len(lost) - 1} more) would be trained and not be saved: it is no part of the active "
+            f"{lost[0]} (and {len(lost) - 1} more) would be trained but not saved: it is not part of the active "
             f"adapter, {name!r}. Freeze it (requires_grad_(False))."
         )
     if not trained:

@@ -131,7 +131,7 @@ class CLIPClassifier(TaskAware, nn.Module):
         if greatest >= known:
             raise ValueError(
                 f"the tokenizer ({type(self.tokenizer).__name__}) is another model's: it gives token {greatest}, and "
-                f"the model has {known}, counted from 0."
+                f"the model has {known} tokens, counted from 0."
             )
         for first, second, template in same_prompts(tokens, len(class_names), templates)[:1]:
             names = class_names[first], class_names[second]
@@ -140,7 +140,7 @@ class CLIPClassifier(TaskAware, nn.Module):
             why = (
                 f"they differ only beyond the {length} tokens that the model reads"
                 if cut
-                else "its tokenizer makes no difference between them (letters' case, blanks, Unicode forms)"
+                else "its tokenizer does not tell them apart (letters' case, spaces, Unicode forms)"
             )
             raise ValueError(
                 f"class_names: the classes {shown(names[0])} and {shown(names[1])} (numbers {first} and {second}) "

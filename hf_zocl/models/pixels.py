@@ -47,7 +47,7 @@ def read_image(image: str | os.PathLike | Image.Image | np.ndarray) -> Image.Ima
 def why_corrupt(error: Exception) -> str:
     """The fault of an image, as text, from one of the errors in `CORRUPT`."""
     # Pillow's own message names the bytes' address in memory.
-    return "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    return "it is not an image that Pillow can read" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _source(image: Any) -> str | os.PathLike | BytesIO:

@@ -152,13 +152,13 @@ class TowerPlan:
         if not check.is_seen and not self.is_warned:
             self.is_warned = True
             logger.warning(
-                "The loss does not change with the weights by more than its rounding, so shortcuts cannot be compared "
-                "with full forward passes: these are taken until it does."
+                "The loss does not change with the weights by more than its rounding, so shortcuts cannot be "
+                "compared with full forward passes: full passes are used until it does."
             )
         first = self.shortcuts[0]
         for (what, tower), fault in faults.items():
             logger.warning(
-                f"Switched off: {what}{f' ({tower} tower)' if tower else ''}, for {fault}."
+                f"Switched off: {what}{f' ({tower} tower)' if tower else ''}, because {fault}."
                 + (" Every loss is a full forward pass." if (what, tower) == first else "")
             )
         if first in faults:

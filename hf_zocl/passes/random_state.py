@@ -171,10 +171,9 @@ class ForwardState:
         """Check a large buffer that may have been written to: a broadcast between processes writes the same values."""
         if checksum is None or checksum != self.checksums[name]:
             raise RuntimeError(
-                f"The buffer {name} ({tuple(tensor.shape)}, {tensor.nbytes >> 20} MB) was changed by a "
-                "forward pass. The first one was not seen to change it, so it was not copied, and cannot be put back "
-                "for the passes that are compared. Have the model change it in every forward pass, in place, or in "
-                "none."
+                f"The buffer {name} ({tuple(tensor.shape)}, {tensor.nbytes >> 20} MB) was changed by a forward pass, "
+                "but not by the first one, so it was not copied and cannot be restored for the passes that are "
+                "compared. Have the model change it in place in every forward pass, or never."
             )
 
     def same_buffers(self, other: ForwardState) -> bool:

@@ -100,7 +100,7 @@ def compare_groups(groups: Sequence[RunGroup], baseline: str | None = None) -> C
     """
     names = [group.name for group in groups]
     if baseline is not None and baseline not in names:
-        raise ValueError(f"baseline={baseline!r}: there are {', '.join(map(repr, names))}.")
+        raise ValueError(f"baseline={baseline!r}: expected one of {', '.join(map(repr, names))}.")
     reference = next((group for group in groups if group.name == baseline), None)
     figures = [f for f in FIGURES if f[0] in ALWAYS or any(np.isfinite(g.values(f[0])).any() for g in groups)]
     headings = ["setting", "seeds", *(heading for _, heading, *_ in figures)]

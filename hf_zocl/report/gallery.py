@@ -157,12 +157,14 @@ def read_gallery(path: Path, history: PredictionHistory) -> dict[int, list[Shown
             found[task] = sorted(shown, key=lambda each: list(KINDS).index(each.kind))
         return dict(sorted(found.items()))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, binascii.Error) as error:
-        raise ValueError(f"{path}: no gallery of this run, or damaged: {error}; without it none is drawn.") from error
+        raise ValueError(
+            f"{path} is damaged, or not the gallery of this run: {error}; remove the file to draw no gallery."
+        ) from error
 
 
 def _checked(webp: bytes) -> bytes:
     if webp[:4] != b"RIFF" or webp[8:12] != b"WEBP":
-        raise ValueError("an image is no WebP")
+        raise ValueError("an image is not a WebP file")
     return webp
 
 

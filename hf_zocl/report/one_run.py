@@ -152,7 +152,7 @@ def _history(folder: Path | None, run: dict[str, Any], group: RunGroup) -> Predi
         int(said.max()) for said in (history.labels, history.zero_shot, *history.after.values()) if said.size
     )
     if len(history.images) != group.planned_tasks or highest >= len(class_names(run)):
-        raise ValueError(f"{folder / PREDICTIONS_FILE}: not of the run whose results.json is beside it.")
+        raise ValueError(f"{folder / PREDICTIONS_FILE}: not of the run whose results.json is next to it.")
     return history
 
 
@@ -218,7 +218,7 @@ def _curves(group: RunGroup, folder: Path | None) -> list[Chart]:
         steps, breaks, x_label = list(range(1, group.tasks + 1)), [], "task"
     else:
         return []
-    parted = " A line where a task begins." if breaks else ""
+    parted = " Lines mark where a task begins." if breaks else ""
 
     def series(*labels: tuple[str, str]) -> list[Series]:
         return [Series(label, steps, values[name], n) for n, (name, label) in enumerate(labels) if name in values]
@@ -263,7 +263,7 @@ def _logs(folder: Path, tasks: int) -> list[dict[str, list[float | None]]]:
             if "step" not in log or len(sizes) != 1 or not is_right or None in log["step"]:
                 raise ValueError("expected lists of numbers of one length")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{file}: no training log of a task, or damaged: {error}.") from error
+            raise ValueError(f"{file}: not the training log of a task, or damaged: {error}.") from error
         if log["step"]:
             logs.append(log)
     return logs

@@ -103,13 +103,13 @@ class PredictionHistory:
             with safe_open(path, framework="numpy") as file:
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{path}: no predictions of a run: {error}") from error
+            raise ValueError(f"{path}: not the predictions of a run: {error}") from error
         try:
             for name, values in tensors.items():
                 if values.ndim != 1 or values.dtype.kind != "u":
                     raise ValueError(f"{name} is {values.dtype} of shape {list(values.shape)}, expected whole numbers")
             if (metadata or {}).get("sha256") != _digest(tensors):
-                raise ValueError("its content does not fit its checksum")
+                raise ValueError("its content does not match its checksum")
             tensors = {name: values.astype(np.int64) for name, values in tensors.items()}
             after = {
                 int(match[1]): tensors[name] for name in tensors if (match := re.fullmatch(_AFTER + r"(\d+)", name))
@@ -119,7 +119,7 @@ class PredictionHistory:
                 raise ValueError(f"{missing[0]} is missing")
             return cls(tensors["images"], tensors["label"], tensors["zero_shot"], after)
         except ValueError as error:
-            raise ValueError(f"{path}: no predictions of a run, or damaged: {error}.") from error
+            raise ValueError(f"{path}: not the predictions of a run, or damaged: {error}.") from error
 
 
 def _digest(tensors: Mapping[str, np.ndarray]) -> str:

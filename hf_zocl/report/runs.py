@@ -188,14 +188,14 @@ def load_seeds(folders: Sequence[Path], name: str | None = None) -> RunGroup:
     seeds, benchmarks = [run["seed"] for run in runs], sorted({str(run.get("benchmark")) for run in runs})
     if len(set(seeds)) < len(seeds) or len(benchmarks) > 1:
         raise ValueError(
-            f"{', '.join(map(str, folders))}: expected one setting with seeds of its own, got seeds "
+            f"{', '.join(map(str, folders))}: expected one setting, each run with its own seed, got seeds "
             f"{', '.join(map(str, seeds))} of {', '.join(benchmarks)}; name the folder of each setting."
         )
     for run, folder in read[1:]:
         mine, theirs = (_setting(each) for each in (runs[0], run))
         if (name := other_setting(mine, theirs)) is not None:
             raise ValueError(
-                f"{read[0][1]} and {folder}: expected one setting with seeds of its own, got {name} "
+                f"{read[0][1]} and {folder}: expected one setting, each run with its own seed, got {name} "
                 f"{mine[name]!r} and {theirs[name]!r}; name the folder of each setting."
             )
     own = tuple(folder for _, folder in read)
@@ -265,19 +265,19 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: no JSON: {error}") from error
+        raise ValueError(f"{file}: not JSON: {error}") from error
     if not isinstance(results, dict):
-        raise ValueError(f"{file}: no results of a run: expected a JSON object, got {type(results).__name__}.")
+        raise ValueError(f"{file}: not the results of a run: expected a JSON object, got {type(results).__name__}.")
     missing = [name for name in ("accuracy_matrix", "seen_accuracy", "zero_shot", "seed") if name not in results]
     if missing:
-        raise ValueError(f"{file}: no results of a run: {', '.join(missing)} is missing.")
+        raise ValueError(f"{file}: not the results of a run: {', '.join(missing)} is missing.")
     for name, (is_right, expected) in _KINDS.items():
         if name in results and not is_right(results[name]):
             raise ValueError(
-                f"{file}: no results of a run: expected {name} to be {expected}, got {results[name]!r:.60}."
+                f"{file}: not the results of a run: expected {name} to be {expected}, got {results[name]!r:.60}."
             )
     if problem := _contradiction(results):
-        raise ValueError(f"{file}: no results of a run: {problem}.")
+        raise ValueError(f"{file}: not the results of a run: {problem}.")
     return results
 
 

@@ -13,7 +13,7 @@ def sample_path(name: str) -> Path:
         ValueError: if `name` is not embedded.
     """
     if name not in NAMES:
-        raise ValueError(f"no embedded sample is called {name!r}; there are {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"no embedded sample is called {name!r}; expected one of {', '.join(map(repr, NAMES))}")
     return Path(__file__).parent / name
 
 

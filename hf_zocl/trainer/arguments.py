@@ -36,10 +36,11 @@ def _is_on(variable: str) -> bool:
 
 
 _WHY_NOT = {
-    "FSDP": "every loss would gather all weights anew, (queries + 1) times the model's bytes a step, and its "
-    "parameters are shards, to which no estimate is written. A frozen base can be sharded by torch's fully_shard.",
+    "FSDP": "every loss would gather all weights again, (queries + 1) times the model's bytes a step, and its "
+    "parameters are shards, to which no estimate is written. A frozen base can be sharded by torch's "
+    "fully_shard.",
     "DeepSpeed": "its engine owns the gradients and the optimizer's step, and never sees an estimate in .grad.",
-    "parallelism_config": "ranks that hold parts of one model would each perturb their own part in their own way.",
+    "parallelism_config": "ranks that hold parts of one model would each perturb their own part in a different way.",
 }
 
 
@@ -116,8 +117,8 @@ class ZeroOrderArguments:
         default=None, metadata={"help": "Momentum of zo_optim=sgd (default: 0) and sign (default: 0.9)."}
     )
     zo_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of the zeroth-order parameters."})
-    zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the estimate, on its own; 0: no clipping."})
-    zo_seed: int | None = field(default=None, metadata={"help": "Keys the directions; default: seed."})
+    zo_max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the zeroth-order estimate; 0: no clipping."})
+    zo_seed: int | None = field(default=None, metadata={"help": "Seed of the directions; default: seed."})
 
     def __init_subclass__(cls, **kwargs: Any):
         """Check these arguments first, in any order of bases: a host's `__post_init__` may not call `super`."""
@@ -148,7 +149,7 @@ class ZeroOrderArguments:
         for name, value in self._values("zo_queries"):
             if value < least:
                 raise ValueError(
-                    f"{name}={value!r}: zo_estimator={self.zo_estimator!r} takes an integer from {least}."
+                    f"{name}={value!r}: zo_estimator={self.zo_estimator!r} needs an integer of at least {least}."
                 )
         for name, value in self._values("zo_eps"):
             if value != "auto" and not 0 < value < float("inf"):
@@ -158,7 +159,9 @@ class ZeroOrderArguments:
             if value not in (None, "auto") and not value >= 0:
                 raise ValueError(f"{name}={value}: expected 0 or more.")
         if self.zo_momentum is not None and self.zo_momentum >= 1:
-            raise ValueError(f"zo_momentum={self.zo_momentum}: expected less than 1, or every step goes on for ever.")
+            raise ValueError(
+                f"zo_momentum={self.zo_momentum}: expected less than 1, or a step's effect would never fade."
+            )
         if self.zo_branch != "none" and ESTIMATORS[self.zo_estimator].judges_steps:
             self._check_judged_step()
         if self.zo_branch != "none" and self.sharding is not None:
@@ -286,8 +289,8 @@ class ZOCLTrainingArguments(ZeroOrderArguments, TrainingArguments):
         is_on_cpu = self.use_cpu or _is_on("ACCELERATE_USE_CPU")
         if started > 1 and not is_on_cpu and not torch.accelerator.is_available():
             raise ValueError(
-                f"{started} processes were started, but without an accelerator they would train {started} models that "
-                "do not know of one another: on CPUs, pass --use_cpu."
+                f"{started} processes were started, but without an accelerator they would train {started} separate "
+                "models: on CPUs, pass --use_cpu."
             )
         hub_strategy = self.hub_strategy
         _choices("hub_strategy", hub_strategy, HUB_STRATEGIES)

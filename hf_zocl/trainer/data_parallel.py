@@ -70,7 +70,7 @@ class DataParallelTrainer(HookedTrainer):
         if repeats_uncounted(self):
             logger.warning_once(
                 "dispatch_batches=False: in an epoch's last batch examples of an iterable dataset are repeated, and "
-                "count. Leave dispatch_batches out, or set dataloader_drop_last=True."
+                "the repeats are trained on. Leave dispatch_batches out, or set dataloader_drop_last=True."
             )
         own_examples = partial(self._own_examples, items_of_all=self.args.average_tokens_across_devices)
         batches, items = super().get_batch_samples(map(own_examples, epoch_iterator), num_batches, device)

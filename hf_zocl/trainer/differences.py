@@ -78,10 +78,11 @@ class DifferenceWatch:
             if resolution.finer:
                 hint = ""
                 if not is_two_sided and two_sided_would_do(resolution.training_noise, finer):
-                    hint = f" zo_estimator=two-sided would do in {self.precision}."
+                    hint = f" zo_estimator=two-sided would work in {self.precision}."
                 logger.warning_once(
-                    f"{of_branch(branch)}: in {self.precision} no difference of losses is seen well above their "
-                    f"rounding{' at zo_eps=' + str(eps) if eps else ''}: its zeroth-order passes run in float32.{hint}"
+                    f"{of_branch(branch)}: in {self.precision} no difference of losses is well above their "
+                    f"rounding{' at zo_eps=' + str(eps) if eps else ''}, so its zeroth-order passes run in "
+                    f"float32.{hint}"
                 )
         is_seen = {branch: resolution.is_seen for branch, resolution in found.items()}
         self.tries = 0 if all(is_seen.values()) else self.tries - 1
@@ -105,10 +106,10 @@ class DifferenceWatch:
         parts = [max(0.1 * own.eps * own.slope, 10 * own.noise) for own in estimator.resolutions.values()]
         if abs(after - before) > max(min(parts), 16 * torch.finfo(torch.float32).eps * abs(before)):
             raise RuntimeError(
-                f"Two passes at the same weights give losses of {before:.7g} and {after:.7g}: a pass leaves "
-                "something behind that is not put back before the next one, so that differences of losses would be "
-                "of that, and not of the weights. What is put back are random states and the model's buffers: keep it "
-                "in a buffer of the model (register_buffer), and draw from the global generators."
+                f"Two passes at the same weights give losses of {before:.7g} and {after:.7g}: a pass leaves a state "
+                "behind that changes later losses, so differences of losses would not come from the weights alone. "
+                "Only random states and the model's buffers are restored: keep the state in a buffer "
+                "(register_buffer), and draw from the global generators."
             )
 
     def see(self, estimate: Estimate) -> None:
@@ -129,7 +130,7 @@ class DifferenceWatch:
                 if resolution.is_seen and float(total) / count < resolution.noise:
                     logger.warning_once(
                         f"{of_branch(branch)}: the differences of losses have fallen below the rounding of a loss "
-                        f"({resolution.noise:.1e}): what is left of the zeroth-order estimate is noise."
+                        f"({resolution.noise:.1e}): the zeroth-order estimate is now only noise."
                     )
         if len(logs) > 2:
             logs["zo_noise"] = max(resolution.noise for resolution in self.estimator.resolutions.values())
@@ -174,13 +175,13 @@ class DifferenceWatch:
         if perturbation.is_rounded:
             dtype = str(next(p.dtype for p in perturbation.parameters if p.dtype.itemsize < 4)).removeprefix("torch.")
             return (
-                f"keeps its weights in {dtype}, in which moves by zo_eps={resolution.eps} and what they change are "
-                "mostly rounded away: load the model in float32 (dtype=torch.float32) and train with bf16=True."
+                f"keeps its weights in {dtype}, which mostly rounds away moves by zo_eps={resolution.eps} and their "
+                "effect: load the model in float32 (dtype=torch.float32) and train with bf16=True."
             )
         if resolution.slope == 0:
-            return f"learns nothing by differences of losses: all of them are exactly zero. {why_flat(branch)}"
+            return f"learns nothing, because all differences of losses are exactly zero. {why_flat(branch)}"
         return (
-            f"learns next to nothing by differences of losses: at zo_eps={resolution.eps} they are about "
+            f"learns next to nothing: at zo_eps={resolution.eps} the differences of losses are about "
             f"{resolution.eps * resolution.slope:.1e}, and the rounding of a loss is {resolution.noise:.1e}. The loss "
             "is flat where the training begins, or computed too coarsely."
         )
@@ -214,9 +215,7 @@ def why_flat(
                 what = "merged into the weights" if state == "merged" else "disabled"
                 return f"The adapter of {name} is {what}: {undo} to train it."
     if any(parameter.is_meta for parameter in module.parameters()):  # a backward pass needs all of the base in memory
-        return (
-            "The loss does not depend on these weights, or compares the model with itself, as an on-policy one does."
-        )
+        return "The loss does not depend on these weights, or compares the model with itself, as on-policy losses do."
     for parameter in parameters:
         parameter.requires_grad_(True)
     value: float | None = None
@@ -235,9 +234,9 @@ def why_flat(
         return f"The loss is {value} where the training begins."
     if any(gradient is not None and bool((gradient != 0).any()) for gradient in gradients):
         return (
-            "Backpropagation has a gradient there: the loss compares the model with itself as it is, as an on-policy "
-            "loss does (GRPO with num_iterations=1), and so is the same wherever the weights are."
+            "Backpropagation does have a gradient: the loss compares the model with itself, as on-policy losses do "
+            "(GRPO with num_iterations=1), so its value is the same for any weights."
         )
     if value == 0:
-        return "The loss is 0 whatever the weights are, as it is of a task with a single class."
+        return "The loss is 0 for any weights, as in a task with a single class."
     return "The loss does not depend on these weights at all."

@@ -43,7 +43,7 @@ def zeroth_order(trainer: type[Trainer], arguments: type[TrainingArguments]) -> 
         if "<locals>" in given.__qualname__:
             raise ValueError(
                 f"{name}={given.__qualname__}: it is defined within a function, so a checkpoint could not be read "
-                "elsewhere; expected a class of a module."
+                "elsewhere; expected a class defined in a module."
             )
     return _with_mixin(trainer), _with_mixin(arguments)  # type: ignore[arg-type]
 

@@ -113,7 +113,7 @@ class MicroBatch:
             raise RuntimeError(
                 f"{type(self.trainer).__name__}: its training_step calls accelerator.backward "
                 f"{'twice' if self._is_passed_back else 'without compute_loss'}, and a zeroth-order estimate needs to "
-                "know which loss it is of: one call of each for a micro-batch."
+                "know its loss: expected one call of each per micro-batch."
             )
         self._is_passed_back = True
         self._check_passed(loss.detach())
@@ -130,9 +130,9 @@ class MicroBatch:
         # The tolerance is above bfloat16's rounding.
         if not any(torch.allclose(loss * scale, self._returned, rtol=1e-2, equal_nan=True) for scale in scales):
             raise RuntimeError(
-                f"{type(self.trainer).__name__}: its training_step passes back a loss of {float(loss):.5g}, and its "
-                f"compute_loss gave {float(self._returned):.5g}: zeroth-order layers would not learn what was added. "
-                "Compute all of the loss in compute_loss."
+                f"{type(self.trainer).__name__}: its training_step passes back a loss of {float(loss):.5g}, but its "
+                f"compute_loss gave {float(self._returned):.5g}: zeroth-order layers would not learn from what was "
+                "added. Compute all of the loss in compute_loss."
             )
 
     @property
@@ -180,7 +180,7 @@ class MicroBatch:
         elif written and not plan.writes_inputs:
             raise RuntimeError(
                 f"The loss wrote into its inputs ({', '.join(written)}), but not in the first step of the training: "
-                "they were not copied, so the passes that are compared have seen different ones. Write into a clone."
+                "they were not copied, so the passes that are compared saw different inputs. Write into a clone."
             )
 
     def forward(self) -> torch.Tensor:
@@ -206,9 +206,9 @@ class MicroBatch:
                 ) from error
         if loss.dtype.itemsize < 4:
             logger.warning_once(
-                f"The loss is {loss.dtype}, in which small differences vanish, and zeroth-order layers learn from "
-                "nothing else. Load the model in float32 (dtype=torch.float32) and train with bf16=True or "
-                "fp16=True, or compute the loss from logits.float()."
+                f"The loss is {loss.dtype}, which rounds away the small differences that zeroth-order layers learn "
+                "from. Load the model in float32 (dtype=torch.float32) and train with bf16=True or fp16=True, or "
+                "compute the loss from logits.float()."
             )
         return loss
 

@@ -118,8 +118,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             return
         if self.optimizer is not None or self.lr_scheduler is not None:
             raise ValueError(
-                f"{type(self).__name__} builds its optimizer over both groups, and the schedule over that: pass "
-                "optim, zo_optim and lr_scheduler_type, not one."
+                f"optimizers: {type(self).__name__} builds its own optimizer, over both groups of parameters, and the "
+                "schedule: pass optim, zo_optim and lr_scheduler_type instead."
             )
         if args.n_gpu > 1:
             raise ValueError(
@@ -306,8 +306,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _no_estimate(self) -> RuntimeError:
         return RuntimeError(
-            f"{type(self).__name__}: its training_step made no zeroth-order estimate. A training_step of its own "
-            "calls super().training_step, or self.compute_loss and self.accelerator.backward once each."
+            f"{type(self).__name__}: its training_step made no zeroth-order estimate. An overridden training_step "
+            "must call super().training_step, or self.compute_loss and self.accelerator.backward once each."
         )
 
     def _evaluation(self, micro_batch: MicroBatch) -> Evaluation:

@@ -36,13 +36,13 @@ def check_objective(objective: Any, estimator: str, has_eps: bool, has_zo_parame
         raise TypeError(f"zo_objective={objective!r}: expected a function of (model, inputs, outputs).")
     if not has_eps:
         raise ValueError(
-            f"zo_estimator={estimator!r} takes derivatives, and zo_objective need not have any: choose one-sided, "
+            f"zo_estimator={estimator!r} takes derivatives, which zo_objective may not have: choose one-sided, "
             "two-sided, conservative or fzoo."
         )
     if not has_zo_parameters:
         raise ValueError(
-            "zo_objective: no trained parameter is zeroth-order, so nothing would learn by it; choose zo_branch and "
-            "zo_layers, or leave it out."
+            "zo_objective: no trained parameter is zeroth-order, so nothing would learn from it; choose zo_branch "
+            "and zo_layers, or leave it out."
         )
 
 
@@ -66,7 +66,8 @@ def value_of(objective: Objective, model: nn.Module, inputs: dict[str, Any], out
         value = None
     if value is None or value.is_complex():
         raise TypeError(
-            f"zo_objective returned {type(found).__name__}: expected a number, or a tensor of one an example."
+            f"zo_objective returned {type(found).__name__}: expected a number, or a tensor with one number per "
+            "example."
         )
     if value.numel() == 0:
         raise ValueError(f"zo_objective returned an empty tensor, of shape {tuple(value.shape)}.")
@@ -119,20 +120,20 @@ class ObjectiveWatch(DifferenceWatch):
                 if float(total) == 0:
                     logger.warning_once(
                         f"{of_branch(branch)}: zo_objective did not change in any of {count} perturbations by "
-                        f"zo_eps={resolution.eps:g}, so nothing was learned. Unless it is as low as it can be, raise "
-                        "zo_eps, take larger batches or more zo_queries, or an objective with more values."
+                        f"zo_eps={resolution.eps:g}, so nothing was learned. Unless it is already at its lowest, "
+                        "raise zo_eps, take larger batches or more zo_queries, or an objective with more values."
                     )
         return logs
 
 
 def _why_unseen(line: Line, base: torch.Tensor, eps: float) -> str:
-    what = f"learns nothing by zo_objective, which is {float(base):.4g} on the first batch and "
+    what = f"learns nothing from zo_objective, which is {float(base):.4g} on the first batch and "
     larger = best_size(line, base, [size for size in SIZES if size > eps])
     if larger is not None:
-        return what + f"no other at zo_eps={eps:g}: no prediction changes. At zo_eps={larger.eps:g} it does."
+        return what + f"stays so at zo_eps={eps:g}: no prediction changes. At zo_eps={larger.eps:g} it does."
     return what + (
-        f"whatever the weights are moved by, up to {max(eps, SIZES[-1]):g}: it says nothing where the training "
-        "begins. Train by the loss first, take larger batches, or an objective with more values."
+        f"stays so at any zo_eps up to {max(eps, SIZES[-1]):g}: it gives no direction where the training begins. "
+        "Train with the loss first, take larger batches, or an objective with more values."
     )
 
 

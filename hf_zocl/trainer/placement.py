@@ -39,13 +39,13 @@ def check_placement(model: nn.Module) -> None:
     away = [name for name, parameter in model.named_parameters() if name in trained and parameter.is_meta]
     if away:
         raise ValueError(
-            f"{len(away)} parameters to be trained are offloaded (on the meta device), such as {away[0]}: "
-            "expected all in memory. Freeze them, or leave their modules there by device_map; an adapter is to be "
-            "added once the base is offloaded and hf_zocl imported."
+            f"{len(away)} parameters to be trained are offloaded (on the meta device), such as {away[0]}: expected "
+            "all in memory. Freeze them, or keep their modules in memory with device_map; add an adapter only after "
+            "the base is offloaded and hf_zocl imported."
         )
     shards = [name for name in shards_of(model) if name in trained]
     if shards:
         raise ValueError(
             f"{len(shards)} parameters to be trained are shards, such as {shards[0]}: expected them whole in every "
-            "process. Leave them out, by fully_shard(…, ignored_params=…) for every layer and the model."
+            "process. Leave them out, with fully_shard(…, ignored_params=…) for every layer and the model."
         )

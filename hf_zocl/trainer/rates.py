@@ -43,7 +43,7 @@ def check_schedule(args: ZOCLTrainingArguments, is_alone: bool) -> None:
     if names and is_absolute and None in args.rates_by_branch.values():
         raise ValueError(
             f"lr_scheduler_kwargs={given}: {names[0]} is a learning rate, and zo_learning_rate='auto' is chosen only "
-            "as the training begins: give a number as zo_learning_rate, or a schedule that ends at a part of it "
+            "as the training begins: give a number as zo_learning_rate, or a schedule that ends at a fraction of it "
             "(cosine_with_min_lr with min_lr_rate)."
         )
 

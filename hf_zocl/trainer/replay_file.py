@@ -48,11 +48,11 @@ def load_replay_log(path: str | Path) -> ReplayLog:
             settings = json.loads(file.metadata()["settings"])
         direction = settings.pop("direction", "rademacher")
         if direction != DIRECTION:
-            raise ValueError(f"its directions are {direction}, which are not drawn any more")
+            raise ValueError(f"its directions are {direction}, which are no longer drawn")
         settings["queries"] = tuple((branch, count) for branch, count in settings["queries"])
         return ReplayLog.from_tensors(ReplaySettings(**settings), load_file(path))
     except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{path} is no log of zeroth-order steps ({error}).") from error
+        raise ValueError(f"{path} is not a log of zeroth-order steps ({error}).") from error
 
 
 def earlier_log(path: Path, settings: ReplaySettings) -> ReplayLog | None:

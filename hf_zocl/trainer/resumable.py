@@ -53,8 +53,8 @@ class SaveError(OSError):
         if cause.errno == errno.ENOSPC:
             space = f" {shutil.disk_usage(existing_folder(path)).free / 1e6:.0f} MB are free there."
         super().__init__(
-            f"{path} could not be saved: {reason}.{space} What was saved before is whole: {advice} with --resume "
-            "(of a Trainer: resume_from_checkpoint=True)."
+            f"{path} could not be saved: {reason}.{space} What was saved before is whole: {advice} with --resume (for "
+            "a Trainer: resume_from_checkpoint=True)."
         )
 
 
@@ -147,7 +147,7 @@ class ResumableTrainer(HookedTrainer):
         if saved_by != processes:
             raise ResumeError(
                 f"{checkpoint} was saved by {_count(saved_by)}, and this training has {_count(processes)}: expected "
-                f"{_count(saved_by)}, or the data would go on elsewhere."
+                f"{_count(saved_by)}, or the data would not go on where they stopped."
             )
         examples = int(progress.get("examples_per_step", self._examples_per_step))
         if examples != self._examples_per_step and not self.args.auto_find_batch_size:
@@ -155,7 +155,7 @@ class ResumableTrainer(HookedTrainer):
                 f"{checkpoint} was saved with {examples} examples a step, and this training has "
                 f"{self._examples_per_step} (per_device_train_batch_size={self.args.per_device_train_batch_size}, "
                 f"gradient_accumulation_steps={self.args.gradient_accumulation_steps}, {_count(processes)}): expected "
-                f"{examples}, or the data would go on elsewhere."
+                f"{examples}, or the data would not go on where they stopped."
             )
 
     def _check_saved(self) -> None:
@@ -173,9 +173,9 @@ class ResumableTrainer(HookedTrainer):
             return
         reason = f"PEFT does not save {lost[0]} (and {len(lost) - 1} more), which is trained"
         if self._checkpoint is not None:
-            raise ResumeError(f"{self._checkpoint}: {reason}, so that the training cannot go on from a checkpoint.")
+            raise ResumeError(f"{self._checkpoint}: {reason}, so the training cannot go on from this checkpoint.")
         if self.args.save_strategy != "no":
-            logger.warning(f"No training can go on from the checkpoints of this one: {reason}.")
+            logger.warning(f"Training cannot go on from the checkpoints of this run: {reason}.")
 
     def _processes_of(self, checkpoint: Path) -> int:
         """How many processes saved the checkpoint of another Trainer, as far as its random states tell."""
@@ -323,8 +323,8 @@ class ResumableTrainer(HookedTrainer):
             return
         if before.shape != now.shape or not torch.allclose(before, now, rtol=1e-6):
             raise ResumeError(
-                f"{folder} leaves out the frozen weights of {type(self.model).__name__}, and they are others now than "
-                "when it was saved: load the same ones (or draw them from the same seed) before it goes on."
+                f"{folder} leaves out the frozen weights of {type(self.model).__name__}, and they have changed since "
+                "it was saved: load the same ones (or draw them from the same seed) before it goes on."
             )
 
     def _restore_progress(self, folder: Path) -> None:
@@ -338,7 +338,7 @@ class ResumableTrainer(HookedTrainer):
         continue_logging(self, int(progress["last_logged_step"]), progress["pending_loss"])
         for number, parameter in enumerate(self._foreign_parameters):
             if f"foreign.{number}" not in progress:
-                raise ResumeError(f"{file} lacks parameters that are trained and are none of the model's.")
+                raise ResumeError(f"{file} lacks trained parameters that are outside the model.")
             parameter.data.copy_(progress[f"foreign.{number}"])
         counts = {name.removeprefix("model."): v for name, v in progress.items() if name.startswith("model.")}
         task_aware(self.model).load_training_state(counts)
@@ -363,7 +363,7 @@ def last_checkpoint(folder: str | Path) -> Path | None:
     for _, path in sorted(((int(match[1]), path) for match, path in found if match), reverse=True):
         if (problem := what_is_missing(path)) is None:
             return path
-        logger.warning(f"{path} is passed over for one before it: {problem}.")
+        logger.warning(f"{path} is skipped for an earlier checkpoint: {problem}.")
     return None
 
 
@@ -382,7 +382,7 @@ def what_is_missing(checkpoint: Path) -> str | None:
     One saved with `save_only_model` has no scheduler and no optimizer, so no training can go on from it.
     """
     if not (checkpoint / MANIFEST_FILE).is_file():
-        return f"it is not finished, or of another program (it has no {MANIFEST_FILE})"
+        return f"it is unfinished, or from another program (it has no {MANIFEST_FILE})"
     files = _read_manifest(checkpoint)
     if files is None:
         return f"{MANIFEST_FILE} is damaged"

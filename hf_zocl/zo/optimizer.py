@@ -144,7 +144,7 @@ class HybridOptimizer(torch.optim.Optimizer):
             return super().add_param_group(param_group)
         first = self.parts[0]
         if any("zo_branch" in group for group in first.param_groups):
-            raise ValueError("All parameters are zeroth-order: a group of further ones cannot be added to them.")
+            raise ValueError("All parameters are zeroth-order: no other group can be added.")
         first.add_param_group(param_group)
         self.param_groups.insert(self._sizes[0], first.param_groups[-1])
         self._sizes[0] += 1
@@ -179,11 +179,13 @@ class HybridOptimizer(torch.optim.Optimizer):
         """
         groups = state_dict["param_groups"]
         if [group.get("zo_names") for group in groups] != [group.get("zo_names") for group in self.param_groups]:
-            raise ValueError("The optimizer state was saved under another zo_branch or zo_layers than the present.")
+            raise ValueError(
+                "The optimizer state was saved with another zo_branch or zo_layers than the current ones."
+            )
         for saved, present in zip(groups, self.param_groups, strict=True):
             if (rule := saved.get("zo_rule", present.get("zo_rule"))) != present.get("zo_rule"):
                 raise ValueError(
-                    f"The optimizer state was saved under another zo_optim than the present: {rule!r}, not "
+                    f"The optimizer state was saved with another zo_optim than the current one: {rule!r}, not "
                     f"{present['zo_rule']!r}."
                 )
         self.state = defaultdict(dict)

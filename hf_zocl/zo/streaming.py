@@ -100,7 +100,7 @@ class StreamedPerturbation(Perturbation):
     def write(
         self, gradient: Sequence[Combination], sign: bool = False, factor: float | torch.Tensor = 1.0
     ) -> dict[int | str | None, Moments]:
-        raise NotImplementedError("A streamed gradient never stands in .grad as a whole: use `stream`.")
+        raise NotImplementedError("A streamed gradient is never in .grad as a whole: use `stream`.")
 
     def moments(self, gradient: Sequence[Combination]) -> dict[int | str | None, Moments]:
         total: dict[int | str | None, Moments] = {}
@@ -120,9 +120,9 @@ class StreamedPerturbation(Perturbation):
         if still and len(still) < len(self.units):
             names = [name for unit in still for group in unit.perturbation.groups for name in group.names]
             raise RuntimeError(
-                f"{len(names)} zeroth-order parameters were at θ in all passes of this step, so that nothing is known "
-                f"of their gradient: {_some(names)}. Their layers were called in an earlier pass, and in none of "
-                "these; leave them out with zo_layers."
+                f"{len(names)} zeroth-order parameters were not perturbed in any pass of this step, so nothing is "
+                f"known of their gradient: {_some(names)}. Their layers were called in an earlier pass, but in none "
+                "of these; leave them out with zo_layers."
             )
         for unit in self.units:
             with unit.perturbation.written([unit.own(term) for term in gradient], sign, factor):
@@ -138,9 +138,9 @@ class StreamedPerturbation(Perturbation):
                 sum(bool(unit.scopes) for unit in self.units),
             )
             logger.warning(
-                f"{len(whole)} of {layers} layers cannot be moved just while they run (compiled, not called, or read "
-                f"elsewhere): {_some([unit.perturbation.groups[0].names[0] for unit in whole])}. They move for the "
-                f"whole pass, which takes the memory of another {count:,} parameters."
+                f"{len(whole)} of {layers} layers cannot be perturbed only while they run (compiled, not called, or "
+                f"read elsewhere): {_some([unit.perturbation.groups[0].names[0] for unit in whole])}. They are "
+                f"perturbed for the whole pass, which takes memory for another {count:,} parameters."
             )
 
 

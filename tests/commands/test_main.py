@@ -56,8 +56,8 @@ def test_recipes_are_listed_with_their_first_lines(monkeypatch, capsys):
     ("arguments", "said"),
     [
         ([], "a command is missing"),
-        (["trian"], "'trian' is no command; did you mean 'train'?"),
-        (["--recipe", "quickstart"], "'--recipe' is no command"),
+        (["trian"], "'trian' is not a command; did you mean 'train'?"),
+        (["--recipe", "quickstart"], "'--recipe' is not a command"),
     ],
 )
 def test_no_command_and_an_unknown_one_end_in_one_line_of_usage(arguments, said, monkeypatch):
@@ -68,9 +68,9 @@ def test_no_command_and_an_unknown_one_end_in_one_line_of_usage(arguments, said,
 
 
 def test_a_command_refuses_in_one_line_and_shows_the_traceback_when_asked(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="^error: .*there is no such task in it"):
+    with pytest.raises(SystemExit, match="^error: .*at least one complete task"):
         run_main(monkeypatch, "push", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no such task in it"):
+    with pytest.raises(ValueError, match="at least one complete task"):
         run_main(monkeypatch, "push", str(tmp_path), "--debug")
 
 

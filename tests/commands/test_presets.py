@@ -124,7 +124,7 @@ def test_an_unknown_preset_is_one_line_that_lists_them(tmp_path):
 
 
 def test_a_wrong_value_beside_a_preset_says_where_both_stand(tmp_path):
-    with pytest.raises(ValueError, match=r"zo_queries=1: zo_estimator='fzoo' takes .*fzoo.yaml, line \d+"):
+    with pytest.raises(ValueError, match=r"zo_queries=1: zo_estimator='fzoo' needs .*fzoo.yaml, line \d+"):
         parse(tmp_path, "preset: fzoo\nzo_queries: 1\n")
 
 

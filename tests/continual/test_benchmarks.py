@@ -223,13 +223,13 @@ def test_the_rows_of_pretraining_are_four_fifths_of_every_class_and_always_the_s
 
 def test_an_unknown_name_is_an_error_with_the_close_ones_and_all_others():
     with pytest.raises(
-        ValueError, match="benchmark='cifar-100' is not registered. Did you mean 'cifar100'.*There are "
+        ValueError, match="benchmark='cifar-100' is not registered. Did you mean 'cifar100'.*Expected one of "
     ):
         get_benchmark("cifar-100")
 
 
 def test_an_unknown_name_like_no_other_lists_all():
-    with pytest.raises(ValueError, match="registered. There are 'cifar10', 'cifar10-sample', 'cifar100'"):
+    with pytest.raises(ValueError, match="registered. Expected one of 'cifar10', 'cifar10-sample', 'cifar100'"):
         get_benchmark("quickdraw-xyz")
 
 

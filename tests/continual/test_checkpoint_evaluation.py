@@ -131,7 +131,7 @@ def test_the_command_prints_and_writes_what_was_measured(run, tmp_path):
     ("arguments", "message"),
     [
         (["nowhere/at/all"], "error: nowhere/at/all is neither a folder nor"),
-        (["{run}", "--task", "1", "--benchmrak", "cifar10"], "--benchmrak is no argument of a recipe's stream"),
+        (["{run}", "--task", "1", "--benchmrak", "cifar10"], "--benchmrak is not an argument of an evaluation"),
     ],
 )
 def test_the_command_ends_with_one_clear_line(run, arguments, message, monkeypatch):
@@ -144,5 +144,5 @@ def test_the_command_ends_with_one_clear_line(run, arguments, message, monkeypat
 
 @pytest.mark.parametrize("argument", ["dtype", "held_out", "model_name_or_path", "merge_into", "num_seeds"])
 def test_an_argument_that_would_change_nothing_is_refused(argument):
-    with pytest.raises(ValueError, match=f"--{argument} is no argument of a recipe's stream"):
+    with pytest.raises(ValueError, match=f"--{argument} is not an argument of an evaluation"):
         evaluate.recipe_arguments([f"--{argument}", "1"])

@@ -181,7 +181,7 @@ def test_a_damaged_cache_is_made_anew(processor, damage, caplog):
         damage(file)
     after = prepare_images(on_disk(), codec)[0]
     assert [task.train["image"][:] for task in after] == expected
-    assert caplog.text.count("the cache of decoded images is damaged, or has no checksum; it is made anew") == 4
+    assert caplog.text.count("the cache of decoded images is damaged, or has no checksum; it is made again") == 4
     caplog.clear()
     assert [task.train["image"][:] for task in prepare_images(on_disk(), codec)[0]] == expected
     assert "made anew" not in caplog.text

@@ -115,7 +115,7 @@ def test_an_empty_folder_is_no_class(tmp_path):
 def test_a_folder_that_may_be_a_split_or_hold_classes_is_refused(tmp_path):
     root = folder(tmp_path, ["train/steam", "train/diesel", "boat/sail"])
     with pytest.raises(
-        ValueError, match="'train' in it may be a split, or a folder of classes as 'boat' is; expected"
+        ValueError, match="its folder 'train' may be a split, or hold classes as 'boat' does; expected"
     ):
         TaskStream.from_dataset(root, increment=3, test_fraction=0.5)
 
@@ -129,22 +129,24 @@ def test_a_link_to_a_folder_above_itself_ends(tmp_path):
 def test_one_file_in_both_splits_is_refused_by_name(tmp_path):
     root = Path(folder(tmp_path / "data", both("ab")))
     (root / "test" / "a" / "again.png").write_bytes((root / "train" / "b" / "1.png").read_bytes())
-    with pytest.raises(ValueError, match=r"train/b/1.png.* and .*test/a/again.png.* are one image; 1 of 5 test"):
+    with pytest.raises(ValueError, match=r"train/b/1.png.* and .*test/a/again.png.* are the same image; 1 of 5 test"):
         TaskStream.from_dataset(str(root), increment=2)
 
 
 def test_where_a_folder_is_taken_for_a_split_the_way_out_is_said(tmp_path):
     root = folder(tmp_path, ["some/train/bus", "some/train/train", "some/test/bus", "some/test/train"])
-    with pytest.raises(ValueError, match=r"/train/\d.png is in both splits, for .*train/CLASS/1.png alone"):
+    with pytest.raises(ValueError, match=r"/train/\d.png is in both splits, because .*like train/CLASS/1.png"):
         TaskStream.from_dataset(root, increment=2)
 
 
 def test_one_content_in_both_splits_is_refused_unless_it_was_published_so(caplog):
     data = DatasetDict(train=split([0, 1, 0, 1], 0), test=split([1, 0], 3))
-    with pytest.raises(ValueError, match="row 3 of split 'train' and row 0 of split 'test' are one image; 1 of 2"):
+    with pytest.raises(
+        ValueError, match="row 3 of split 'train' and row 0 of split 'test' are the same image; 1 of 2"
+    ):
         TaskStream.from_dataset(data, increment=2)
     assert len(TaskStream.from_dataset(data, increment=2, allow_shared_images=True)[0].test) == 2
-    assert "are one image" in caplog.text
+    assert "are the same image" in caplog.text
 
 
 def test_images_of_one_size_and_one_beginning_are_no_one_image():
@@ -212,7 +214,7 @@ def test_a_comma_cuts_a_name_only_where_names_are_lists_of_synonyms(monkeypatch)
     [
         ({"class_names": [1, 2, 3, 4]}, r"class_names\[0\]=1: expected text, got int"),
         ({"class_names": "abcd"}, "class_names='abcd': expected a list of texts, got str"),
-        ({"class_names": ["a", "b", "c", "\ud800"]}, r"class_names\[3\]='\\ud800': it holds half a character"),
+        ({"class_names": ["a", "b", "c", "\ud800"]}, r"class_names\[3\]='\\ud800': it contains half a character"),
         ({"class_order": ["a"]}, r"class_order\[0\]='a': expected a label id, got str"),
         ({"class_order_seed": "x"}, "class_order_seed='x': expected a whole number"),
         ({"class_order_seed": -1}, "class_order_seed=-1: expected a whole number from 0"),
@@ -246,7 +248,7 @@ def test_a_task_of_one_class_is_trained_among_those_seen_or_refused():
     ):
         alone.training_classes(1)
     own = TaskStream.from_dataset(dataset(), initial_increment=2, increment=1, scenario="task")
-    with pytest.raises(ValueError, match="scenario='task' has no other for it"):
+    with pytest.raises(ValueError, match="scenario='task' adds no others"):
         own.training_classes(2)
 
 

@@ -217,8 +217,8 @@ def refusal(tmp_path: Path, text: str) -> str:
         ("seed: 2024-01-01", "/r.yaml, line 2: seed: expected a whole number, got '2024-01-01'."),
         ("seed: [1, 2]", "/r.yaml, line 2: seed: expected a whole number, got a list."),
         ("bf16: maybe", "/r.yaml, line 2: bf16: expected true or false, got 'maybe'."),
-        ("seed: 3\n\nseed: 4", "/r.yaml, line 4: seed is there twice, first in /r.yaml, line 2."),
-        ("seed: 3\n  lora_rank: 4", "/r.yaml, line 3: this is no YAML: mapping values are not allowed here."),
+        ("seed: 3\n\nseed: 4", "/r.yaml, line 4: seed is given twice, first in /r.yaml, line 2."),
+        ("seed: 3\n  lora_rank: 4", "/r.yaml, line 3: this is not valid YAML: mapping values are not allowed here."),
         ("lora_rnk: 4", "/r.yaml, line 2: unknown argument 'lora_rnk'. Did you mean 'lora_rank'?"),
         ("no: 4", "/r.yaml, line 2: unknown argument 'no'."),
         ("lora_rank: 0", "lora_rank=0: expected at least 1 and at most 16384. (lora_rank: /r.yaml, line 2)"),
@@ -226,7 +226,7 @@ def refusal(tmp_path: Path, text: str) -> str:
         ("learning_rate: .nan", "learning_rate: expected a number, got '.nan'."),
         ("learning_rate: 1e999", "learning_rate=inf: expected a finite number. (learning_rate: /r.yaml, line 2)"),
         ('prompt_template: "a {kind} photo of a {}."', "and no other brace. (prompt_template: /r.yaml, line 2)"),
-        ("class_names: ['a', \"\\ud800\"]", "class_names[1]='\\ud800': it holds half a character"),
+        ("class_names: ['a', \"\\ud800\"]", "class_names[1]='\\ud800': it contains half a character"),
     ],
 )
 def test_a_refusal_names_the_value_the_place_and_what_was_expected(tmp_path, text, line):

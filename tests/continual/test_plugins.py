@@ -124,7 +124,7 @@ def test_a_state_is_saved_with_the_task_and_given_back(tmp_path):
     assert fresh.known == 3
     load_plugins([fresh], None)  # a run that begins knows nothing
     assert fresh.known == 0
-    with pytest.raises(ResumeError, match="a run with the plug-ins Towards, and this one has no plug-ins"):
+    with pytest.raises(ResumeError, match="has the plug-ins Towards, but this one has no plug-ins"):
         load_plugins([], tmp_path / "task-02")
     (tmp_path / "task-02" / "plugins.safetensors").write_bytes(b"half a file")
     with pytest.raises(ResumeError, match=r"plugins.safetensors is damaged"):
@@ -276,7 +276,7 @@ def test_the_recipe_turns_alignment_on(tmp_path):
     ("arguments", "message"),
     [
         (("--scenario", "task"), "classifier alignment: scenario='task' does not predict among all classes seen"),
-        (("--frozen_parameters", "text_model"), "no parameter of the text tower is trained"),
+        (("--frozen_parameters", "text_model"), "of which no parameter is trained here"),
     ],
 )
 def test_a_run_that_cannot_be_aligned_is_refused_before_any_work(arguments, message, tmp_path):
@@ -288,7 +288,7 @@ def test_a_run_that_cannot_be_aligned_is_refused_before_any_work(arguments, mess
 def test_classes_without_statistics_are_not_lost_in_silence(plain, tmp_path):
     options = ("--classifier_alignment", "2", "--model_name_or_path", str(plain / "task-02"))
     build_scheduler(small_recipe(tmp_path, *CLASSES, *options))  # all that it knows arrives again
-    with pytest.raises(ValueError, match=r"knows 'cat' and other classes that do not arrive here"):
+    with pytest.raises(ValueError, match=r"knows classes that this stream lacks, such as 'cat'"):
         build_scheduler(small_recipe(tmp_path, "--class_order", "0", "1", *options))
 
 

@@ -100,9 +100,9 @@ def test_a_recipe_is_asked_for_by_name_or_by_path_and_an_unknown_one_lists_the_n
     in_a_checkout = Path(__file__).resolve().parents[2] / "scripts" / "recipes" / "quickstart.yaml"
     assert parse_recipe(["--recipe", str(in_a_checkout)]).to_dict() == by_name
     names = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
-    with pytest.raises(ValueError, match=f"--recipe quickstrat: .* there are {names}"):
+    with pytest.raises(ValueError, match=f"--recipe quickstrat: .* one of {names}"):
         parse_recipe(["--recipe", "quickstrat"])
-    with pytest.raises(ValueError, match=f"recipe.yaml, line 3: include='quickstrat': .* there are {names}"):
+    with pytest.raises(ValueError, match=f"recipe.yaml, line 3: include='quickstrat': .* one of {names}"):
         parse(tmp_path, "include: quickstrat\n")
 
 
@@ -129,9 +129,9 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
         ("zo_eps: 0", "zo_eps=0"),
         ("zo_estimator: fzoo", "zo_queries=1"),
         ("adapter: lorra", "adapter='lorra' is unknown"),
-        ("benchmark: none", "exactly one of dataset_name .* and dataset_path"),
+        ("benchmark: none", "exactly one of dataset_name .* and datasets"),
         ("benchmark: none\ndatasets: [a, b]\nlearning: joint", "learning=joint has one task; datasets="),
-        ("benchmark: none\ndatasets: [a, b]\nclass_names: [cat]", "class_names are those of one dataset"),
+        ("benchmark: none\ndatasets: [a, b]\nclass_names: [cat]", "class_names is for a single dataset"),
         ("dataset_name: someone/something", "dataset_name='someone/something' goes with benchmark=none"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_recipe_includes_another_and_overrides_it(tmp_path):
 
 def test_a_recipe_that_includes_itself_is_an_error(tmp_path):
     (tmp_path / "base.yaml").write_text("include: recipe.yaml\n")
-    with pytest.raises(ValueError, match="base.yaml, line 1: include='recipe.yaml' leads back to itself"):
+    with pytest.raises(ValueError, match="base.yaml, line 1: include='recipe.yaml' includes itself"):
         parse(tmp_path, "include: base.yaml\n")
 
 
@@ -231,7 +231,7 @@ def test_seeds_make_a_recipe_each_with_a_folder_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("vary_class_order: true\nseed: 7\n", "vary_class_order=True: expected seeds or num_seeds"),
+        ("vary_class_order: true\nseed: 7\n", "vary_class_order=True needs seeds or num_seeds"),
         (
             "vary_class_order: true\nseeds: 1,2\nclass_order: [1, 0]\n",
             "vary_class_order=True and class_order were",
@@ -261,7 +261,7 @@ def test_without_seeds_the_recipe_is_the_only_one(tmp_path):
     ("text", "message"),
     [
         ('seeds: "1,two"', "seeds='1,two': expected whole numbers"),
-        ('seeds: "1,1"', "expected at least one, each once"),
+        ('seeds: "1,1"', "expected at least one, and none twice"),
         ("num_seeds: 0", "expected at least one"),
         ('seeds: "1,2"\nnum_seeds: 2', "both given"),
     ],

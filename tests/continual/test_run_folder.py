@@ -145,7 +145,7 @@ def test_a_file_in_the_way_is_named_and_stays(name, how, tmp_path):
     lay(folder, name)
     built = scheduler(folder)
     built._start = None
-    with pytest.raises(RunFolderError, match=r"is there already, and no results.json says that a run wrote it"):
+    with pytest.raises(RunFolderError, match=r"already exists, and no results.json says that a run wrote it"):
         built.run(**how)
     assert contents(folder) == {name: hashlib.sha256(f"my {name}".encode()).hexdigest()}
 
@@ -157,7 +157,7 @@ def test_a_file_in_the_way_is_named_and_stays(name, how, tmp_path):
 def test_a_file_that_was_added_to_a_checkpoint_is_named_and_stays(name, done):
     lay(done, name)
     before = contents(done)
-    with pytest.raises(RunFolderError, match=f"{name} is not of the run that is there"):
+    with pytest.raises(RunFolderError, match=f"{name} was not written by the run there"):
         scheduler(done, "--seed", "3").run(overwrite_output_dir=True)
     assert contents(done) == before
     remove_task_checkpoint(done / name.split("/")[0])
@@ -175,7 +175,7 @@ def test_what_is_no_log_of_steps_is_not_removed_as_one(done):
 @pytest.mark.parametrize("text", ["mine", "[]", '{"accuracy": 1}'])
 def test_results_that_are_no_runs_are_not_overwritten(text, tmp_path):
     (tmp_path / "results.json").write_text(text)
-    for how, message in (({}, "holds a run"), ({"overwrite_output_dir": True}, "nothing says what a run wrote")):
+    for how, message in (({}, "holds a run"), ({"overwrite_output_dir": True}, "not known which files the run wrote")):
         with pytest.raises(RunFolderError, match=message):
             scheduler(tmp_path).run(**how)
     assert (tmp_path / "results.json").read_text() == text
@@ -254,7 +254,7 @@ def test_lost_results_come_back_from_the_last_tasks_copy(done, caplog):
     (done / "results.json").unlink()
     scheduler(done).run(resume=True)
     assert contents(done) == before
-    assert f"{done / 'task-02' / 'results.json'} takes its place" in caplog.text
+    assert f"{done / 'task-02' / 'results.json'} is used instead" in caplog.text
 
 
 def spoil(file: Path) -> None:
@@ -277,7 +277,7 @@ def test_a_damaged_last_task_is_refused_with_the_way_back_which_is_one(done):
     assert contents(done)["task-02/adapter_model.safetensors"] == whole["task-02/adapter_model.safetensors"]
     spoil(done / "task-02" / "adapter_model.safetensors")
     spoil(way_back / "adapter_model.safetensors")
-    with pytest.raises(ResumeError, match="--overwrite_output_dir starts anew"):
+    with pytest.raises(ResumeError, match="--overwrite_output_dir starts again"):
         scheduler(done).run(resume=True)
 
 

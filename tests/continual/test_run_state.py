@@ -108,7 +108,7 @@ def test_every_argument_of_this_package_defines_the_run_or_is_known_not_to():
 def test_another_number_of_processes_is_refused_by_name(tmp_path):
     now = recipe(tmp_path)
     run = folder(tmp_path, now, processes=1)
-    with pytest.raises(ResumeError, match="a run of 1 process, and 2 would go on with other batches: expected 1"):
+    with pytest.raises(ResumeError, match="a run in 1 process, and 2 would make other batches: expected 1"):
         run.read(now, ["a"], processes=2)
     assert run.read(now, ["a"], processes=1) is not None
     assert folder(tmp_path, now).read(now, ["a"], processes=2) is not None  # of a release that did not say

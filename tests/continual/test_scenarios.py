@@ -115,7 +115,7 @@ def test_an_image_without_a_domain_is_named():
 
 @pytest.mark.parametrize("options", [{"scenario": "domain"}, {"domain_column": "domain"}])
 def test_a_domain_needs_its_column_and_the_other_way_round(options):
-    with pytest.raises(ValueError, match="a domain is a column's value"):
+    with pytest.raises(ValueError, match="expected both 'domain' and a column"):
         stream(**options)
 
 
@@ -252,7 +252,7 @@ def test_a_checkpoint_knows_of_held_out_datasets_of_which_nothing_was_kept(local
     results = run(tmp_path / "run", *arguments(local, "class"), *more)
     info = json.loads((tmp_path / "run" / "task-02" / "task.json").read_text())
     assert (info["zero_shot_retention"], info["held_out"]) == (kept, results["held_out"])
-    assert "held no dataset out" not in (tmp_path / "run" / "task-02" / "README.md").read_text()
+    assert "had no held-out dataset" not in (tmp_path / "run" / "task-02" / "README.md").read_text()
 
 
 def test_an_ensemble_of_prompts_trains_with_the_first_and_is_kept_in_the_checkpoint(local, tmp_path):
@@ -312,7 +312,7 @@ def test_a_held_out_benchmark_may_lie_in_a_folder(tmp_path):
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [("cifar-10", "'cifar-10' is not registered"), ("mtil", "held_out='mtil': a stream of several")],
+    [("cifar-10", "'cifar-10' is not registered"), ("mtil", "held_out='mtil': this is a stream of several")],
 )
 def test_a_held_out_benchmark_that_is_none_is_named(entry, message, tmp_path):
     recipe = parse_recipe(["--output_dir", str(tmp_path), "--held_out", entry])
@@ -322,7 +322,7 @@ def test_a_held_out_benchmark_that_is_none_is_named(entry, message, tmp_path):
 
 def test_a_held_out_benchmark_that_is_there_twice_is_refused():
     args = RunArguments(held_out=["cifar10-sample", "cifar10-sample=/another/copy"])
-    with pytest.raises(ValueError, match="held_out='cifar10-sample=/another/copy': 'cifar10-sample' is there twice"):
+    with pytest.raises(ValueError, match="held_out='cifar10-sample=/another/copy': 'cifar10-sample' is named twice"):
         build_held_out(args)
 
 

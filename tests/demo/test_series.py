@@ -64,11 +64,13 @@ def test_tasks_of_another_run_are_refused(tmp_path):
     other = save_run(tmp_path / "other", adapter="moe")
     (run / "task-02").rename(tmp_path / "away")
     (other / "task-02").rename(run / "task-02")
-    with pytest.raises(ValueError, match="task-02 is foreign: it is not of the run of task-03: another adapter"):
+    with pytest.raises(
+        ValueError, match="task-02 does not belong here: it is not of the run of task-03: another adapter"
+    ):
         TaskSeries.load(run)
     (run / "task-02").rename(other / "task-02")
     (run / "task-01").rename(run / "task-02")
-    with pytest.raises(ValueError, match=r"task-02/task.json is foreign: it is of task 1, expected task-02"):
+    with pytest.raises(ValueError, match=r"task-02/task.json does not belong here: it is of task 1, expected task-02"):
         TaskSeries.load(run)
 
 
@@ -115,7 +117,7 @@ def test_of_a_strangers_repository_no_path_is_read_and_nothing_is_downloaded(tmp
     with pytest.raises(ValueError, match="a repository does not hold its dataset: give --dataset_path"):
         some_pictures(series, is_own=False)
     series.info["recipe"]["dataset_path"] = str(tmp_path / "gone")
-    with pytest.raises(ValueError, match="gone is not there: give --dataset_path"):
+    with pytest.raises(ValueError, match="gone does not exist: give --dataset_path"):
         some_pictures(series, is_own=True)
 
 

@@ -152,7 +152,7 @@ def test_layers_that_are_zeroth_order_in_part_are_said_to_be(task):
     text = " ".join(render_task_card(task).text.split())
     zeroth = "by zeroth-order (ZO) optimisation, that is by forward passes alone,"
     assert f"Of the 3 layers drawn below, 2 were trained in part {zeroth} and the others by backpropagation," in text
-    assert "`ZO` zeroth-order, `fo` first-order, `mix` in part each, blank: nothing is trained there." in text
+    assert "`ZO` zeroth-order, `fo` first-order, `mix` some of each, blank: nothing is trained there." in text
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_what_is_outside_the_numbered_layers_is_drawn_and_counted(task):
     text = " ".join(render_task_card(task).text.split())
     assert "Of the 3 layers drawn below, 1 was trained by zeroth-order (ZO) optimisation" in text
     assert "layer 1 2 other language fo fo vision ZO ```" in text
-    assert "`other` is outside the numbered layers, as the last norm is." in text
+    assert "`other` is outside the numbered layers, such as the last norm." in text
     task["assignment"]["towers"] = {"language": {"other": "zo"}, "vision": {"other": "zo"}}
     text = " ".join(render_task_card(task).text.split())
     assert "All 2 layers drawn below were trained by zeroth-order (ZO) optimisation" in text
@@ -198,7 +198,7 @@ def test_accuracy_matrix_is_a_percent_table_with_an_empty_upper_triangle(task):
 def test_zero_shot_is_compared_over_the_tasks_seen(task):
     rows = table_rows(render_task_card(task))
     assert ["Last: accuracy on all classes seen", "65.8", "60.0"] in rows
-    assert ["Avg: mean of that over the tasks", "76.9", "70.0"] in rows
+    assert ["Avg: mean of this accuracy over the tasks", "76.9", "70.0"] in rows
 
 
 def test_forgetting_time_and_memory_are_shown(task):
@@ -308,7 +308,7 @@ def test_card_admits_a_model_below_zero_shot(task):
 
 
 def test_the_card_names_the_task_that_was_forgotten_most(task):
-    line = "It has forgotten: of task 1 it got 90.0 % right at its best and gets 60.0 % now."
+    line = "It has forgotten: on task 1 its accuracy was 90.0 % at best and is 60.0 % now."
     assert line in render_task_card(task).text
     task["metrics"]["accuracy_matrix"][-1] = [0.9, 0.8, 0.75]
     assert "It has forgotten" not in render_task_card(task).text
@@ -374,10 +374,10 @@ def test_a_dataset_that_is_not_on_the_hub_has_no_results_file(task, dataset):
 
 
 def test_zero_shot_kept_is_shown_where_it_was_measured(task):
-    assert "not measured: the run held no dataset out" in str(render_task_card(task))
+    assert "not measured: the run had no held-out dataset" in str(render_task_card(task))
     task |= {"zero_shot_retention": 0.925, "held_out": {"tiny|net": {"zero_shot": 0.4, "after": [0.39, 0.38, 0.37]}}}
     rows = table_rows(render_task_card(task))
-    assert ["Zero-shot kept: accuracy on held-out datasets, of what it was", "92.5", "100.0"] in rows
+    assert ["Zero-shot kept: accuracy on held-out datasets, relative to zero-shot", "92.5", "100.0"] in rows
     assert [r"tiny\|net", "40.0", "37.0"] in rows
 
 
@@ -388,8 +388,8 @@ def test_held_out_datasets_are_not_denied_where_nothing_of_them_was_kept_or_know
         "held_out": {"other": {"zero_shot": 0.4 if shown == "0.0" else 0.0, "after": [0.0]}},
     }
     rows = table_rows(render_task_card(task))
-    assert ["Zero-shot kept: accuracy on held-out datasets, of what it was", shown, "100.0"] in rows
-    assert "held no dataset out" not in str(render_task_card(task))
+    assert ["Zero-shot kept: accuracy on held-out datasets, relative to zero-shot", shown, "100.0"] in rows
+    assert "had no held-out dataset" not in str(render_task_card(task))
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_an_example_is_what_the_template_makes_of_its_run(folder):
 def test_a_row_of_the_gallery_is_on_the_card_where_the_checkpoint_has_one(task):
     assert "gallery" not in str(render_task_card(task))
     card = str(render_task_card({**task, "gallery": {"task": 1, "images": 8, "forgotten": 3}}))
-    assert "](gallery.png)" in card and "8 test images of task 1" in card and "the first 3 of them" in card
+    assert "](gallery.png)" in card and "8 test images of task 1" in card and "the first 3 right" in card
     assert "the first" not in str(render_task_card({**task, "gallery": {"task": 1, "images": 8, "forgotten": 0}}))
 
 

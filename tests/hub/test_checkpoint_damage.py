@@ -207,18 +207,24 @@ def with_a_tokenizer_of_nothing(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (drop_one, r"adapter_model\.safetensors is foreign: .* has the shape none"),
-        (add_one, r"adapter_model\.safetensors is foreign: another has the shape \(2,\), .* have none"),
-        (of_another_base_model, r"adapter_model\.safetensors is foreign: .* shape \(8, 512\), .* have \(8, 1\d\d\)"),
-        (of_another_rank, r"adapter_model\.safetensors is foreign: .* shape \(8, 1\d\d\), .* have \(4, 1\d\d\)"),
-        (of_a_rank_beyond_memory, r"adapter_model\.safetensors is foreign|does not fit its base model"),
-        (of_another_kind, r"adapter_config\.json is foreign: its adapter is 'ia3', expected 'lora'"),
+        (drop_one, r"adapter_model\.safetensors does not belong here: .* has the shape none"),
+        (add_one, r"adapter_model\.safetensors does not belong here: another has the shape \(2,\), .* have none"),
+        (
+            of_another_base_model,
+            r"adapter_model\.safetensors does not belong here: .* shape \(8, 512\), .* have \(8, 1\d\d\)",
+        ),
+        (
+            of_another_rank,
+            r"adapter_model\.safetensors does not belong here: .* shape \(8, 1\d\d\), .* have \(4, 1\d\d\)",
+        ),
+        (of_a_rank_beyond_memory, r"adapter_model\.safetensors does not belong here|does not fit its base model"),
+        (of_another_kind, r"adapter_config\.json does not belong here: its adapter is 'ia3', expected 'lora'"),
         (of_an_unknown_kind, r"adapter_config\.json is damaged: .*SORCERY"),
         (that_imports_a_module, r"adapter_config\.json: megatron_config=.* is not allowed"),
         (with_a_header_without_end, r"adapter_model\.safetensors is damaged: it cannot be read as safetensors"),
         (with_a_huge_header, r"adapter_model\.safetensors is damaged: it cannot be read as safetensors"),
         (that_is_no_checkpoint, r"adapter_config\.json is missing"),
-        (with_a_whole_model_as_its_adapter, r"adapter_model\.safetensors is foreign"),
+        (with_a_whole_model_as_its_adapter, r"adapter_model\.safetensors does not belong here"),
         (with_a_prompt_that_reaches_into_objects, r"task\.json is damaged: expected prompt_template"),
         (with_a_tokenizer_of_nothing, r"its processor cannot be read"),
     ],
@@ -236,7 +242,9 @@ def test_a_base_model_of_another_shape_is_refused_before_its_weights_are_read(ch
     config = CLIPConfig.from_pretrained(sample_path("mini-clip"))
     config.vision_config.hidden_size, config.vision_config.intermediate_size = 96, 128
     config.save_pretrained(tmp_path / "base")
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is foreign: .*vision_model.* have \(8, 96\)"):
+    with pytest.raises(
+        ValueError, match=r"adapter_model\.safetensors does not belong here: .*vision_model.* have \(8, 96\)"
+    ):
         load_task_checkpoint(checkpoint, base_model=tmp_path / "base")
 
 
@@ -259,14 +267,14 @@ def test_a_damaged_base_model_is_refused_by_name(checkpoint, tmp_path, name, con
 def test_a_link_out_of_the_folder_is_refused(checkpoint, tmp_path, name):
     shutil.move(checkpoint / name, tmp_path / name)
     (checkpoint / name).symlink_to(tmp_path / name)
-    with pytest.raises(ValueError, match=f"{name} is foreign: it is a link out of the checkpoint's folder"):
+    with pytest.raises(ValueError, match=f"{name} does not belong here: it is a link out of the checkpoint's folder"):
         load_task_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "preprocessor_config.json", "model.safetensors"])
 def test_a_file_that_was_added_is_refused(checkpoint, name):
     (checkpoint / name).write_text("{}")
-    with pytest.raises(ValueError, match=f"{name} is foreign: task.json does not list it"):
+    with pytest.raises(ValueError, match=f"{name} does not belong here: task.json does not list it"):
         load_task_checkpoint(checkpoint)
 
 

@@ -185,7 +185,7 @@ def test_routers_of_another_streams_tasks_are_refused(tmp_path):
     options = {"adapter": "moe", "moe_router_per_task": True}
     found = load_pretrained("mini-clip", AdapterArguments(**options), num_tasks=3)
     found.clip.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has a router for each of 3 tasks of its own stream"):
+    with pytest.raises(ValueError, match="has a router for each of its own stream's 3 tasks"):
         load_pretrained(str(tmp_path), AdapterArguments())
 
 
@@ -213,7 +213,7 @@ def test_another_adapter_does_not_train_on_the_model_that_the_first_was_merged_i
     again = load_pretrained(str(first), AdapterArguments(), merge_into=merged).clip.state_dict()
     name = next(name for name in before if name.endswith("q_proj.base_layer.weight"))
     assert torch.equal(before[name], again[name])
-    with pytest.raises(ValueError, match=f"merge_into='{merged}' holds a model into which another adapter than"):
+    with pytest.raises(ValueError, match=f"merge_into='{merged}' holds a model with an adapter other than"):
         load_pretrained(str(second), AdapterArguments(), merge_into=merged)
 
 
@@ -269,8 +269,8 @@ def test_what_no_checkpoint_would_hold_is_refused_before_training(tmp_path):
     still.requires_grad_(False)
     for model, message in (
         (clip(), r"the model \(CLIPModel\) has no adapter"),
-        (both, "active adapters are default, second: expected one"),
-        (loose, "logit_scale .and 0 more. would be trained and not be saved"),
+        (both, "active adapters are default, second: expected exactly one"),
+        (loose, "logit_scale .and 0 more. would be trained but not saved"),
         (still, "no parameter of the active adapter, 'default', requires a gradient"),
     ):
         with pytest.raises(ValueError, match=message):

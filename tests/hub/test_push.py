@@ -236,7 +236,7 @@ def test_a_local_base_model_that_is_gone_is_named_and_the_rest_waits(client, hub
         edit(run / name / "task.json", base_model="my-clip")
         edit(run / name / "adapter_config.json", base_model_name_or_path=str(tmp_path / "gone"))
     assert push_all(run) == list(TASKS)
-    assert f"its local base model, {tmp_path / 'gone'}, is not there" in PushQueue.read(run).error
+    assert f"its local base model, {tmp_path / 'gone'}, is missing" in PushQueue.read(run).error
 
 
 PASSING = {
@@ -586,7 +586,7 @@ def test_a_run_is_not_fetched_over_files_of_the_users(client, hub, run, tmp_path
     mine = tmp_path / "fetched" / name
     mine.parent.mkdir(parents=True)
     mine.write_text("mine")
-    with pytest.raises(ValueError, match=f"{re.escape(str(mine))} is there already"):
+    with pytest.raises(ValueError, match=f"{re.escape(str(mine))} already exists"):
         fetch_run(REPO, tmp_path / "fetched")
     assert [path.read_text() for path in (tmp_path / "fetched").rglob("*") if path.is_file()] == ["mine"]
 
@@ -735,7 +735,7 @@ def test_a_hub_that_does_not_answer_holds_nothing_for_ever(client, hub, run, tmp
     monkeypatch.setattr("hf_zocl.hub.client.ANSWER_PATIENCE", 0.2)
     fault = hub.order("slow", "GET ", times=10**6, seconds=2)
     assert load_task_checkpoint(REPO, task=1)  # downloaded before
-    assert "taking what was downloaded before" in caplog.text
+    assert "using what was downloaded before" in caplog.text
     with pytest.raises(OSError, match="has not answered for 0.2 s"):
         load_task_checkpoint(REPO, task=2)
     with pytest.raises(OSError, match="cannot be fetched .*has not answered for 0.2 s"):
@@ -748,6 +748,6 @@ def test_a_damaged_download_says_how_to_fetch_it_anew(client, hub, run, tmp_path
     folder = find_task_checkpoint(REPO, task=1)
     blob = (folder / "adapter_model.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match=r"damaged.* force_download=True fetches it anew"):
+    with pytest.raises(ValueError, match=r"damaged.* force_download=True fetches it again"):
         load_task_checkpoint(REPO, task=1)
     assert load_task_checkpoint(REPO, task=1, force_download=True)

@@ -82,7 +82,7 @@ def unknown_token(folder: Path) -> None:
         (processor(custom_processor="a/b"), "custom_processor='?a/b"),
         (tokenizer(chat_template="{{ x }}"), "chat_template.* is not allowed"),
         (tokenizer(padding_side="up"), "padding_side='up'"),
-        (unknown_token, "tokenizer.json is foreign: '</evil>' is token 1000000 of 4514"),
+        (unknown_token, "tokenizer.json does not belong here: '</evil>' is token 1000000 of 4514"),
         (lambda folder: weights(folder, float("inf")), "adapter_model.safetensors is damaged: .* infinite or NaN"),
         (lambda folder: weights(folder, float("nan")), "adapter_model.safetensors is damaged: .* infinite or NaN"),
     ],
@@ -100,11 +100,11 @@ def test_a_hostile_checkpoint_is_refused_by_name_though_its_checksums_are_right(
     [
         ({"text_config": {"num_hidden_layers": 10**9}}, "num_hidden_layers=1000000000 is not allowed: expected 0 to"),
         ({"vision_config": {"image_size": 10**6}}, "image_size=1000000 is not allowed"),
-        ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map=.*it leads elsewhere"),
-        ({"attn_implementation": "evil/kernels"}, "attn_implementation='evil/kernels'.*it leads elsewhere"),
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map=.*it points outside it"),
+        ({"attn_implementation": "evil/kernels"}, "attn_implementation='evil/kernels'.*it points outside it"),
         ({"text_config": {"_attn_implementation": "evil/kernels"}}, "_attn_implementation='evil/kernels'"),
-        ({"quantization_config": {"quant_method": "x"}}, "quantization_config=.*it leads elsewhere"),
-        ({"vision_config": {"hidden_act": "evil"}}, "hidden_act='evil' is no activation"),
+        ({"quantization_config": {"quant_method": "x"}}, "quantization_config=.*it points outside it"),
+        ({"vision_config": {"hidden_act": "evil"}}, "hidden_act='evil' is not an activation"),
         ({"logit_scale_init_value": float("inf")}, "logit_scale_init_value=inf: expected a finite number"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_link_is_not_followed_to_be_pushed(checkpoint, tmp_path, name):
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).unlink(missing_ok=True)
     (checkpoint / name).symlink_to(secret)
-    with pytest.raises(ValueError, match=f"{name} is foreign: it is a link out of the checkpoint's folder"):
+    with pytest.raises(ValueError, match=f"{name} does not belong here: it is a link out of the checkpoint's folder"):
         public_files(checkpoint, "me/repo")
 
 

@@ -50,10 +50,10 @@ def test_the_order_of_a_list_is_part_of_the_shape():
     [
         ({"adapter": "lorra"}, "adapter='lorra' is unknown: expected one of lora, moe, "),
         ({"adapter": "prompt_tuning"}, "adapter='prompt_tuning' adds virtual tokens"),
-        ({"adapter_config": "{r: 4"}, "adapter_config='{r: 4' is no JSON"),
+        ({"adapter_config": "{r: 4"}, "adapter_config='{r: 4' is not JSON"),
         ({"adapter_config": [1]}, r"adapter_config=\[1\]: expected a mapping"),
-        ({"adapter_config": {"r": 4}}, "adapter_config has 'r', which is an argument of its own: lora_rank"),
-        ({"adapter_config": {"bottleneck": 4}}, "adapter_config has 'bottleneck', which LoraConfig does not take"),
+        ({"adapter_config": {"r": 4}}, "adapter_config has 'r', which has its own argument: lora_rank"),
+        ({"adapter_config": {"bottleneck": 4}}, "adapter_config has 'bottleneck', which LoraConfig does not accept"),
         ({"adapter": "moe", "adapter_config": {"peft_type": "LORA"}}, "'peft_type', which MoEAdapterConfig does not"),
         ({"adapter": "moe", "moe_top_k": 3}, "moe_top_k=3: expected 1 to num_experts=2"),
         ({"adapter": "vera", "adapter_config": {"r": 0}}, "r"),

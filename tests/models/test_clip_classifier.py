@@ -142,7 +142,7 @@ def test_frozen_parameters_stay_as_they_were_drawn(adapter, patterns, left):
 
 @pytest.mark.parametrize(
     ("patterns", "message"),
-    [(["lora_C"], "'lora_C' leaves no parameters"), (["lora_A", "lora_B"], "'lora_B' leaves all parameters")],
+    [(["lora_C"], "'lora_C' freezes no parameters"), (["lora_A", "lora_B"], "'lora_B' freezes all parameters")],
 )
 def test_patterns_that_freeze_none_or_all_are_refused(patterns, message):
     clip = CLIPModel.from_pretrained(sample_path("mini-clip"))
@@ -168,7 +168,7 @@ def test_a_template_without_one_place_for_the_name_is_refused(classifier, templa
     [
         ({"adapter": "lorra"}, "adapter='lorra'.* lora, moe"),
         ({"lora_rank": 0}, "lora_rank=0"),
-        ({"frozen_parameters": "lora_(A"}, r"frozen_parameters='lora_\(A' is no regular expression"),
+        ({"frozen_parameters": "lora_(A"}, r"frozen_parameters='lora_\(A' is not a regular expression"),
     ],
 )
 def test_bad_adapter_arguments_are_named(options, message):
@@ -214,7 +214,7 @@ def test_a_prompt_without_its_one_place_for_the_name_is_an_error(classifier, tem
     ("names", "template", "message"),
     [
         (["Apple", "apple"], "a photo of a {}.", "'Apple' and 'apple'.* have the same prompt"),
-        (["cat", "hot dog", "hot  dog"], "a photo of a {}.", "numbers 1 and 2.*makes no difference"),
+        (["cat", "hot dog", "hot  dog"], "a photo of a {}.", "numbers 1 and 2.*does not tell them apart"),
         (["café", "cafe\u0301"], "a photo of a {}.", "have the same prompt"),
         ([" cat", "cat"], "{}", "have the same prompt"),
         (["a very long name " * 20 + end for end in ("cat", "dog")], "{}", "differ only beyond the 32 tokens"),

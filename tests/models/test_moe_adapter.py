@@ -273,7 +273,7 @@ def test_a_peft_that_has_changed_is_named(monkeypatch):
 
     monkeypatch.setattr(moe_model, "PEFT_TYPE", "MOE_ADAPTER_AGAIN")
     monkeypatch.setattr(moe_model, "extend_enum", closed)
-    with pytest.raises(RuntimeError, match="peft .* does not take MoE adapters"):
+    with pytest.raises(RuntimeError, match="peft .* does not accept MoE adapters"):
         moe_model.register_with_peft()
     assert PeftType("MOE_ADAPTER") in PeftType
 
@@ -369,7 +369,7 @@ def test_a_target_without_a_width_is_named():
 def test_a_norm_that_is_not_called_before_the_mlp_is_named():
     model = moe_clip(state_norms=["layer_norm2"])
     mlp = model.base_model.model.vision_model.encoder.layers[0].mlp
-    with pytest.raises(RuntimeError, match="norm beside CLIPMLP was not called before it.*state_norms"):
+    with pytest.raises(RuntimeError, match="norm next to CLIPMLP was not called before it.*state_norms"):
         mlp(torch.randn(1, 2, WIDTHS["vision_model"]))
 
 
@@ -428,7 +428,7 @@ def test_pooled_is_the_token_that_the_text_tower_pools(eos):
 def test_pooled_works_with_some_blocks_only_and_needs_a_clip_tower():
     model = moe_clip(router_token="pooled", layers_to_transform=[1])
     logits(model).sum().backward()
-    with pytest.raises(ValueError, match="router_token='pooled': .*belongs to no CLIP tower"):
+    with pytest.raises(ValueError, match="router_token='pooled': .*is in no CLIP tower"):
         get_peft_model(other := tiny("vit"), MoEAdapterConfig(router_token="pooled"))
     assert not any(module._forward_pre_hooks for module in other.modules())
     with pytest.raises(RuntimeError, match="router_token='pooled': .*called without"):

@@ -100,10 +100,10 @@ def test_what_is_no_image_is_one_line_that_names_it(model, served):
     (folder / "cut.png").write_bytes((folder / "cut.png").read_bytes()[:2000])
     for image, message in {
         "none.png": "'none.png': there is no such file",
-        str(folder / "text.png"): "text.png': it is no image that Pillow knows",
+        str(folder / "text.png"): "text.png': it is not an image that Pillow can read",
         f"{address}/none.png": "none.png': it cannot be fetched .*404",
         "http://127.0.0.1:9/none.png": "none.png': it cannot be fetched",
-        "QUJD" * 40: "it is no image that Pillow knows",
+        "QUJD" * 40: "it is not an image that Pillow can read",
         str(folder / "float.tiff"): "float.tiff': its values are floats from 0 to 300",
         str(folder / "cut.png"): "cut.png': ",
         3: "3: expected a file, a URL, a PIL image",

@@ -130,7 +130,7 @@ def test_the_self_check_lets_it_pass_and_lets_no_fault_pass(caplog, monkeypatch)
     monkeypatch.setattr(StackEvaluation, "_replay", lambda self, *args, **kwargs: original(self) * (1 + 1e-2))
     assert_same(model, inputs, "suffix-2", planned(model, plans, checked=True))
     assert not plans[1].used and plans[1].stack is None
-    assert "Switched off: the reuse of layers, for" in caplog.text
+    assert "Switched off: the reuse of layers, because" in caplog.text
 
 
 def test_a_loss_that_reads_the_states_below_is_seen(caplog):

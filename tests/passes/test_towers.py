@@ -242,7 +242,7 @@ def test_packed_prompts_give_the_plain_losses_and_gradients(estimator, layers, m
 
 def switched_off(caplog) -> set[str]:
     """The shortcuts that a warning named."""
-    found = [re.match("Switched off: (.*?), for ", record.message) for record in caplog.records]
+    found = [re.match("Switched off: (.*?), because ", record.message) for record in caplog.records]
     return {match[1] for match in found if match}
 
 

@@ -72,7 +72,7 @@ def test_figures_that_only_some_runs_have_are_shown_where_they_are(runs, tmp_pat
 
 
 def test_an_unknown_baseline_lists_those_there_are(runs):
-    with pytest.raises(ValueError, match="baseline='of': there are 'fo', 'hop_odd'"):
+    with pytest.raises(ValueError, match="baseline='of': expected one of 'fo', 'hop_odd'"):
         compare_runs(runs, "of")
 
 

@@ -50,7 +50,7 @@ def test_a_changed_byte_is_found(history, tmp_path, place):
     content = bytearray(history.to_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="p.safetensors: no predictions of a run"):
+    with pytest.raises(ValueError, match="p.safetensors: not the predictions of a run"):
         PredictionHistory.read(path)
 
 
@@ -110,7 +110,7 @@ def test_an_image_is_small():
 )
 def test_a_damaged_gallery_is_named(content, history, tmp_path):
     (tmp_path / "gallery.json").write_text(content)
-    with pytest.raises(ValueError, match="gallery.json: no gallery of this run"):
+    with pytest.raises(ValueError, match="gallery.json is damaged, or not the gallery of this run"):
         read_gallery(tmp_path / "gallery.json", history)
 
 

@@ -86,8 +86,8 @@ def test_joint_learning_stands_beside_what_was_learned_task_by_task(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no JSON"),
-        ("[" * 100_000, "no JSON"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
         ("[]", "expected a JSON object, got list"),
         ("{}", "accuracy_matrix, seen_accuracy, zero_shot, seed is missing"),
         (results(accuracy_matrix=3), "expected accuracy_matrix to be rows of numbers"),

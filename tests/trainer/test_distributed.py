@@ -258,7 +258,9 @@ def test_an_argument_that_shards_the_model_is_refused(tmp_path):
 def test_processes_that_do_not_know_of_one_another_are_refused(tmp_path, monkeypatch):
     monkeypatch.delenv("ACCELERATE_USE_CPU")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="2 processes were started, but .* would train 2 models .* pass --use_cpu"):
+    with pytest.raises(
+        ValueError, match="2 processes were started, but .* would train 2 separate models.* pass --use_cpu"
+    ):
         ZOCLTrainingArguments(str(tmp_path))
 
 

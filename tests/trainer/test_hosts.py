@@ -236,7 +236,7 @@ class TwoLosses(Trainer):
 @pytest.mark.parametrize("host", [AddsToTheLoss, TwoLosses])
 def test_a_loss_that_is_more_than_compute_loss_gives_is_refused(tmp_path, host, layers):
     cls = type("ZOHost", (ZeroOrderMixin, host), {})
-    with pytest.raises(RuntimeError, match="passes back a loss of .* zeroth-order layers would not learn what"):
+    with pytest.raises(RuntimeError, match="passes back a loss of .* zeroth-order layers would not learn from what"):
         training(tmp_path, cls, zo_layers=layers, gradient_accumulation_steps=1)
 
 

@@ -174,7 +174,7 @@ def test_what_a_pass_leaves_behind_outside_the_models_buffers_is_refused(tmp_pat
     host = Host if case == "the host's loss" else Estimates
     model = {"a plain counter": Counting, "a momentum encoder": Following}.get(case, Mlp)()
     trainer = host(model, arguments(tmp_path, zo_layers=layers), train_dataset=rows())
-    with pytest.raises(RuntimeError, match="a pass leaves something behind .*register_buffer"):
+    with pytest.raises(RuntimeError, match="a pass leaves a state behind .*register_buffer"):
         trainer.train()
 
 

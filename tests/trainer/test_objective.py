@@ -238,12 +238,12 @@ def test_of_an_objective_eps_is_logged_and_no_noise(tmp_path):
         (
             lambda model, inputs, outputs: 0.5,
             "auto",
-            "is 0.5 on the first batch and whatever the weights are moved by",
+            "is 0.5 on the first batch and stays so at any zo_eps up to",
         ),
         (
             lambda model, inputs, outputs: outputs["logits"].argmax(-1) != inputs["labels"],
             1e-6,
-            "no other at zo_eps=1e-06: no prediction changes. At zo_eps=",
+            "stays so at zo_eps=1e-06: no prediction changes. At zo_eps=",
         ),
     ],
 )

@@ -203,7 +203,7 @@ DAMAGES = {
     "no progress": ("progress.safetensors", Path.unlink, "progress.safetensors is missing"),
     "a changed weight": ("model.safetensors", spoil, "model.safetensors is damaged"),
     "a changed state": ("trainer_state.json", spoil, "trainer_state.json is damaged"),
-    "no manifest": ("manifest.json", Path.unlink, "it is not finished"),
+    "no manifest": ("manifest.json", Path.unlink, "it is unfinished"),
     "a damaged manifest": ("manifest.json", lambda file: file.write_text("[1]"), "manifest.json is damaged"),
     "an empty manifest": (
         "manifest.json",
@@ -222,7 +222,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(damage, tmp_path, caplog)
     assert last_checkpoint(folder) == folder / "checkpoint-5"
     spoiling(folder / "checkpoint-5" / name)
     assert last_checkpoint(folder) == folder / "checkpoint-4"
-    assert f"{folder / 'checkpoint-5'} is passed over for one before it: {message}" in caplog.text
+    assert f"{folder / 'checkpoint-5'} is skipped for an earlier checkpoint: {message}" in caplog.text
     with pytest.raises(ValueError, match=f"checkpoint-5': .*{message}"):
         resumed(tmp_path, Mlp(), "checkpoint-5")
 
@@ -264,12 +264,10 @@ def test_a_training_whose_adapter_peft_saves_in_part_cannot_go_on(config, tmp_pa
     model, data = prompted(config)
     options = {**SAVING, "zo_layers": "all"}
     train(tmp_path, model, data=data, **options)
-    assert "No training can go on from the checkpoints of this one: PEFT does not save prompt_encoder" in caplog.text
+    assert "Training cannot go on from the checkpoints of this run: PEFT does not save prompt_encoder" in caplog.text
     model, data = prompted(config)
     again = ZOCLTrainer(model=model, args=arguments(tmp_path, **options), train_dataset=data)
-    with pytest.raises(
-        ResumeError, match="checkpoint-2: PEFT does not save prompt_encoder.*which is trained, so that"
-    ):
+    with pytest.raises(ResumeError, match="checkpoint-2: PEFT does not save prompt_encoder.*which is trained, so the"):
         again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
 
 
@@ -289,7 +287,7 @@ def test_another_rule_does_not_go_on_with_the_state_of_the_first(tmp_path, befor
     options = {**SAVING, "zo_layers": "all", "zo_learning_rate": 1e-3}
     train(tmp_path, Mlp(), data=rows(), zo_optim=before, **options)
     trainer = ZOCLTrainer(model=Mlp(), args=arguments(tmp_path, zo_optim=now, **options), train_dataset=rows())
-    with pytest.raises(ValueError, match=f"saved under another zo_optim than the present: '{before}', not '{now}'"):
+    with pytest.raises(ValueError, match=f"saved with another zo_optim than the current one: '{before}', not '{now}'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-2"))
 
 
@@ -317,7 +315,9 @@ def test_other_frozen_weights_than_the_checkpoint_leaves_out_are_refused(tmp_pat
     whole = train(tmp_path, RandomFeatures(0), data=rows(), **SAVING)
     again = resumed(tmp_path, RandomFeatures(0), "checkpoint-2")
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
-    with pytest.raises(ResumeError, match="leaves out the frozen weights of RandomFeatures, and they are others now"):
+    with pytest.raises(
+        ResumeError, match="leaves out the frozen weights of RandomFeatures, and they have changed since"
+    ):
         resumed(tmp_path, RandomFeatures(1), "checkpoint-2")
 
 

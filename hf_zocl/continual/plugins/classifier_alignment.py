@@ -66,7 +66,7 @@ class ClassifierAlignment(TaskPlugin):
             )
         if not _trained_in_text_tower(model):
             raise ValueError(
-                "classifier alignment: no parameter of the text tower is trained, and it trains no other."
+                "classifier alignment: it trains only the text tower, of which no parameter is trained here."
             )
         self._stream = stream
 

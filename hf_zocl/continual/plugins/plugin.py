@@ -90,7 +90,7 @@ def load_plugins(plugins: Sequence[TaskPlugin], folder: Path | None) -> None:
     mine = sorted(map(_name, plugins))
     if folder is not None and known != mine:
         raise ResumeError(
-            f"resume: {folder} is of a run with {_listed(known)}, and this one has {_listed(mine)} (callbacks)."
+            f"resume: the run of {folder} has {_listed(known)}, but this one has {_listed(mine)} (callbacks)."
         )
     for plugin in plugins:
         prefix = f"{_name(plugin)}."

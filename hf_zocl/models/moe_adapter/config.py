@@ -79,7 +79,7 @@ class MoEAdapterConfig(PeftConfig):
     balance_loss: float = field(default=0.0, metadata={"help": "Weight of the load-balancing loss."})
     towers: str = field(default="both", metadata={"help": "vision, language or both."})
     target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Modules that the adapters stand beside."}
+        default=None, metadata={"help": "Modules that the adapters are placed next to."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     state_norms: list[str] = field(
@@ -101,7 +101,7 @@ class MoEAdapterConfig(PeftConfig):
                 f"(target_modules={self.target_modules!r}): name the layers in it."
             )
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} says nothing without layers_to_transform.")
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
         self._check_ranges()
 
     def _check_ranges(self) -> None:

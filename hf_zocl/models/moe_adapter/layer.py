@@ -253,7 +253,7 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
             return hidden_states
         if state is None:
             raise RuntimeError(
-                f"The norm beside {type(self.get_base_layer()).__name__} was not called before it, so the adapters "
+                f"The norm next to {type(self.get_base_layer()).__name__} was not called before it, so the adapters "
                 "have no state to read: name the norm between attention and MLP in state_norms."
             )
         return state
@@ -266,7 +266,7 @@ class MoEAdapterLayer(nn.Module, BaseTunerLayer):
         if POSITIONS not in kwargs:
             raise RuntimeError(
                 f"router_token='pooled': the text tower hands its blocks {POSITIONS!r}, the positions of the tokens "
-                "that it pools; this block was called without."
+                "that it pools; this block was called without them."
             )
         self._positions = kwargs[POSITIONS]
 

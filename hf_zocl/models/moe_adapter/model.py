@@ -138,8 +138,8 @@ class MoEAdapterModel(TaskAware, BaseTuner):
         tower = next((m for m in above if isinstance(m, (CLIPTextModel, CLIPVisionModel))), None)
         if tower is None:
             raise ValueError(
-                f"router_token='pooled': {key} belongs to no CLIP tower, and which token another model pools is not "
-                "known. Use router_token='first'."
+                f"router_token='pooled': {key} is in no CLIP tower, and it is not known which token another model "
+                "pools. Use router_token='first'."
             )
         return tower
 
@@ -159,7 +159,9 @@ def _widths(target: nn.Module, norm: nn.Module | None, key: str) -> tuple[int, i
         return norm.weight.shape[-1], norm.weight.shape[-1]
     linears = [m for m in target.modules() if isinstance(m, (nn.Linear, Conv1D))]
     if not linears:
-        raise ValueError(f"target_modules: {key} ({type(target).__name__}) has no linear layer and no norm beside it.")
+        raise ValueError(
+            f"target_modules: {key} ({type(target).__name__}) has no linear layer and no norm next to it."
+        )
     first, last = linears[0], linears[-1]
     return getattr(first, "in_features", getattr(first, "nx", None)), getattr(
         last, "out_features", getattr(last, "nf", None)
@@ -196,6 +198,6 @@ def _refusal() -> str:
     from peft import __version__
 
     return (
-        f"peft {__version__} does not take MoE adapters as a method of its own: PeftType or register_peft_method has "
-        "changed since 0.21. Install peft>=0.21,<0.22, or report this to hf_zocl."
+        f"peft {__version__} does not accept MoE adapters as a method: PeftType or register_peft_method has changed "
+        "since 0.21. Install peft>=0.21,<0.22, or report this to hf_zocl."
     )
