@@ -85,7 +85,7 @@ def test_a_number_that_bf16_hides_is_seen_in_float32(tmp_path, warnings):
     trainer = one_step(tmp_path, model, bf16=True, zo_layers="all", zo_queries=12, zo_eps=5e-4)
     assert {own.eps for own in trainer._estimator.resolutions.values()} == {5e-4}
     assert min(correlations(trainer, model).values()) >= 0.95
-    assert "at zo_eps=0.0005: its zeroth-order passes run in float32" in warnings.text
+    assert "at zo_eps=0.0005, so its zeroth-order passes run in float32" in warnings.text
 
 
 @pytest.mark.slow
