@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,7 +121,7 @@ class ForwardState:
         # A module that replaces a buffer may record that in an attribute.
         self.attributes = {module: _plain_attributes(module) for module, _ in self.places.values()}
         modules = self.buffers.modules() if earlier is None else earlier.modes
-        self.modes: dict[nn.Module, bool] = {module: module.training for module in modules}
+        self.modes: dict[nn.Module, bool] = modes_of(modules)
         # Counted by torch at every change in place; comparing values would wait for the accelerator.
         self.versions = {name: version(tensor) for name, tensor in self.tensors.items()}
         self.values: dict[str, torch.Tensor] = {}
@@ -144,8 +144,7 @@ class ForwardState:
 
     @torch.compiler.disable
     def restore(self) -> None:
-        for module, mode in self.modes.items():
-            module.training = mode
+        restore_modes(self.modes)
         for name, (module, key) in self.places.items():
             tensor = self.tensors.get(name)
             if own_buffers(module).get(key) is not tensor:  # a pass has put another in its place
@@ -191,6 +190,18 @@ class ForwardState:
         if self.numpy is not None and not all(map(_equal, self.numpy, other.numpy)):
             return False
         return all(torch.equal(state, other.accelerators[device]) for device, state in self.accelerators.items())
+
+
+def modes_of(modules: Iterable[nn.Module]) -> dict[nn.Module, bool]:
+    """Whether each module is in training mode."""
+    return {module: module.training for module in modules}
+
+
+def restore_modes(modes: Mapping[nn.Module, bool]) -> None:
+    """Put back what `modes_of` returned."""
+    for module, mode in modes.items():
+        if module.training != mode:  # setting an attribute of a module is slow, and each pass comes here
+            module.training = mode
 
 
 @contextmanager

@@ -124,12 +124,12 @@ class HookedTrainer(Trainer):
         It takes the file of the adapter "default" for the active one's, and has no other; PEFT saves others beside it.
         """
         folder, model = Path(self.state.best_model_checkpoint or ""), self.model
-        names = [] if is_sharded(self) or not isinstance(model, PeftModel) else list(model.peft_config)
+        has_others = isinstance(model, PeftModel) and list(model.peft_config) != ["default"]
         with _staying_in_place(model), _keeping_active(model):
-            if names in ([], ["default"]):
+            if is_sharded(self) or not has_others:
                 super()._load_best_model()
             else:
-                for name in names:
+                for name in model.peft_config:
                     model.load_adapter(str(folder if name == "default" else folder / name), name)
         self._has_loaded_best(folder)
 

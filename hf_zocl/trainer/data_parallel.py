@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
+from ..passes import Buffers
 from ..private_names import tree_leaves
 from .compat import (
     HookedTrainer,
@@ -101,18 +102,18 @@ class DataParallelTrainer(HookedTrainer):
         finally:
             self._share = None
 
-    def _sharing_buffers(self, model: nn.Module, changed: Sequence[torch.Tensor]) -> AbstractContextManager:
+    def _sharing_buffers(self, model: nn.Module, buffers: Buffers) -> AbstractContextManager:
         """Passes within begin with the buffers of the first process, in all of them.
 
         Those of a data-parallel wrapper do: it sends them. The passes that are compared with it go around it.
 
         Args:
-            changed: The buffers that a pass changes, which are sent where there is no wrapper.
+            buffers: The model's. Where there is no wrapper, those that a pass changes are sent.
         """
         if self.accelerator.num_processes > 1 and self.args.ddp_broadcast_buffers is not False:
             if isinstance(model, DistributedDataParallel):
                 return sending_buffers_first(model)
-            broadcast(list(changed))
+            broadcast(buffers.changed())
         return nullcontext()
 
     @property

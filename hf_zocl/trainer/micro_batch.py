@@ -218,7 +218,7 @@ class MicroBatch:
         devices = tuple(dict.fromkeys([self.device, *plan.devices]))
         if not plan.buffers.is_watched:
             plan.buffers.watch(devices, self.forward)
-        self.stack.enter_context(trainer._sharing_buffers(self.model, plan.buffers.changed()))
+        self.stack.enter_context(trainer._sharing_buffers(self.model, plan.buffers))
         before = ForwardState(devices, plan.buffers)
         # An objective may be a step function, in which the check of shortcuts sees nothing.
         if self._objective is not None:

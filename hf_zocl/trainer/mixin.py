@@ -335,9 +335,10 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """Hand the estimate to the optimizer."""
         if not self._estimates:
             raise self._no_estimate()
-        self._stepped = list(self._estimates)
+        taken = list(self._estimates)
         self._estimates.install()
-        self._written = self._gradients()
+        if self.replay_log is not None:
+            self._installed = taken, self._gradients()
 
     def _gradients(self) -> list[tuple[int, int]]:
         """Which tensors the estimate stands in, and how often each was changed; none where it is streamed."""
@@ -348,12 +349,13 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """Log the step that was taken, for replay."""
         if self.replay_log is None or self.accelerator.optimizer_step_was_skipped:
             return
-        if self._gradients() != self._written:
+        taken, gradients = self._installed
+        if self._gradients() != gradients:
             logger.warning("A callback has changed the zeroth-order estimate, so no log of the steps is kept.")
             self.replay_log = None
             return
         rates = list(self._estimates.learning_rates.values())
-        self.replay_log.record(self.state.global_step, self._stepped, rates)
+        self.replay_log.record(self.state.global_step, taken, rates)
 
     def _replay_settings(self) -> ReplaySettings:
         args, estimator = self.args, self._estimator
@@ -395,10 +397,14 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         super()._restore_progress(folder)
         if self._estimates is not None:
             self._watch.load(folder)
-        if self.replay_log is not None:
-            self.replay_log = earlier_log(folder / REPLAY_FILE, self._replay_settings())
+        self._take_log_of(folder)
 
     def _has_loaded_best(self, folder: Path) -> None:
+        super()._has_loaded_best(folder)
+        self._take_log_of(folder)
+
+    def _take_log_of(self, folder: Path) -> None:
+        """Go on with the log of the steps that led to a checkpoint."""
         if self.replay_log is not None:
             self.replay_log = earlier_log(folder / REPLAY_FILE, self._replay_settings())
 

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.trainer_pt_utils import nested_detach
 from transformers.utils import logging
 
+from ..passes.random_state import modes_of, restore_modes
 from ..zo import Estimate, Evaluation, Resolution
 from ..zo.noise import Line
 from .differences import ENOUGH, DifferenceWatch, MakeFiner, of_branch
@@ -54,12 +55,11 @@ def value_of(objective: Objective, model: nn.Module, inputs: dict[str, Any], out
         TypeError: If it does not return a number.
         ValueError: If it returns an empty tensor.
     """
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model.modules())
     try:
         found = objective(model, inputs, nested_detach(outputs))
     finally:
-        for module, mode in modes:  # one that generates may call `eval()`, and the next pass must be like this one
-            module.training = mode
+        restore_modes(modes)  # an objective that generates may have called `eval()`
     try:
         value = torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):
