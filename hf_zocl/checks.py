@@ -72,6 +72,11 @@ def check_writable(name: str, text: str) -> None:
         ) from error
 
 
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are besides: `a (and 2 more)`."""
+    return names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "")
+
+
 def shown(value: Any, limit: int = 80) -> str:
     """A value as errors show it: on one line, in ASCII if it is not text, and at most `limit` characters long."""
     try:

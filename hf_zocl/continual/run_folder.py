@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..report.predictions import PREDICTIONS_FILE, PredictionHistory
 from ..report.setting import defines_run
 from ..trainer.arguments import ZOCLTrainingArguments
 from ..trainer.replay_file import is_replay_log
-from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, what_is_missing
+from ..trainer.resumable import ResumeError, last_checkpoint, remove_checkpoint, unknown_files, what_is_missing
 
 
 logger = logging.get_logger(__name__)
@@ -100,7 +101,7 @@ class RunFolder:
 
         Raises:
             RunFolderError: If it is not known; if an added file would be loaded with a checkpoint of the next run, or
-                has the name of a log of steps.
+                has the name of a log of steps, or lies in a checkpoint within a task.
         """
         for task in range(1, len(self._record()["tasks"]) + 1):
             replay = self.replay_file(task_folder(task))
@@ -113,6 +114,11 @@ class RunFolder:
                 raise RunFolderError(
                     f"overwrite_output_dir: {file} was not written by the run there, and would be read with the next "
                     "run's checkpoint: move it away, or choose another output_dir."
+                )
+            for file in chain.from_iterable(map(unknown_files, self._checkpoints(task_folder(task)))):
+                raise RunFolderError(
+                    f"overwrite_output_dir: {file} is not known to be of the run there, and is where the next run may "
+                    "save: move it away, or choose another output_dir."
                 )
 
     def start(self, results: dict[str, Any], files: Mapping[str, bytes] | None = None) -> None:
@@ -290,9 +296,9 @@ class RunFolder:
         return Path(chosen)
 
     def remove_checkpoints(self, task: str) -> None:
-        """Remove the checkpoints within a task."""
+        """Remove the checkpoints within a task, not files added to them."""
         for folder in self._checkpoints(task):
-            remove_checkpoint(folder)
+            remove_checkpoint(folder, keep=unknown_files(folder))
 
     def remove_scratch(self, tasks: int) -> None:
         """Remove what a killed run was still writing, or pushing within a task; called before anything is pushed."""

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, CLIPConfig, CLIPModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file, logging
 
+from ..checks import first_of
 from ..files import fingerprint, read_json, replace_folder, write_json
 from ..models import (
     AdapterArguments,
@@ -422,7 +423,7 @@ def _load_clip(base_model: str | Path, config: CLIPConfig, dtype: str, options: 
         clip, report = CLIPModel.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing:
-        raise ValueError(f"{what} has no {missing[0]} (and {len(missing) - 1} more).")
+        raise ValueError(f"{what} has no {first_of(missing)}.")
     check_finite(dict(clip.named_parameters()), what)
     return in_training_dtype(clip, dtype)
 

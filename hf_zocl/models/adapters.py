@@ -14,6 +14,7 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..checks import first_of
 from ..private_names import plain_tensors
 from ..zo.assignment import locate
 from .adapter_arguments import AdapterArguments, peft_config
@@ -114,7 +115,7 @@ def check_trained_parameters(model: PeftModel) -> None:
     lost = [each for each, parameter in trained.items() if parameter.data_ptr() not in saved]
     if lost:
         raise ValueError(
-            f"{lost[0]} (and {len(lost) - 1} more) would be trained but not saved: it is not part of the active "
+            f"{first_of(lost)} would be trained but not saved: it is not part of the active "
             f"adapter, {name!r}. Freeze it (requires_grad_(False))."
         )
     if not trained:

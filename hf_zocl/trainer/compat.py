@@ -111,12 +111,14 @@ class HookedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """`Trainer._load_from_checkpoint` loads a checkpoint's weights as a training goes on.
 
-        Of several adapters it leaves one active, and trained.
+        Of several adapters it leaves one active, and trained; older releases leave out the one called "default".
         """
         loaded = self.model if model is None else model
         with _staying_in_place(loaded), _keeping_active(loaded):
             # A host's override may take no model, like that of sentence-transformers.
             super()._load_from_checkpoint(resume_from_checkpoint, *([] if model is None else [model]))
+            if _has_other_adapters(loaded) and not is_sharded(self):
+                _load_adapters(loaded, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """`Trainer._load_best_model` loads the best checkpoint's weights as a training ends.
@@ -124,13 +126,11 @@ class HookedTrainer(Trainer):
         It takes the file of the adapter "default" for the active one's, and has no other; PEFT saves others beside it.
         """
         folder, model = Path(self.state.best_model_checkpoint or ""), self.model
-        has_others = isinstance(model, PeftModel) and list(model.peft_config) != ["default"]
         with _staying_in_place(model), _keeping_active(model):
-            if is_sharded(self) or not has_others:
-                super()._load_best_model()
+            if _has_other_adapters(model) and not is_sharded(self):
+                _load_adapters(model, folder)
             else:
-                for name in model.peft_config:
-                    model.load_adapter(str(folder if name == "default" else folder / name), name)
+                super()._load_best_model()
         self._has_loaded_best(folder)
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: DataLoader | None = None) -> nn.Module:
@@ -145,6 +145,17 @@ def has_offloaded(model: nn.Module) -> bool:
     return any(map(is_offloaded, model.modules()))
 
 
+def _has_other_adapters(model: nn.Module) -> bool:
+    """True if PEFT's adapters of a model are not just one called "default"."""
+    return isinstance(model, PeftModel) and list(model.peft_config) != ["default"]
+
+
+def _load_adapters(model: PeftModel, folder: Path) -> None:
+    """Load each adapter from where PEFT saves it: "default" in the folder itself, others in folders by name."""
+    for name in model.peft_config:
+        model.load_adapter(str(folder if name == "default" else folder / name), name)
+
+
 def _staying_in_place(model: nn.Module) -> AbstractContextManager:
     """Inside, PEFT loads an adapter without spreading the model again by a map of its own (`hf_device_map`)."""
     is_spread = getattr(model, "hf_device_map", None) is not None
@@ -154,12 +165,13 @@ def _staying_in_place(model: nn.Module) -> AbstractContextManager:
 @contextmanager
 def _keeping_active(model: nn.Module) -> Iterator[None]:
     """After a load inside, the same adapters are active, and the same parameters trained, as before."""
-    if not isinstance(model, PeftModel) or len(model.active_adapters) < 2:
+    if not isinstance(model, PeftModel):
         yield
         return
     active, trained = list(model.active_adapters), [parameter.requires_grad for parameter in model.parameters()]
     yield
-    model.base_model.set_adapter(active)
+    if list(model.active_adapters) != active:
+        model.base_model.set_adapter(active)
     for parameter, is_trained in zip(model.parameters(), trained, strict=True):
         parameter.requires_grad_(is_trained)
 

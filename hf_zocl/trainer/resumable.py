@@ -7,8 +7,8 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..checks import first_of
 from ..files import NO_ROOM, existing_folder, fingerprint, room_error, written_whole
 from ..models import unsaved_parameters
 from ..passes.task_aware import task_aware
@@ -171,7 +172,7 @@ class ResumableTrainer(HookedTrainer):
         lost = unsaved_parameters(self.model, trained)
         if not lost:
             return
-        reason = f"PEFT does not save {lost[0]} (and {len(lost) - 1} more), which is trained"
+        reason = f"PEFT does not save {first_of(lost)}, which is trained"
         if self._checkpoint is not None:
             raise ResumeError(f"{self._checkpoint}: {reason}, so the training cannot go on from this checkpoint.")
         if self.args.save_strategy != "no":
@@ -203,6 +204,7 @@ class ResumableTrainer(HookedTrainer):
         """
         if self.args.should_save:  # another training's, or half of an earlier one
             remove_checkpoint(folder)
+            _write_manifest(folder)  # that of an unfinished checkpoint
         self.accelerator.wait_for_everyone()
         try:
             with self._without_frozen(), saving(folder, self._largest_file()):
@@ -386,6 +388,8 @@ def what_is_missing(checkpoint: Path) -> str | None:
     files = _read_manifest(checkpoint)
     if files is None:
         return f"{MANIFEST_FILE} is damaged"
+    if not files:
+        return "it is unfinished"
     for name in (TRAINER_STATE_NAME, SCHEDULER_NAME):
         if name not in files:
             return f"it was saved without {name}"
@@ -404,7 +408,18 @@ def _damage(checkpoint: Path) -> str | None:
     return what_is_missing(checkpoint) if is_ours else None
 
 
+def unknown_files(checkpoint: Path) -> list[Path]:
+    """The files in a checkpoint's folder that it was not saved with: all, if it has no manifest that can be read."""
+    files = _read_manifest(checkpoint)
+    if files == {}:  # unfinished: its files cannot be told from others
+        return []
+    own = {checkpoint / name for name in (MANIFEST_FILE, *(files or ()))}
+    return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in own)
+
+
 def _write_manifest(checkpoint: Path) -> None:
+    """Write down which files a checkpoint has: none yet, if it is unfinished."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     content = {"files": {path.relative_to(checkpoint).as_posix(): fingerprint(path) for path in files}}
     with written_whole(checkpoint / MANIFEST_FILE) as unfinished:
@@ -420,8 +435,18 @@ def _read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]] | None:
     return files if is_right else None
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint, if there is one, so that it does not pass for whole if the removal is cut off."""
-    for name in (MANIFEST_FILE, TRAINER_STATE_NAME):
-        (checkpoint / name).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint, ignore_errors=True)
+def remove_checkpoint(checkpoint: Path, keep: Collection[Path] = ()) -> None:
+    """Remove a checkpoint, if there is one, so that it does not pass for whole if the removal is cut off.
+
+    Args:
+        checkpoint: Its folder.
+        keep: The files in it that stay.
+    """
+    state, manifest = checkpoint / TRAINER_STATE_NAME, checkpoint / MANIFEST_FILE
+    inside = sorted(set(checkpoint.rglob("*")) - {state, manifest}, reverse=True)
+    for path in (state, *inside, manifest, checkpoint):
+        with suppress(OSError):  # not there, or a folder that is not empty
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            elif path not in keep:
+                path.unlink()

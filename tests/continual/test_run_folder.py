@@ -164,6 +164,37 @@ def test_a_file_that_was_added_to_a_checkpoint_is_named_and_stays(name, done):
     assert (done / name).read_text() == f"my {name}"
 
 
+@pytest.mark.parametrize("manifest", [None, '{"files": {"trainer_state.json": {}}}', "mine"], ids=str)
+def test_a_file_in_a_checkpoint_within_a_task_is_named_and_stays(manifest, done):
+    lay(done, name := "trainer/task-02/checkpoint-7/mine.bin")
+    if manifest is not None:
+        (done / name).with_name("manifest.json").write_text(manifest)
+    before = contents(done)
+    with pytest.raises(RunFolderError, match="task-02/checkpoint-7/(mine.bin|manifest.json) is not known to be of"):
+        scheduler(done, "--seed", "3").run(overwrite_output_dir=True)
+    assert contents(done) == before
+
+
+class Adds(TrainerCallback):
+    """Adds a file to every checkpoint within a task."""
+
+    def on_save(self, args, state, control, **kwargs):
+        lay(Path(args.output_dir), f"checkpoint-{state.global_step}/mine/notes.txt")
+
+
+def test_a_file_added_to_a_checkpoint_outlives_its_task(tmp_path):
+    scheduler(tmp_path, "--save_steps", "1", "--save_strategy", "steps", callbacks=[Adds()]).run()
+    left = {name for name in contents(tmp_path) if name.startswith("trainer/")}
+    assert left and all(name.endswith("/mine/notes.txt") for name in left)
+
+
+def test_what_a_killed_save_left_is_overwritten(done):
+    lay(done, "trainer/task-02/checkpoint-7/model.safetensors")
+    (done / "trainer/task-02/checkpoint-7/manifest.json").write_text('{"files": {}}')
+    scheduler(done, "--seed", "3").run(overwrite_output_dir=True)
+    assert not (done / "trainer").exists()
+
+
 def test_what_is_no_log_of_steps_is_not_removed_as_one(done):
     lay(done, "replay/task-02.safetensors")
     before = contents(done)

@@ -205,11 +205,7 @@ DAMAGES = {
     "a changed state": ("trainer_state.json", spoil, "trainer_state.json is damaged"),
     "no manifest": ("manifest.json", Path.unlink, "it is unfinished"),
     "a damaged manifest": ("manifest.json", lambda file: file.write_text("[1]"), "manifest.json is damaged"),
-    "an empty manifest": (
-        "manifest.json",
-        lambda file: file.write_text('{"files": {}}'),
-        "it was saved without trainer_state",
-    ),
+    "an empty manifest": ("manifest.json", lambda file: file.write_text('{"files": {}}'), "it is unfinished"),
 }
 
 
