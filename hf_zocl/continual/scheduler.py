@@ -44,7 +44,7 @@ from .evaluation import StreamEvaluator
 from .folder_lock import FolderLock
 from .measures import peak_memory_bytes, reset_peak_memory, versions
 from .metrics import forward_transfer, mtil_summary, summarise, zero_shot_retention
-from .plugins import load_plugins, plugin_file, task_plugins
+from .plugins import load_plugins, plugin_file, plugin_names, task_plugins
 from .processes import by_main_process
 from .report_files import ReportFiles
 from .run_checks import check_batches, check_fingerprints, check_measurable, check_measuring
@@ -395,7 +395,7 @@ class ContinualTaskScheduler:
 
     def _task_info(self, task: Task, results: dict[str, Any]) -> dict[str, Any]:
         of_run = self.stream, self.model, self._assignment, self.base_model, self.known_classes
-        return task_info(task, *of_run, results)
+        return task_info(task, *of_run, plugin_names(task_plugins(self.callbacks)), results)
 
     def _read_results(self, chosen: str | Path | None) -> dict[str, Any] | None:
         """The results of the complete tasks in `output_dir`, if a run is there."""

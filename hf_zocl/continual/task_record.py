@@ -18,6 +18,7 @@ def task_info(
     assignment: dict[str, Any],
     base_model: str,
     known_classes: Sequence[str],
+    plugins: Sequence[str],
     results: dict[str, Any],
 ) -> dict[str, Any]:
     """The content of `task.json`, from which the checkpoint's card is written.
@@ -28,6 +29,7 @@ def task_info(
         assignment: The branch, the layers, and the split of each tower's layers.
         base_model: The base model's name.
         known_classes: Classes that the model knew before the run.
+        plugins: The classes of its plug-ins.
         results: The run's results so far.
     """
     known = [name for name in known_classes if name not in stream.seen_class_names(task.index)]
@@ -54,6 +56,7 @@ def task_info(
         "prompt_template": model.prompt_template,
         **({"task_prompts": prompts} if any(prompts) else {}),
         "assignment": assignment,
+        **({"plugins": list(plugins)} if plugins else {}),
         "metrics": {name: results[name] for name in measures},
         **{name: results[name] for name in ("held_out", "zero_shot_retention") if results.get("held_out")},
         **{

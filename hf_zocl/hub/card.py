@@ -193,6 +193,12 @@ class TaskCardData(ModelCardData):
         return (task + 1, best[task], rows[-1][task]) if losses[task] > 0 else None
 
     @property
+    def plugins(self) -> list[str]:
+        """The plug-ins of the run, without what its recipe says."""
+        said = {"ClassifierAlignment"} if self.task["recipe"].get("classifier_alignment") else set()
+        return [name for name in self.task.get("plugins", ()) if name not in said]
+
+    @property
     def zero_shot(self) -> list[float]:
         """Zero-shot accuracy after each task seen; later tasks are left out, to compare over the same classes."""
         return self.task["zero_shot"]["seen_accuracy"][: self.task["task"]]

@@ -215,6 +215,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         ),
         f"branch, layers and towers ({', '.join(MODES)})",
     ),
+    "plugins": (_optional(_list(_is_text)), "a list of names"),
     "metrics": (
         _with(
             accuracy_matrix=_list(_NUMBERS, least=1),

@@ -238,5 +238,5 @@ def why_flat(
             "(GRPO with num_iterations=1), so its value is the same for any weights."
         )
     if value == 0:
-        return "The loss is 0 for any weights, as in a task with a single class."
+        return "The loss is 0 and stays 0, as in a task with a single class."
     return "The loss does not depend on these weights at all."

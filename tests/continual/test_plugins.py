@@ -96,6 +96,7 @@ def test_what_a_plugin_makes_of_the_weights_is_measured_saved_and_trained_furthe
     for name, value in saved.items():
         assert torch.equal(value, initial[name].lerp(trained[name], 0.5))
         assert torch.equal(value, begun[name])  # the second task's beginning
+    assert "Plug-ins that took part in every task: `Towards`." in (tmp_path / "task-02" / "README.md").read_text()
     loaded, _ = load_task_checkpoint(tmp_path / "task-02")
     loaded = dict(loaded.named_parameters())
     assert all(torch.equal(loaded[name], value) for name, value in parameters(scheduler.model).items())
@@ -132,6 +133,7 @@ def test_a_state_is_saved_with_the_task_and_given_back(tmp_path):
 
 
 def test_without_plugins_there_is_no_file(plain):
+    assert "Plug-ins" not in (plain / "task-02" / "README.md").read_text()
     assert plugin_file([]) == {}
     assert not (plain / "task-01" / "plugins.safetensors").exists()
 

@@ -562,3 +562,11 @@ def test_the_examples_name_no_place_of_the_machine_they_ran_on():
     for file in EXAMPLES.rglob("*.*"):
         if file.suffix in (".md", ".json", ".yaml"):
             assert not re.search(r'["\s(]/\w|[A-Z]:\\|~/', file.read_text(encoding="utf-8")), file
+
+
+def test_plugins_are_named_unless_the_recipe_says_what_they_did(task):
+    task["plugins"] = ["ClassifierAlignment", "Mine"]
+    assert "took part in every task: `ClassifierAlignment`, `Mine`." in str(render_task_card(task))
+    task["recipe"]["classifier_alignment"] = 100
+    card = str(render_task_card(task))
+    assert "learned for 100 steps" in card and "took part in every task: `Mine`." in card

@@ -175,7 +175,7 @@ class NotANumber(OneClass):
     ("model", "reason"),
     [
         (NotANumber, "The loss is nan where the training begins."),
-        (OneClass, "all differences of losses are exactly zero. The loss is 0 for any weights, as in a task with a"),
+        (OneClass, "all differences of losses are exactly zero. The loss is 0 and stays 0, as in a task with a"),
         (
             OnPolicy,
             "all differences of losses are exactly zero. Backpropagation does have a gradient: the loss compares",

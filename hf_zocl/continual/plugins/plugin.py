@@ -59,6 +59,11 @@ def task_plugins(callbacks: Iterable[TrainerCallback]) -> list[TaskPlugin]:
     return plugins
 
 
+def plugin_names(plugins: Iterable[TaskPlugin]) -> list[str]:
+    """The plug-ins' classes, by name."""
+    return sorted(map(_name, plugins))
+
+
 def plugin_file(plugins: Sequence[TaskPlugin]) -> dict[str, bytes]:
     """The checkpoint file with the plug-ins' states, by its name; empty if there are no plug-ins."""
     if not plugins:
@@ -87,7 +92,7 @@ def load_plugins(plugins: Sequence[TaskPlugin], folder: Path | None) -> None:
                 states = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ResumeError(f"resume: {file} is damaged: {error}") from error
-    mine = sorted(map(_name, plugins))
+    mine = plugin_names(plugins)
     if folder is not None and known != mine:
         raise ResumeError(
             f"resume: the run of {folder} has {_listed(known)}, but this one has {_listed(mine)} (callbacks)."
