@@ -18,8 +18,8 @@ DEEPEST = 8  # levels of folders above an image, because a link to its own paren
 SPLITS = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
 
 
-def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
-    """The files of each split of an image folder, as a pattern for `datasets.load_dataset("imagefolder")`.
+def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, list[str]] | None:
+    """The files of each split of an image folder, as patterns for `datasets.load_dataset("imagefolder")`.
 
     Two layouts are recognised: `train/cat/1.png` (the outer folder is the split, the inner one the class), and
     `cat/1.png` (a single split). Folders may group the classes, at the same depth for every image:
@@ -30,10 +30,11 @@ def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
         folder: A local folder.
 
     Returns:
-        Split → pattern; None if the folder has another layout.
+        Split → patterns; None if the folder has another layout.
 
     Raises:
-        ValueError: If a folder is named like a split, while its siblings are not but hold classes as it does.
+        ValueError: If a folder is named like a split, while its siblings are not but hold classes as it does; or if a
+            class's folder is a link that `load_dataset` would not follow.
     """
     folders, files = _entries(Path(folder))
     if _has_images(files) or _are_described(files):
@@ -49,12 +50,12 @@ def image_folder_files(folder: str | os.PathLike[str]) -> dict[str, str] | None:
                 "expected only folders of splits, such as train and test, or everything in one folder called train."
             )
         is_clear = len(set(splits.values())) == len(splits)
-        return {split: _pattern(each, depth) for each, split in splits.items()} if is_clear else None
+        return {split: _patterns(each, classes[each]) for each, split in splits.items()} if is_clear else None
     own = _classes(Path(folder))
-    return {"train": _pattern(Path(folder), len(own[0]))} if own and not _hold_splits(own) else None
+    return {"train": _patterns(Path(folder), own)} if own and not _hold_splits(own) else None
 
 
-def load_image_folder(patterns: dict[str, str]) -> datasets.DatasetDict:
+def load_image_folder(patterns: dict[str, list[str]]) -> datasets.DatasetDict:
     """Load the images of `image_folder_files`: columns `image` and `label`, the name of the class's folder."""
     return datasets.load_dataset("imagefolder", data_files=patterns, drop_labels=False)
 
@@ -90,8 +91,18 @@ def _hold_splits(classes: list[tuple[str, ...]]) -> bool:
     return any(map(all, inside.values()))
 
 
-def _pattern(folder: Path, depth: int) -> str:
-    return glob.escape(os.path.abspath(folder)) + "/*" * (depth + 1)
+def _patterns(folder: Path, classes: list[tuple[str, ...]]) -> list[str]:
+    """The images of the classes in a folder: one pattern for all, and one for each class whose folder is a link."""
+    root, real = os.path.abspath(folder), os.path.realpath(folder)
+    paths = {os.path.join(root, *path): os.path.join(real, *path) for path in classes}
+    linked = [place for place, unlinked in paths.items() if os.path.realpath(place) != unlinked]
+    # `datasets` follows links only in front of a pattern's first special character.
+    if odd := next((place for place in linked if glob.escape(place) != place), None):
+        raise ValueError(
+            f"its folder {odd!r} is a link, which cannot be followed: rename it without any of *, ? and [."
+        )
+    whole = [glob.escape(root) + "/*" * (len(classes[0]) + 1)] if len(linked) < len(paths) else []
+    return whole + [f"{place}/*" for place in linked]
 
 
 def _are_described(files: list[str]) -> bool:

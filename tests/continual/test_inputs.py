@@ -126,6 +126,33 @@ def test_a_link_to_a_folder_above_itself_ends(tmp_path):
     assert image_folder_files(root) is None
 
 
+@pytest.mark.parametrize("depth", ["", "animals/"])
+def test_classes_whose_folders_are_links_count(tmp_path, depth):
+    names = [f"{depth}{name}" for name in ("cat", "dog", "[ox]")]
+    root, elsewhere = (Path(folder(tmp_path / where, both(names))) for where in ("data", "elsewhere"))
+    for split in ("train", "test"):
+        for linked, kept in (("eel", "dog"), ("fox", "[ox]")):
+            (root / split / depth / linked).symlink_to(elsewhere / split / depth / kept)
+    for number, path in enumerate(elsewhere.rglob("*.png")):  # other images than the classes' own
+        picture(5000 + number).save(path)
+    (task,) = TaskStream.from_dataset(root, increment=5, class_order_seed=None)
+    assert task.class_names == ("[ox]", "cat", "dog", "eel", "fox")
+    assert np.bincount(task.train["label"]).tolist() == np.bincount(task.test["label"]).tolist() == [2] * 5
+    (root / "test" / depth / "fox").rename(root / "test" / depth / "f*x")
+    with pytest.raises(ValueError, match=r"its folder '.*/f\*x' is a link.*rename it"):
+        TaskStream.from_dataset(root, increment=5)
+
+
+def test_classes_whose_folders_are_all_links_count(tmp_path):
+    elsewhere = Path(folder(tmp_path / "elsewhere", both(["cat", "dog"])))
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for name in ("cat", "dog"):
+            (tmp_path / "data" / split / name).symlink_to(elsewhere / split / name)
+    stream = TaskStream.from_dataset(tmp_path / "data", increment=2)
+    assert sorted(stream.class_names) == ["cat", "dog"] and len(stream[0].train) == len(stream[0].test) == 4
+
+
 def test_one_file_in_both_splits_is_refused_by_name(tmp_path):
     root = Path(folder(tmp_path / "data", both("ab")))
     (root / "test" / "a" / "again.png").write_bytes((root / "train" / "b" / "1.png").read_bytes())
