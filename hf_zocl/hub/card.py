@@ -18,7 +18,7 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, StrictUndefined
 
 from ..report.escape import markdown, markdown_code, one_line
-from .task_info import last_component, task_folder, without_local_paths
+from .task_info import last_component, public_argument, task_folder, without_local_paths
 
 
 TEMPLATE = "task_checkpoint.md"
@@ -251,7 +251,7 @@ class TaskCardData(ModelCardData):
     def recipe(self) -> dict[str, Any]:
         """The arguments that say how the checkpoint was made, but not where, as on the command line."""
         return {
-            name: _as_given(without_local_paths(value))
+            name: _as_given(public_argument(name, value))
             for name, value in self.task["recipe"].items()
             if value is not None and _is_shown(name, self.task["adapter"])
         }

@@ -20,7 +20,7 @@ from .checkpoint import (
     read_sealed,
     seal,
 )
-from .task_info import TASK_FILE, check_place, last_component, without_local_paths
+from .task_info import TASK_FILE, check_place, last_component, public_argument, without_local_paths
 
 
 # Arguments that are always paths, even if a relative path reads like the name of a repository.
@@ -116,7 +116,7 @@ def public_recipe(recipe: dict[str, Any], base_model_is_local: bool) -> dict[str
     """A recipe with paths cut to their last component, so that it is the same on another machine."""
     paths = PATH_ARGUMENTS | ({"model_name_or_path"} if base_model_is_local else set())
     return {
-        name: last_component(value) if name in paths and isinstance(value, str) else without_local_paths(value)
+        name: last_component(value) if name in paths and isinstance(value, str) else public_argument(name, value)
         for name, value in recipe.items()
     }
 

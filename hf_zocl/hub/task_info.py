@@ -17,6 +17,10 @@ from ..files import read_json
 TASK_FILE = "task.json"
 FORMAT_VERSION = 2  # version 1 had no checksums
 MODES = ("zo", "fo", "fo+zo")
+# Arguments of a recipe that are never paths. `\.layers\.1\.` only begins like one.
+_NO_PATHS = re.compile(
+    r"zo_layers|frozen_parameters|\w+_(modules|pattern)|modules_to_save|class_names|prompt_template"
+)
 LOCAL_PATH = re.compile(r"[\\/~]|\.\.?[\\/]|[A-Za-z]:[\\/]|file:")
 
 
@@ -48,6 +52,15 @@ def without_local_paths(value: Any) -> Any:
     if equals and LOCAL_PATH.match(path):
         return f"{name}={last_component(path)}"
     return last_component(value) if LOCAL_PATH.match(value) else value
+
+
+def public_argument(name: str, value: Any) -> Any:
+    """The value of a recipe's argument, or of an entry in `adapter_config`, without local paths."""
+    if _NO_PATHS.fullmatch(name):
+        return value
+    if name == "adapter_config" and isinstance(value, dict):
+        return {key: public_argument(key, item) for key, item in value.items()}
+    return without_local_paths(value)
 
 
 def last_component(path: str | os.PathLike[str]) -> str:

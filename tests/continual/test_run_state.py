@@ -42,6 +42,12 @@ def test_a_key_that_only_one_of_two_mappings_has_makes_another_recipe(argument, 
             folder(tmp_path, {argument: before}).read({argument: now}, ["a"])
 
 
+@pytest.mark.parametrize("argument", ["zo_layers", "frozen_parameters", "target_modules"])
+def test_another_expression_makes_another_recipe_also_if_it_begins_like_a_path(argument, tmp_path):
+    with pytest.raises(ResumeError, match=argument):
+        folder(tmp_path, {argument: [r"\.layers\.1\."]}).read({argument: [r"\.layers\.2\."]}, ["a"])
+
+
 def assert_goes_on(run: RunFolder, recipe: dict) -> None:
     assert run.read(recipe, ["a"])["classes"] == ["a"]
 

@@ -269,6 +269,13 @@ def test_recipe_shows_main_arguments_and_never_a_token(task):
     assert "hf_secret" not in str(card) and "output_dir" not in str(card) and "max_steps" not in str(card)
 
 
+def test_an_expression_that_begins_like_a_path_is_shown_whole(task):
+    task["recipe"] |= {"zo_layers": r"\.layers\.1\.", "adapter_config": {"target_modules": r"\.q_proj"}}
+    rows = table_rows(render_task_card(task))
+    assert ["`zo_layers`", r"\\.layers\\.1\\."] in rows
+    assert ["`adapter_config`", r"target_modules=\\.q_proj"] in rows
+
+
 def test_class_names_cannot_break_a_table(task):
     task["classes"][1] = "dog | *hot* <b>\nbun"
     assert ["1", r"airplane, dog \| \*hot\* \<b> bun"] in table_rows(render_task_card(task))

@@ -211,6 +211,16 @@ def test_a_recipe_without_local_paths_is_the_same_on_another_machine():
     assert public_recipe({"model_name_or_path": "openai/clip"}, False) == {"model_name_or_path": "openai/clip"}
 
 
+def test_an_expression_that_begins_like_a_path_stays_whole():
+    layers = [r"\.layers\.1\.", r"~ \.2\."]
+    recipe = {"zo_layers": layers, "frozen_parameters": [r"\.lora_A\."], "optim_target_modules": r"\.q_proj"}
+    recipe |= {"prompt_template": "/ a {} /", "class_names": ["/m/01g317", "~"]}
+    recipe |= {"adapter_config": {"target_modules": r"\.(q|v)_proj", "modules_to_save": [r"\.norm"]}}
+    assert public_recipe(recipe, True) == recipe
+    recipe["adapter_config"]["weights"] = "/home/me/start"
+    assert public_recipe(recipe, True)["adapter_config"]["weights"] == "start"
+
+
 def test_a_local_base_model_comes_along(client, hub, run, tmp_path):
     shutil.copytree(sample_path("mini-clip"), tmp_path / "my-clip")
     edit(run / "task-01" / "task.json", base_model=str(tmp_path / "my-clip"))
