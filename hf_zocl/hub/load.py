@@ -99,7 +99,7 @@ def load_task_checkpoint(
     options = _download_options(hub_kwargs)
     clip, _ = _load_adapted(folder, info, _dtype(info), base_model, options)
     processor = read_processor(folder, clip.config.text_config.vocab_size)
-    classes = (*_classes(info, clip, processor), *info.get("known_classes", ()))
+    classes = _classes(info, clip, processor)
     model = CLIPClassifier(clip, processor.tokenizer, classes, info["prompt_template"])
     model.image_processor = processor.image_processor
     return model.eval(), processor
@@ -111,13 +111,15 @@ def _download_options(hub_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _classes(info: dict[str, Any], clip: CLIPModel, processor: ProcessorMixin) -> list[str]:
-    """The classes to predict among; a class that several whole datasets share appears once."""
-    names, templates = info["classes"], check_templates(info["prompt_template"])
-    if info.get("scenario") != "cross-dataset":
-        return names
+    """The classes to predict among, and those known before; one that several datasets or runs share appears once.
+
+    Outside of the `class` scenario, a run need not tell its classes from those known before: `Cat` from `cat`.
+    """
+    names, templates = [*info["classes"], *info.get("known_classes", ())], check_templates(info["prompt_template"])
+    first = 0 if info.get("scenario") == "cross-dataset" else len(info["classes"])
     length = clip.config.text_config.max_position_embeddings
     tokens = prompt_tokens(processor.tokenizer, names, templates, length)
-    repeated = {number for _, number, _ in same_prompts(tokens, len(names), templates)}
+    repeated = {number for _, number, _ in same_prompts(tokens, len(names), templates) if number >= first}
     return [name for number, name in enumerate(names) if number not in repeated]
 
 
@@ -244,9 +246,9 @@ def _go_on(name: str, folder: Path, args: AdapterArguments, dtype: str) -> Pretr
             "tasks, and none for new tasks: train a fresh adapter on its base model."
         )
     freeze(clip, args.frozen_parameters or ())
-    known = () if info is None else (*info["classes"], *info.get("known_classes", ()))
-    logger.info(f"Going on with the adapter of {name}" + (f", which knows {', '.join(known)}." if known else "."))
     processor = _processor(folder, info, clip)
+    known = () if info is None else tuple(_classes(info, clip, processor))
+    logger.info(f"Going on with the adapter of {name}" + (f", which knows {', '.join(known)}." if known else "."))
     base_model = config.base_model_name_or_path if info is None else info["base_model"]
     shape = {each.name: getattr(args, each.name) for each in fields(args)} | found
     return Pretrained(clip, processor, base_model, shape, known)

@@ -16,7 +16,7 @@ from transformers import AutoProcessor, BertConfig, BertModel, BertTokenizer, CL
 
 from hf_zocl import CLIPClassifier, load_task_checkpoint
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
-from hf_zocl.hub.checkpoint import save_task_checkpoint
+from hf_zocl.hub.checkpoint import save_task_checkpoint, seal_task_checkpoint
 from hf_zocl.hub.load import check_adapter_reloads, load_base_model, load_pretrained
 from hf_zocl.hub.untrusted import check_processor
 from hf_zocl.models import AdapterArguments, base_digest, check_trained_parameters, trained_adapter
@@ -95,6 +95,21 @@ def test_known_classes_are_predicted_among(tmp_path):
     assert whole["accuracy_matrix"][0] == among["row"]
     assert whole["accuracy_matrix"][1] == together.after(known._images, 2)["row"]
     assert known.evaluator(is_own=False).known_classes == ()
+
+
+@pytest.mark.parametrize(
+    ("scenario", "classes", "known", "loaded"),
+    [
+        ("task", ["airplane", "dog"], ["Dog", "cat", "Cat"], ("airplane", "dog", "cat")),
+        ("cross-dataset", ["dog", "Dog"], ["frog", "dog"], ("dog", "frog")),
+    ],
+)
+def test_a_class_that_several_runs_or_datasets_share_is_known_once(tmp_path, scenario, classes, known, loaded):
+    folder = save_checkpoint(tmp_path, task=1)
+    change_json(folder / "task.json", scenario=scenario, classes=classes, known_classes=known)
+    seal_task_checkpoint(folder)
+    assert load_task_checkpoint(folder)[0].class_names == loaded
+    assert load_pretrained(str(folder), AdapterArguments()).known_classes == loaded
 
 
 def test_any_adapter_of_pefts_is_trained_further(tmp_path):
