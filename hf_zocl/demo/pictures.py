@@ -15,7 +15,7 @@ from ..continual.run_arguments import build_stream
 from ..data.stream import TaskStream
 from ..data.tasks import Task
 from ..hub.series import TaskSeries
-from ..models.pixels import read_image
+from ..models.pixels import CORRUPT, read_image
 from ..sample import NAMES
 
 
@@ -101,6 +101,6 @@ def _some(task: Task, count: int) -> list[tuple[Image.Image, str]]:
     for row in turns:
         try:
             some.append((read_image(task.test[int(row)]["image"]), names[int(labels[row])]))
-        except ValueError:
+        except CORRUPT:
             continue  # `skip_corrupt` leaves such an image out, too
     return some

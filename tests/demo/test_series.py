@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoProcessor, CLIPModel
 
 from hf_zocl import load_task_checkpoint
@@ -100,6 +102,19 @@ def test_test_images_come_from_every_task_with_the_forgotten_ones_first(tmp_path
         assert {picture.truth // 2 + 1 for picture in own} == {task}
         assert sorted(own, key=lambda picture: not picture.is_forgotten) == own
     torch.testing.assert_close(series.probabilities([found[4].image])[0], found[4].probabilities)
+
+
+def test_a_test_image_that_cannot_be_decoded_is_left_out(tmp_path):
+    for split in ("train", "test"):
+        for label in range(10):
+            (tmp_path / "data" / split / str(label)).mkdir(parents=True)
+            for number in range(2):
+                pixels = np.random.default_rng((label, number, len(split))).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / str(label) / f"{number}.png")
+    (tmp_path / "data" / "test" / "5" / "0.png").write_bytes(b"no image")
+    run = save_run(tmp_path / "run", benchmark="none", dataset_path=str(tmp_path / "data"))
+    found = some_pictures(TaskSeries.load(run), is_own=True, shown=12)
+    assert [CLASSES[picture.truth] for picture in found].count(CLASSES[1]) == 1 and len(found) == 11
 
 
 def test_forgotten_is_what_was_known_after_a_task_and_is_not_after_the_last():
