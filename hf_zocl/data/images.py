@@ -181,13 +181,15 @@ class _Source:
         processor = self.codec.image_processor.to_json_string()
         return Hasher.hash((self.table, files_digest(self.data), processor, datasets.__version__, PIXELS))
 
-    def decode(self, image: dict[str, Any], index: int) -> bytes:
+    def decode(self, image: dict[str, Any] | None, index: int) -> bytes:
         """One image's pixels.
 
         Raises:
             ValueError: If it cannot be decoded; the message names its row in the split.
         """
         try:
+            if image is None:
+                raise ValueError("it is missing")
             return self.codec.pixels(self.feature.decode_example(image))
         except CORRUPT as error:
             raise ValueError(
@@ -195,7 +197,7 @@ class _Source:
                 "skip_corrupt leaves such images out."
             ) from error
 
-    def readable(self, image: dict[str, Any], index: int) -> bytes | None:
+    def readable(self, image: dict[str, Any] | None, index: int) -> bytes | None:
         try:
             return self.decode(image, index)
         except ValueError:

@@ -67,6 +67,8 @@ class Split:
         data = self.data.with_format(None).select_columns([image_column, label_column])
         if (image_column, label_column) != ("image", "label"):
             data = data.rename_columns({image_column: "image", label_column: "label"})
+        if not (feature := data.features["image"]).decode:  # a dataset may leave decoding to its user
+            data = data.cast_column("image", replace(feature, decode=True))
         # Through Arrow, a million labels take a fraction of a second, and no image is touched.
         column = data.select_columns("label").with_format("arrow")[:]["label"]
         labels = self._filled(column, f"label in column {label_column!r}")

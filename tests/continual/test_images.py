@@ -127,6 +127,32 @@ def test_a_corrupt_image_is_an_error_that_names_its_row(processor, cache_gb):
 
 
 @pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_a_missing_image_is_as_a_corrupt_one(processor, cache_gb):
+    codec, data = PixelCodec(processor.image_processor), dataset()
+    rows = {"image": data["train"]["image"][:], "label": data["train"]["label"][:]}
+    rows["image"][10] = None
+    data["train"] = Dataset.from_dict(rows, data["train"].features)
+    tasks = TaskStream.from_dataset(data, increment=2, class_order=[2, 0, 1], name="pets")
+    with pytest.raises(
+        ValueError, match="pets, task 2, train images: the image in row 10 .*it is missing.*skip_corrupt"
+    ):
+        prepared, _ = prepare_images(tasks, codec, cache_gb)
+        batches(prepared[1].train, processor, prepared[1], codec)
+    prepared, skipped = prepare_images(tasks, codec, cache_gb, skip_corrupt=True)
+    assert skipped == 1 and [len(task.train) for task in prepared] == [16, 7]
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
+def test_a_dataset_that_leaves_decoding_to_its_user_is_decoded(processor, cache_gb):
+    codec, data = PixelCodec(processor.image_processor), dataset()
+    undecoded = data.cast_column("image", Image(decode=False))
+    both = [TaskStream.from_dataset(each, increment=3) for each in (data, undecoded)]
+    assert both[1][0].test[0]["image"].size == both[0][0].test[0]["image"].size
+    own, other = (prepare_images(tasks, codec, cache_gb)[0][0].train for tasks in both)
+    assert [own[row]["image"] for row in range(len(own))] == [other[row]["image"] for row in range(len(other))]
+
+
+@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
 def test_skip_corrupt_leaves_corrupt_images_out_and_counts_them(processor, cache_gb, caplog):
     codec, tasks = PixelCodec(processor.image_processor), stream(corrupt=(10, 11))
     logging.getLogger("hf_zocl").propagate = True
