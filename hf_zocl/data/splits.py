@@ -91,7 +91,15 @@ class Split:
         values = self.data.select_columns(column).with_format("arrow")[:][column]
         values = self._filled(values, f"domain in domain_column={column!r}")
         feature = self.data.features[column]
-        return np.array(feature.names)[values] if isinstance(feature, datasets.ClassLabel) else values
+        if not isinstance(feature, datasets.ClassLabel):
+            return values
+        outside = np.flatnonzero((values < 0) | (values >= feature.num_classes))
+        if outside.size:  # -1 stands for a missing label
+            raise ValueError(
+                f"split {self.name!r}, row {outside[0]}: domain {values[outside[0]]} in domain_column={column!r} is "
+                f"outside its {feature.num_classes} names; {outside.size} of {len(values)} rows are."
+            )
+        return np.array(feature.names)[values]
 
     def rows(self, rows: np.ndarray) -> Split:
         domains = None if self.domains is None else self.domains[rows]

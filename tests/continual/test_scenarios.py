@@ -113,6 +113,17 @@ def test_an_image_without_a_domain_is_named():
         stream(data, scenario="domain", domain_column="domain")
 
 
+def test_a_domain_label_that_stands_for_none_is_named():
+    data = dataset()
+    kinds = ClassLabel(names=["sketch", "photo"])
+    for name in data:
+        domains = [("sketch", "photo").index(domain) for domain in data[name]["domain"]]
+        domains[1] = -1 if name == "test" else domains[1]
+        data[name] = data[name].remove_columns("domain").add_column("domain", domains, feature=kinds)
+    with pytest.raises(ValueError, match="'test', row 1: domain -1 in domain_column='domain' is outside its 2 names"):
+        stream(data, scenario="domain", domain_column="domain", label_column="label")
+
+
 @pytest.mark.parametrize("options", [{"scenario": "domain"}, {"domain_column": "domain"}])
 def test_a_domain_needs_its_column_and_the_other_way_round(options):
     with pytest.raises(ValueError, match="expected both 'domain' and a column"):
