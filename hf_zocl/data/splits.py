@@ -71,11 +71,11 @@ class Split:
             data = data.cast_column("image", replace(feature, decode=True))
         # Through Arrow, a million labels take a fraction of a second, and no image is touched.
         column = data.select_columns("label").with_format("arrow")[:]["label"]
-        labels = self._filled(column, f"label in column {label_column!r}")
+        labels = self.filled(column, f"label in column {label_column!r}")
         labels = labels if labels.dtype == object else labels.astype(np.int64)
         return Split(self.name, data, labels, domains, np.arange(len(labels)))
 
-    def _filled(self, column: Any, what: str) -> np.ndarray:
+    def filled(self, column: Any, what: str) -> np.ndarray:
         """The values of an Arrow column; none may be missing."""
         if column.null_count:
             row = int(np.argmax(column.is_null().to_numpy()))
@@ -89,7 +89,7 @@ class Split:
         usable = [name for name, feature in self.data.features.items() if _holds_labels(feature)]
         _column(self, column, usable, "domain_column", "of class labels, integers or strings")
         values = self.data.select_columns(column).with_format("arrow")[:][column]
-        values = self._filled(values, f"domain in domain_column={column!r}")
+        values = self.filled(values, f"domain in domain_column={column!r}")
         feature = self.data.features[column]
         if not isinstance(feature, datasets.ClassLabel):
             return values
@@ -242,14 +242,23 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def names_from_column(split: Split, column: str, labels: np.ndarray, lists_synonyms: bool = False) -> list[str]:
-    """The prompt names by label id, from the first image of every class."""
+    """The prompt names by label id; all images of a class have the same."""
     column = _column(
         split, column, [c for c, f in split.data.features.items() if _is_string(f)], "name_column", "of strings"
     )
-    ids, rows = np.unique(labels, return_index=True)
+    ids, rows, places = np.unique(labels, return_index=True, return_inverse=True)
     if not np.array_equal(ids, np.arange(len(ids))):
         raise ValueError(f"name_column={column!r}: split {split.name!r} has no image of some class; give class_names.")
-    return [clean_class_name(name, lists_synonyms) for name in split.data.with_format(None).select(rows)[column]]
+    given = split.data.select_columns(column).with_format("arrow")[:][column]
+    own, which = np.unique(split.filled(given, f"name in name_column={column!r}"), return_inverse=True)
+    names = np.array([clean_class_name(name, lists_synonyms) for name in own], dtype=object)[which]
+    if (other := np.flatnonzero(names != names[rows][places])).size:
+        row, first = other[0], rows[places[other[0]]]
+        raise ValueError(
+            f"name_column={column!r}: split {split.name!r}, rows {first} and {row}: one class is called "
+            f"{names[first]!r} and {names[row]!r}; expected one name for each class, or give class_names."
+        )
+    return list(names[rows])
 
 
 def split_off(split: Split, fraction: float) -> tuple[Split, Split]:

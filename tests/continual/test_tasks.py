@@ -642,6 +642,17 @@ def test_names_from_a_column_are_the_same_whatever_rows_are_left_out():
     assert stream[0].train_rows.tolist() == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a cat on a mat", "rows 0 and 3: one class is called 'cat' and 'a cat on a mat'"), (None, "1 of 6 .* no name")],
+)
+def test_a_column_that_names_the_images_of_a_class_differently_is_an_error(name, message):
+    labels, names = [0, 1, 2] * 2, ["cat", "dog", "ship", name, "dog", "ship"]
+    data = {n: split(labels, feature=Value("int64"), title=(names, Value("string"))) for n in ("train", "test")}
+    with pytest.raises(ValueError, match=message):
+        in_order(DatasetDict(data), name_column="title", label_column="label", increment=3)
+
+
 def test_a_name_column_of_another_type_is_an_error():
     with pytest.raises(ValueError, match="name_column='image' is not a column of strings"):
         in_order(name_column="image")
