@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class StackEvaluation:
         self.after: ForwardState | None = None
         self.plain: PlainEvaluation | None = None
         self._output: Any = None
-        self._exit: ForwardState | None = None
+        self._exits: dict[nn.Module, ForwardState] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -97,16 +98,17 @@ class StackEvaluation:
         def watched(*args, **kwargs):
             order.append(layer)
             output = original(*args, **kwargs)
+            if layer in self.plan.stack.below:
+                self._exits[layer] = ForwardState(self.before.devices)
             if layer is self.plan.stack.below[-1]:
                 self._output = tree_map(lambda v: v.detach() if isinstance(v, torch.Tensor) else v, output)
-                self._exit = ForwardState(self.before.devices)
             return output
 
         return watched
 
     def _take_full_passes(self) -> None:
         self.plain = PlainEvaluation(self.forward, self.before, self.after)
-        self._output = self._exit = None
+        self._forget()
 
     def finer(self, forward: Callable[[], torch.Tensor], *_: Any) -> PlainEvaluation | StackEvaluation:
         """The evaluation of the same micro-batch by another, finer forward pass."""
@@ -144,11 +146,11 @@ class StackEvaluation:
     def _from_the_first_perturbed_layer(self) -> torch.Tensor:
         with ExitStack() as stack:
             for layer in self.plan.stack.below:
-                stack.enter_context(forward_of(layer, self._replay))
+                stack.enter_context(forward_of(layer, partial(self._replay, self._exits[layer])))
             return self.forward()
 
-    def _replay(self, *args: Any, **kwargs: Any) -> Any:
-        self._exit.restore()
+    def _replay(self, state: ForwardState, /, *args: Any, **kwargs: Any) -> Any:
+        state.restore()  # the layer's own: a model with LayerDrop draws between its layers
         return tree_map(lambda value: value, self._output)  # in new containers
 
     def close(self) -> None:
@@ -156,4 +158,8 @@ class StackEvaluation:
             self.plain.close()
         elif self.after is not None:
             self.after.restore()
-        self._output = self._exit = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._output = None
+        self._exits.clear()

@@ -12,6 +12,8 @@ from transformers import (
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -49,7 +51,7 @@ def make(kind: str, dropout: float = 0.2) -> tuple[nn.Module, dict]:
     return T5ForConditionalGeneration(config).double().train(), {"input_ids": ids, "labels": ids}
 
 
-def losses(model, inputs, layers, evaluate, estimator="one-sided", streams=False):
+def losses(model, inputs, layers, evaluate, estimator="one-sided", streams=False, seed=7):
     """Those of an estimate, their differences, the random state left behind, and how often each layer ran."""
     groups = LayerAssignment("dual", layers).split(model, eps=1e-2).zo
     estimates = ZOEstimator(groups, estimator, queries=3, model=model if streams else None)
@@ -59,7 +61,7 @@ def losses(model, inputs, layers, evaluate, estimator="one-sided", streams=False
         if re.search(r"(layers?|block)\.\d+$", name):
             first = module.attention if hasattr(module, "attention") else next(module.children())
             handles.append(first.register_forward_pre_hook(lambda *_, name=name: ran.update([name])))
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
 
     @torch.no_grad()
     def forward():
@@ -127,7 +129,7 @@ def test_the_self_check_lets_it_pass_and_lets_no_fault_pass(caplog, monkeypatch)
     assert_same(model, inputs, "suffix-2", planned(model, plans, checked=True))
     assert plans[0].used == {("the reuse of layers", None)}
     original = StackEvaluation._replay
-    monkeypatch.setattr(StackEvaluation, "_replay", lambda self, *args, **kwargs: original(self) * (1 + 1e-2))
+    monkeypatch.setattr(StackEvaluation, "_replay", lambda *args, **kwargs: original(*args, **kwargs) * (1 + 1e-2))
     assert_same(model, inputs, "suffix-2", planned(model, plans, checked=True))
     assert not plans[1].used and plans[1].stack is None
     assert "Switched off: the reuse of layers, because" in caplog.text
@@ -172,6 +174,22 @@ def test_a_stack_that_runs_otherwise_gets_full_passes():
     layers[2].forward = lambda hidden, *args, **kwargs: original(layers[0](hidden, *args, **kwargs), *args, **kwargs)
     ran = assert_same(model, inputs, "suffix-1", planned(model))
     assert ran["bert.encoder.layer.0"] == 2 * 4
+
+
+def test_layers_left_out_at_random_are_the_same_in_all_passes():
+    """LayerDrop draws before every layer, the layers below included."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 30}
+    model = OPTForCausalLM(OPTConfig(**shape, max_position_embeddings=16, layerdrop=0.4)).double().train()
+    ids, replayed = torch.randint(3, 30, (3, 7)), 0
+    for seed in range(12):
+        given = model, {"input_ids": ids, "labels": ids}, "suffix-2"
+        expected, _, state, _ = losses(*given, plain, seed=seed)
+        found, _, own_state, ran = losses(*given, planned(model), seed=seed)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+        assert torch.equal(state, own_state)
+        replayed += len(found) > 1 == ran["model.decoder.layers.0"]
+    assert replayed > 2
 
 
 def test_streamed_layers_run_from_the_first_perturbed_one_on():
