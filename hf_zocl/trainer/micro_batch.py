@@ -126,9 +126,11 @@ class MicroBatch:
 
     def _check_passed(self, loss: torch.Tensor) -> None:
         """Check that the loss passed back is the one from `compute_loss`, scaled for accumulation or not."""
-        scales = (1, accumulated_batches(self.trainer))
-        # The tolerance is above bfloat16's rounding.
-        if not any(torch.allclose(loss * scale, self._returned, rtol=1e-2, equal_nan=True) for scale in scales):
+        returned, scales = self._returned, (1, accumulated_batches(self.trainer))
+        # What is added may be small at first: only the rounding of the division is let through.
+        rtol = 4 * max(torch.finfo(each.dtype).eps for each in (loss, returned))
+        passed = loss.to(returned.dtype)
+        if not any(torch.allclose(passed * scale, returned, rtol=rtol, equal_nan=True) for scale in scales):
             raise RuntimeError(
                 f"{type(self.trainer).__name__}: its training_step passes back a loss of {float(loss):.5g}, but its "
                 f"compute_loss gave {float(self._returned):.5g}: zeroth-order layers would not learn from what was "

@@ -220,6 +220,10 @@ class AddsToTheLoss(Trainer):
         return loss.detach()
 
 
+class AddsALittle(AddsToTheLoss):
+    weight = 1e-5
+
+
 class ScalesTheLoss(AddsToTheLoss):
     weight = 0.0
 
@@ -233,7 +237,7 @@ class TwoLosses(Trainer):
 
 
 @pytest.mark.parametrize("layers", ["all", [1]])
-@pytest.mark.parametrize("host", [AddsToTheLoss, TwoLosses])
+@pytest.mark.parametrize("host", [AddsToTheLoss, AddsALittle, TwoLosses])
 def test_a_loss_that_is_more_than_compute_loss_gives_is_refused(tmp_path, host, layers):
     cls = type("ZOHost", (ZeroOrderMixin, host), {})
     with pytest.raises(RuntimeError, match="passes back a loss of .* zeroth-order layers would not learn from what"):
