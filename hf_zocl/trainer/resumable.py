@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,8 @@ class ResumableTrainer(HookedTrainer):
         self.earlier_seconds = 0.0
         self._started = 0.0
         self._checkpoint: Path | None = None
+        # Files that others have left in the folder of the checkpoint that is being saved.
+        self._others: dict[Path, tuple[int, ...]] = {}
         self.add_callback(_Begin(self))
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs):
@@ -203,20 +205,21 @@ class ResumableTrainer(HookedTrainer):
             SaveError: If it cannot be written.
         """
         if self.args.should_save:  # another training's, or half of an earlier one
-            remove_checkpoint(folder)
-            _write_manifest(folder)  # that of an unfinished checkpoint
+            self._others = {path: _stamp(path) for path in unknown_files(folder)}
+            remove_checkpoint(folder, keep=self._others)
+            _write_manifest(folder, self._others)  # that of an unfinished checkpoint
         self.accelerator.wait_for_everyone()
         try:
             with self._without_frozen(), saving(folder, self._largest_file()):
                 yield
         except Exception:
             if self.args.should_save and not is_whole(folder):
-                remove_checkpoint(folder)
+                remove_checkpoint(folder, keep=self._others)
             raise
 
     def _after_state(self, folder: Path) -> None:
         """Write the manifest, which says that all files are there, after the Trainer's last file."""
-        _write_manifest(folder)
+        _write_manifest(folder, self._others)
 
     @contextmanager
     def _without_frozen(self) -> Iterator[None]:
@@ -417,13 +420,25 @@ def unknown_files(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file() and path not in own)
 
 
-def _write_manifest(checkpoint: Path) -> None:
-    """Write down which files a checkpoint has: none yet, if it is unfinished."""
+def _write_manifest(checkpoint: Path, others: Mapping[Path, tuple[int, ...]]) -> None:
+    """Write down which files a checkpoint has: none yet, if it is unfinished.
+
+    Args:
+        checkpoint: Its folder.
+        others: The files that lay there before, each with its `_stamp`; one that was written since is the checkpoint's.
+    """
     checkpoint.mkdir(parents=True, exist_ok=True)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    present = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
+    files = sorted(path for path in present if _stamp(path) != others.get(path))
     content = {"files": {path.relative_to(checkpoint).as_posix(): fingerprint(path) for path in files}}
     with written_whole(checkpoint / MANIFEST_FILE) as unfinished:
         unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What changes when a file is written anew."""
+    stat = path.stat()
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]] | None:

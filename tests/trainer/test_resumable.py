@@ -59,6 +59,26 @@ def test_true_resumes_from_the_last_checkpoint_that_is_whole(tmp_path):
     assert trainer._initial_global_step == 2
 
 
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_a_training_that_is_run_again_leaves_what_others_put_into_its_checkpoints(tmp_path, is_ours):
+    train(tmp_path, Mlp(), data=rows(), **SAVING)
+    folder = tmp_path / "trainer" / "checkpoint-2"
+    for name in ("notes.txt", "samples/1.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    if not is_ours:  # saved by a plain Trainer
+        (folder / MANIFEST_FILE).unlink()
+    for _ in range(2):
+        train(tmp_path, Mlp(), data=rows(), **SAVING)
+        assert [(folder / name).read_text() for name in ("notes.txt", "samples/1.txt")] == [
+            "notes.txt",
+            "samples/1.txt",
+        ]
+    assert "notes.txt" not in (folder / MANIFEST_FILE).read_text()
+    assert "model.safetensors" in (folder / MANIFEST_FILE).read_text()
+    assert resumed(tmp_path, Mlp(), "checkpoint-2").state.global_step == 5
+
+
 def test_a_checkpoint_leaves_out_what_is_frozen_and_is_refused_where_more_is_missing(tmp_path):
     model = Mlp()
     model.layers[1].bias.requires_grad_(False)
@@ -176,7 +196,7 @@ def other_processes(checkpoint: Path, recorded: bool, names: list[str]) -> None:
         (checkpoint / name).write_bytes(state)
     if recorded:
         save_file({**progress, "processes": torch.tensor(4)}, checkpoint / "progress.safetensors")
-        _write_manifest(checkpoint)
+        _write_manifest(checkpoint, {})
     else:  # which another Trainer does not write
         (checkpoint / MANIFEST_FILE).unlink()
 
