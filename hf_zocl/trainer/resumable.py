@@ -425,7 +425,7 @@ def _write_manifest(checkpoint: Path, others: Mapping[Path, tuple[int, ...]]) ->
 
     Args:
         checkpoint: Its folder.
-        others: The files that lay there before, each with its `_stamp`; one that was written since is the checkpoint's.
+        others: The files that were there before, each with its `_stamp`; those written since are the checkpoint's.
     """
     checkpoint.mkdir(parents=True, exist_ok=True)
     present = (path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)

@@ -66,7 +66,9 @@ def count_passes(rows: list[Row]) -> None:
 # Models and steps.
 
 
-def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None, int8: bool) -> CLIPClassifier:
+def build_model(
+    setting: Setting, adapter: str, classes: int, frozen: str | None, saved: tuple[str, ...], int8: bool
+) -> CLIPClassifier:
     """A CLIP with random weights and an adapter that is not zero."""
     vision, text = (dict(shape) for shape in SHAPES[setting.shape])
     tokenizer = AutoTokenizer.from_pretrained(sample_path("mini-clip"))
@@ -86,9 +88,11 @@ def build_model(setting: Setting, adapter: str, classes: int, frozen: str | None
     clip = CLIPModel(config)
     if int8:
         quantise(clip)
-    more = {"adapter_config": PRESET["adapter_config"]} if adapter == PRESET["adapter"] else {}
+    config = PRESET["adapter_config"] if adapter == PRESET["adapter"] else {}
+    config = config | ({"modules_to_save": list(saved)} if saved else {})
     frozen_parameters = [frozen] if frozen else None
-    clip = add_adapter(clip, AdapterArguments(adapter=adapter, frozen_parameters=frozen_parameters, **more))
+    arguments = AdapterArguments(adapter=adapter, adapter_config=config or None, frozen_parameters=frozen_parameters)
+    clip = add_adapter(clip, arguments)
     for parameter in clip.parameters():
         if parameter.requires_grad and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
@@ -172,8 +176,9 @@ def trainer_step(
         trainer_class, args = Trainer, TrainingArguments(**options)
     else:
         trainer_class = TimedTrainer
+        layers = row.layers if isinstance(row.layers, str) else list(row.layers)
         args = ZOCLTrainingArguments(
-            **options, zo_branch=row.branch, zo_layers=row.layers, zo_estimator=row.estimator, zo_queries=row.queries
+            **options, zo_branch=row.branch, zo_layers=layers, zo_estimator=row.estimator, zo_queries=row.queries
         )
     trainer = trainer_class(model=model, args=args, train_dataset=images(setting, row.classes), callbacks=[timer])
     trainer.without = row.without

@@ -42,18 +42,19 @@ class Row:
     adapter: str = "lora"
     classes: int = 20
     branch: str = "dual"
-    layers: str = "all"
+    layers: str | tuple[str, ...] = "all"
     estimator: str = "one-sided"
     queries: int | str = 1
     frozen: str | None = None  # a pattern of names: the adapter's parameters that are not trained
+    saved: tuple[str, ...] = ()  # PEFT's modules_to_save: the base's modules that are trained beside the adapter
     int8: bool = False  # whether torchao makes the base's weights int8
     without: str | None = None  # the shortcut left out: towers, layers, batches (and packing), or packing
     figures: dict[str, float] = field(default_factory=dict, compare=False)
 
     @property
-    def model(self) -> tuple[str, int, str | None, bool]:
+    def model(self) -> tuple[str, int, str | None, tuple[str, ...], bool]:
         """What the row's model is built from; rows in which it is equal share a model."""
-        return self.adapter, self.classes, self.frozen, self.int8
+        return self.adapter, self.classes, self.frozen, self.saved, self.int8
 
 
 DUAL = Row("dual, two-sided", estimator="two-sided")
@@ -98,12 +99,14 @@ ALL_ZO = Row(
     queries=PRESET["zo_queries"],
     frozen=PRESET["frozen_parameters"][0],
 )
+LAST_NORMS = ("post_layernorm", "final_layer_norm")
 PAYS = [
     Row("inference", "inference"),
     Row("FO", "fo"),
     Row("FO, gradient checkpointing", "fo-checkpointing"),
     Row("FO, text tower", "fo", frozen="vision_model"),
     Row("dual/hop-even", layers="hop-even", queries=QUERIES),
+    Row("FO, last norms ZO", layers=LAST_NORMS, queries=PRESET["zo_queries"], saved=LAST_NORMS),
     Row("vision/all", branch="vision", queries=QUERIES),
     Row("dual/all", queries=QUERIES),
     replace(ALL_ZO, name="FO, norms", kind="fo", queries=1, figures={}),
