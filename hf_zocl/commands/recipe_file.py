@@ -26,6 +26,15 @@ MOST_NODES = 100_000
 _WORD = re.compile(r"\w+")
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads `1e-5` as a number, as YAML 1.2 does; for YAML 1.1 it needs a point, and is text otherwise."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One argument in a recipe.
@@ -124,7 +133,7 @@ def with_place(error: ValueError, entries: Mapping[str, Entry]) -> ValueError:
 def _mapping(path: Path) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
     """The keys and values of a file as YAML nodes, which keep their text."""
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""

@@ -254,6 +254,17 @@ def test_a_value_means_what_its_argument_makes_of_it(tmp_path):
     assert parsed.training.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+@pytest.mark.parametrize(("text", "number"), [("1e-5", 1e-5), ("-2E+3", -2000.0), (".5e0", 0.5), ("1.5e-1", 0.15)])
+def test_a_number_in_a_mapping_is_a_number(tmp_path, text, number):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"lr_scheduler_kwargs: {{min_lr: {text}, note: e5, quoted: '{text}'}}\nzo_learning_rate: {{vision: 1e-3}}\n"
+    )
+    parsed = parse_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path)])
+    assert parsed.training.lr_scheduler_kwargs == {"min_lr": number, "note": "e5", "quoted": text}
+    assert parsed.training.zo_learning_rate == {"vision": 1e-3, "language": "auto"}
+
+
 def test_an_argument_on_the_command_line_is_not_blamed_on_the_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("lora_rank: 4\n")
