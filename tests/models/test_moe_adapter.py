@@ -255,6 +255,8 @@ def test_merging_is_refused_and_unloading_leaves_the_base_model():
         ({"freeze_experts": 3}, "freeze_experts=3"),
         ({"balance_loss": -1.0}, "balance_loss=-1.0"),
         ({"towers": "dual"}, "towers='dual'"),
+        ({"scale": "much"}, "scale='much': expected a number"),
+        ({"scale": float("nan")}, "scale=nan: expected a finite number"),
     ],
 )
 def test_values_out_of_range_are_named(options, message):

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftType
 
+from ...checks import check_fields
+
 
 PEFT_TYPE = "MOE_ADAPTER"
 ROUTER_TOKENS = ("first", "pooled")
@@ -105,6 +107,8 @@ class MoEAdapterConfig(PeftConfig):
         self._check_ranges()
 
     def _check_ranges(self) -> None:
+        numbers = ("num_experts", "top_k", "bottleneck", "scale", "dropout", "num_routers", "freeze_experts")
+        check_fields(self, (*numbers, "balance_loss", "noise"))
         for name in ("num_experts", "bottleneck", "num_routers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected at least 1.")
