@@ -158,6 +158,12 @@ class TaskCardData(ModelCardData):
         return "another run" if self.task.get("known_classes") else None
 
     @property
+    def merged(self) -> str | None:
+        """The adapter that was merged into the base model before the run; None if there was none."""
+        recipe = self.task["recipe"]
+        return without_local_paths(recipe.get("model_name_or_path")) if recipe.get("merge_into") else None
+
+    @property
     def classes_by_task(self) -> dict[str, list[str]]:
         """The names of each task's classes, by the task's number and title."""
         task = self.task

@@ -423,7 +423,10 @@ def test_what_a_run_began_with_is_not_called_its_base_model(task):
     assert "| known before | horse, deer |" in text
     assert text.count("among all classes seen by then and 2 that were known before") == 2
     task["recipe"]["merge_into"] = "/srv/merged"
-    assert "the base model before any training" in render_task_card({**task, "known_classes": []}).text
+    text = render_task_card({**task, "known_classes": []}).text
+    assert "The adapter of `task-05` was merged into it before the run." in text and "/srv" not in text
+    assert "the base model, with that adapter merged into it, tested in the same way" in text
+    assert "the base model before any training" not in text and "of its own base model" not in text
 
 
 def test_a_task_that_was_not_trained_among_its_own_classes_alone_is_not_said_to_be(task):
