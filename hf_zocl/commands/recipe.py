@@ -39,6 +39,10 @@ class Recipe:
     training: ZOCLTrainingArguments
     entries: Mapping[str, Entry] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self):
+        if self.run.learning == "none" and self.training.push_to_hub:
+            raise ValueError("push_to_hub=True: learning=none trains nothing, so no checkpoint would be pushed.")
+
     def placing(self) -> AbstractContextManager[None]:
         """A context in which an error that names an argument of the recipe also says where that is."""
         return _placing(self.entries)

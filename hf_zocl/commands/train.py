@@ -74,7 +74,8 @@ def run(recipe: Recipe) -> None:
         results = scheduler.run(resume_of(recipe), recipe.run.learning != "none", overwrites(recipe))
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
-        print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png, task-01/ …")
+        checkpoints = ", task-01/ …" if recipe.run.learning != "none" else ""
+        print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png{checkpoints}")
 
 
 def resume_of(recipe: Recipe) -> bool | str:

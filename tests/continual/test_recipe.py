@@ -133,6 +133,7 @@ def test_a_recipe_that_is_no_mapping_is_refused(tmp_path):
         ("benchmark: none\ndatasets: [a, b]\nlearning: joint", "learning=joint has one task; datasets="),
         ("benchmark: none\ndatasets: [a, b]\nclass_names: [cat]", "class_names is for a single dataset"),
         ("dataset_name: someone/something", "dataset_name='someone/something' goes with benchmark=none"),
+        ("learning: none\npush_to_hub: true", "push_to_hub=True: learning=none trains nothing"),
     ],
 )
 def test_bad_values_are_named_when_the_recipe_is_read(tmp_path, text, message):

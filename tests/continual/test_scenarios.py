@@ -10,6 +10,7 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
+from hf_zocl.commands import train
 from hf_zocl.commands.recipe import build_scheduler, parse_recipe
 from hf_zocl.continual.run_arguments import RunArguments, build_held_out, build_stream
 from hf_zocl.data.stream import TaskStream
@@ -246,6 +247,15 @@ def test_no_learning_is_zero_shot_by_the_same_protocol(local, tmp_path):
     assert results["assignment"]["towers"] == {}  # no layer was trained
     names = {"results.json", "accuracy_matrix.png", "predictions.safetensors", "gallery.json"}
     assert {entry.name for entry in (tmp_path / "run").iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("learning", "written"), [("none", "accuracy_matrix.png\n"), ("sequential", "accuracy_matrix.png, task-01/ …\n")]
+)
+def test_the_last_line_names_checkpoints_where_there_are_some(local, tmp_path, capsys, learning, written):
+    options = ["--output_dir", str(tmp_path), "--model_name_or_path", small_clip(), *OPTIONS.split()]
+    train.run(parse_recipe([*options, *arguments(local, "class"), "--learning", learning]))
+    assert capsys.readouterr().out.endswith(f"Written to {tmp_path}: results.json, {written}")
 
 
 def test_held_out_datasets_are_measured_before_and_after_every_task(local, tmp_path):
