@@ -8,6 +8,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -175,6 +176,21 @@ def test_tune_takes_a_value_for_each_tower_as_one_candidate(monkeypatch):
         "learning_rate": ["1e-3", "2e-3"],
         "zo_eps": ["auto", "vision=1e-3"],
     }
+
+
+@pytest.mark.parametrize("words", [["--grid", "seed=1,2"], ["--seed", "5"], ["--output_dir=x"]])
+def test_tune_refuses_what_it_sets_itself(monkeypatch, words):
+    command = ["tune", "--recipe", "quickstart", "--retention", "x", "--grid", "learning_rate=1e-3"]
+    monkeypatch.setattr(sys, "argv", [*command, *words])
+    with pytest.raises(SystemExit, match="--(seed|output_dir): every candidate gets its own .*leave it out"):
+        tune.main()
+
+
+def test_tune_measures_retention_among_that_datasets_classes_alone(monkeypatch):
+    own, other, known = object(), [object()], []
+    evaluator = SimpleNamespace(after=lambda stream, index: {"seen": 0.5})
+    scheduler = SimpleNamespace(stream=own, evaluator=lambda is_own=True: known.append(is_own) or evaluator)
+    assert tune.accuracy(scheduler, other) == 0.5 and known == [False]
 
 
 def test_tune_keeps_what_it_measured_if_no_candidate_can_be_chosen(tmp_path, monkeypatch, capsys):

@@ -68,6 +68,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     names = [item.partition("=")[0] for item in options.grid]
     if len(set(names)) < len(names):
         parser.error(f"--grid: {', '.join(names)}: expected each argument once, with all its values.")
+    further_names = {word.partition("=")[0].lstrip("-") for word in further if word.startswith("--")}
+    if own := sorted({"seed", "output_dir"} & {*names, *further_names}):
+        parser.error(f"--{own[0]}: every candidate gets its own (--seeds names the seeds); leave it out.")
     options.grid = {name: _values(text) for name, _, text in (item.partition("=") for item in options.grid)}
     return options, further
 
@@ -243,8 +246,8 @@ def retention_stream(dataset: str, classes: str | None, images: int) -> TaskStre
 
 
 def accuracy(scheduler: ContinualTaskScheduler, stream: TaskStream) -> float:
-    """The model's accuracy on all test images of `stream`, among all its classes."""
-    return scheduler.evaluator().after(stream, len(stream))["seen"]
+    """The model's accuracy on all test images of `stream`, among its classes; on its own, also among those known."""
+    return scheduler.evaluator(is_own=stream is scheduler.stream).after(stream, len(stream))["seen"]
 
 
 def markdown_table(rows: list[dict]) -> str:
