@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,12 @@ class RunGroup:
     def planned_tasks(self) -> int:
         """The tasks of the stream, finished or not."""
         return len(self.first.get("tasks") or self.first["accuracy_matrix"])
+
+    @property
+    def classes_seen(self) -> tuple[int, ...]:
+        """How many classes were seen after each finished task; empty if the results do not say, or it is joint."""
+        details = [] if self.is_joint else self.first.get("details", [])[: self.tasks]
+        return tuple(len(each.get("per_class_accuracy", ())) for each in details)
 
     @property
     def is_joint(self) -> bool:
@@ -235,18 +242,19 @@ def by_benchmark(groups: Sequence[RunGroup]) -> dict[str, list[RunGroup]]:
     Returns:
         The benchmark's name → its settings, both in the order given.
     """
-    found: list[tuple[tuple, int | None, list[RunGroup]]] = []
+    found: list[tuple[tuple, int | None, tuple[int, ...], list[RunGroup]]] = []
     for group in groups:
-        key, tasks = group.protocol, None if group.is_joint else group.planned_tasks
-        for position, (other, count, members) in enumerate(found):
-            if other == key and (count is None or tasks is None or count == tasks):
+        key, tasks, seen = group.protocol, None if group.is_joint else group.planned_tasks, group.classes_seen
+        for position, (other, count, known, members) in enumerate(found):
+            has_same_tasks = count is None or tasks is None or count == tasks
+            if other == key and has_same_tasks and all(map(operator.eq, known, seen)):
                 members.append(group)
-                found[position] = (key, tasks if count is None else count, members)
+                found[position] = (key, tasks if count is None else count, max(known, seen, key=len), members)
                 break
         else:
-            found.append((key, tasks, [group]))
+            found.append((key, tasks, seen, [group]))
     names: dict[str, list[RunGroup]] = {}
-    for key, tasks, members in found:
+    for key, tasks, _, members in found:
         name = _benchmark_name(key, tasks)
         if name in names:
             name += f" ({len(names) + 1})"
@@ -348,6 +356,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "training": (
         _is_list(lambda entry: isinstance(entry, dict) and all(map(_is_figure, entry.values()))),
         "a log of numbers",
+    ),
+    "details": (
+        _is_list(lambda each: isinstance(each, dict) and isinstance(each.get("per_class_accuracy", []), list)),
+        "figures by name, for each task",
     ),
     "tasks": (_or_none(_is_list(_is_text)), "the names of the tasks"),
     **dict.fromkeys(("classes", "known_classes"), (_is_list(_is_text), "the names of the classes")),

@@ -77,6 +77,19 @@ def test_what_cannot_be_compared_is_another_benchmark(tmp_path, changes):
     assert len([row for row in compare_runs(folders).rows if row[1] == "zero-shot"]) == 2
 
 
+def cut(*seen: int) -> dict:
+    """The results of a run by how many classes were seen after each task."""
+    return results(details=[{"per_class_accuracy": [0.5] * count} for count in seen])
+
+
+def test_tasks_of_other_sizes_are_another_benchmark(tmp_path):
+    folders = [save(tmp_path / name, each) for name, each in (("a", cut(2, 6)), ("b", cut(4, 6)), ("c", cut(2, 6)))]
+    assert [row[1] for row in compare_runs(folders, "a").rows] == ["zero-shot", "a", "c", "zero-shot", "b"]
+    untold = save(tmp_path / "d", results())  # a run without training has no details
+    assert compare_runs([*folders[::2], untold]).headings[0] == "setting"
+    assert compare_runs([untold, *folders]).headings[0] == "benchmark"
+
+
 def test_joint_learning_stands_beside_what_was_learned_task_by_task(tmp_path):
     joint = results(tasks=["task-01"], recipe={"model_name_or_path": "x/clip", "learning": "joint"})
     folders = [save(tmp_path / "joint", joint), save(tmp_path / "a", results())]
@@ -106,6 +119,7 @@ def test_joint_learning_stands_beside_what_was_learned_task_by_task(tmp_path):
         (results(training=[3]), "expected training to be a log of numbers"),
         (results(training=[{"loss": "x"}]), "expected training to be a log of numbers"),
         (results(tasks="ab"), "expected tasks to be the names of the tasks"),
+        (results(details=[{"per_class_accuracy": 3}]), "expected details to be figures by name, for each task"),
         (results(recipe=[]), "expected recipe to be values by name"),
         (results(versions="1"), "expected versions to be values by name"),
         (results(mtil={"avg": "x"}), "expected mtil to be numbers by name"),
