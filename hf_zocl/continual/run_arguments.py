@@ -218,9 +218,9 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
     """The held-out benchmarks, each as one task with its own prompts.
 
     Raises:
-        ValueError: If a benchmark is unknown, named twice, or a stream of several datasets.
+        ValueError: If a benchmark is unknown, named twice, a stream of several datasets, or the run's own dataset.
     """
-    streams = {}
+    streams, own = {}, _dataset_ids(args)
     for entry in args.held_out or ():
         name, _, folder = entry.partition("=")
         if name in streams:
@@ -228,6 +228,8 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
         benchmark = get_benchmark(name)
         if not isinstance(benchmark, Benchmark):
             raise ValueError(f"held_out={entry!r}: this is a stream of several datasets; name them one by one.")
+        if name == args.benchmark or benchmark.dataset_id in own:
+            raise ValueError(f"held_out={entry!r}: the run learns that dataset itself; expected others.")
         cap = args.max_test_images_per_class
         stream = benchmark.stream(folder or None, increment="all", max_test_images_per_class=cap, seed=seed)
         streams[name] = stream.map_tasks(
@@ -236,3 +238,12 @@ def build_held_out(args: RunArguments, seed: int = 0) -> dict[str, TaskStream]:
             )
         )
     return streams
+
+
+def _dataset_ids(args: RunArguments) -> set[str]:
+    """The Hub ids of the datasets that a run learns."""
+    if args.benchmark == "none":
+        return {name for name in (args.dataset_name, *(args.datasets or ())) if name is not None}
+    benchmark = get_benchmark(args.benchmark)
+    parts = benchmark.benchmarks if isinstance(benchmark, BenchmarkSequence) else (benchmark,)
+    return {each.dataset_id for each in parts if each.dataset_id is not None}

@@ -341,8 +341,24 @@ def test_a_held_out_benchmark_that_is_none_is_named(entry, message, tmp_path):
         build_held_out(recipe.run)
 
 
+@pytest.mark.parametrize(
+    ("run", "entry"),
+    [
+        ({}, "cifar10-sample"),
+        ({"benchmark": "cifar100-inc5"}, "cifar100=/a/copy"),
+        ({"benchmark": "mtil"}, "dtd"),
+        ({"benchmark": "tiny-imagenet-32"}, "tiny-imagenet-32=/a/copy"),
+        ({"benchmark": "none", "dataset_name": "ethz/food101"}, "food-101"),
+        ({"benchmark": "none", "datasets": ["ylecun/mnist", "b"]}, "mnist"),
+    ],
+)
+def test_a_dataset_that_the_run_learns_is_not_held_out(run, entry):
+    with pytest.raises(ValueError, match=f"held_out='{entry}': the run learns that dataset itself; expected others"):
+        build_held_out(RunArguments(**run, held_out=[entry]))
+
+
 def test_a_held_out_benchmark_that_is_there_twice_is_refused():
-    args = RunArguments(held_out=["cifar10-sample", "cifar10-sample=/another/copy"])
+    args = RunArguments(benchmark="cifar10", held_out=["cifar10-sample", "cifar10-sample=/another/copy"])
     with pytest.raises(ValueError, match="held_out='cifar10-sample=/another/copy': 'cifar10-sample' is named twice"):
         build_held_out(args)
 
