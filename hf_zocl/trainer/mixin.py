@@ -306,8 +306,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _no_estimate(self) -> RuntimeError:
         return RuntimeError(
-            f"{type(self).__name__}: its training_step made no zeroth-order estimate. An overridden training_step "
-            "must call super().training_step, or self.compute_loss and self.accelerator.backward once each."
+            f"{type(self).__name__}: its training_step made no zeroth-order estimate. One that overrides "
+            "ZeroOrderMixin's must call super().training_step; one of a later base may instead call self.compute_loss "
+            "and self.accelerator.backward, once each."
         )
 
     def _evaluation(self, micro_batch: MicroBatch) -> Evaluation:

@@ -125,7 +125,7 @@ def test_a_host_that_leaves_no_room_for_the_estimate_is_refused(tmp_path, host, 
 @pytest.mark.parametrize("layers", ["all", "hop-even"])
 def test_a_step_in_the_place_of_the_mixins_own_is_refused(tmp_path, layers):
     cls = type("ZOOwnStep", (OwnStep, ZeroOrderMixin), {})
-    with pytest.raises(RuntimeError, match="ZOOwnStep: its training_step made no zeroth-order estimate"):
+    with pytest.raises(RuntimeError, match="ZOOwnStep: its .* overrides ZeroOrderMixin's must call super"):
         training(tmp_path, cls, zo_layers=layers, gradient_accumulation_steps=1)
 
 
