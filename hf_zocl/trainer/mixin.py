@@ -112,6 +112,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._rule: tuple | None = None  # with which the optimizer was built
         self._estimates: PendingEstimates | None = None  # None until there is an optimizer
         self.replay_log: ReplayLog | None = None
+        self._stepped: list[int] | None = None  # the weights' versions after the last logged step
         put_first(self, _InstallEstimate(self))  # callbacks that look at gradients must see the estimate
         if args.zo_branch == "none":
             self._check_objective()
@@ -206,6 +207,8 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """
         if self._is_detached:  # called again within `train`, for example with a smaller batch
             self._detach_zo_parameters(False)
+        else:
+            self._stepped = None
         self.args._check_zero_order()  # a search sets arguments, with numbers as text where "auto" was
         if self.args.zo_branch == "none":
             if self.split is not None:  # from an earlier call, or trial of the search
@@ -248,8 +251,9 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         self._estimates = PendingEstimates(self.split, self._estimator, self._hybrid, args.zo_max_grad_norm)
         # What half precision rounds away of a move depends on ε, which a log does not store.
         is_rounded = any(perturbation.is_rounded for perturbation in perturbations)
-        # A second call of `train` goes on with the optimizer's state, of which a new log knows nothing.
-        is_replayable = not (self._has_first_order or is_rounded or self._hybrid.state)
+        # A second call of `train` goes on with the optimizer's state, and a second try with the steps of the first, of
+        # which a new log knows nothing.
+        is_replayable = not (self._has_first_order or is_rounded or self._hybrid.state or self._stepped)
         self.replay_log = ReplayLog(self._replay_settings()) if is_replayable else None
         return self.optimizer
 
@@ -336,6 +340,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         """Hand the estimate to the optimizer."""
         if not self._estimates:
             raise self._no_estimate()
+        self._see_that_weights_stayed()
         taken = list(self._estimates)
         self._estimates.install()
         if self.replay_log is not None:
@@ -357,6 +362,17 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
             return
         rates = list(self._estimates.learning_rates.values())
         self.replay_log.record(self.state.global_step, taken, rates)
+        self._stepped = self._versions()
+
+    def _versions(self) -> list[int]:
+        return [version(parameter) for parameter in self.split.zo_parameters]
+
+    def _see_that_weights_stayed(self) -> None:
+        """Keep no log if anything but its steps has changed the weights, such as a callback that clips them."""
+        writes = not self._estimator.formula.has_eps  # tangents are written into the parameters themselves
+        if self.replay_log is not None and not writes and self._stepped not in (None, self._versions()):
+            logger.warning("The weights were changed between two steps, so no log of the steps is kept.")
+            self.replay_log = None
 
     def _replay_settings(self) -> ReplaySettings:
         args, estimator = self.args, self._estimator
@@ -391,6 +407,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
         super()._save_progress(folder)
         if self.args.should_save and self._estimates is not None:
             self._watch.save(folder)
+            self._see_that_weights_stayed()
         if self.replay_log is not None and self.args.should_save:
             save_replay_log(self.replay_log, folder / REPLAY_FILE)
 
@@ -402,6 +419,7 @@ class ZeroOrderMixin(ResumableTrainer, DataParallelTrainer):
 
     def _has_loaded_best(self, folder: Path) -> None:
         super()._has_loaded_best(folder)
+        self._stepped = None
         self._take_log_of(folder)
 
     def _take_log_of(self, folder: Path) -> None:
@@ -444,6 +462,10 @@ class _InstallEstimate(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self._clear_foreign_gradients()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.trainer.has_zo_parameters:
+            self.trainer._see_that_weights_stayed()
 
     def _clear_foreign_gradients(self) -> None:
         for parameter in self.trainer._foreign_parameters:  # the Trainer clears only the model's

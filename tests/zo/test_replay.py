@@ -160,3 +160,38 @@ def test_the_log_is_that_of_the_best_weights_where_they_are_loaded(tmp_path):
     trainer.train()
     assert len(trainer.replay_log.steps) == 1
     assert torch.equal(replayed(trainer.replay_log), weights(trainer.model))
+
+
+class Clipping(TrainerCallback):
+    """Keeps the weights small, at one of the Trainer's events."""
+
+    def __init__(self, event: str):
+        setattr(self, event, self.clip)
+
+    @torch.no_grad()
+    def clip(self, args, state, control, model, **kwargs):
+        for parameter in model.parameters():
+            parameter.clamp_(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("max_steps", [1, 3])
+@pytest.mark.parametrize("event", ["on_optimizer_step", "on_step_end"])
+def test_no_log_is_kept_where_a_callback_changes_the_weights(tmp_path, event, max_steps):
+    trainer = train(tmp_path, Mlp(), data=rows(), callbacks=[Clipping(event)], zo_layers="all", max_steps=max_steps)
+    assert trainer.replay_log is None
+
+
+class OutOfMemory(ZOCLTrainer):
+    """Has no room for the third step of eight examples."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.state.global_step == 2 and len(inputs["labels"]) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_no_log_is_kept_of_the_second_of_two_tries(tmp_path):
+    options = {"zo_layers": "all", "zo_optim": "sgd", "per_device_train_batch_size": 8, "auto_find_batch_size": True}
+    trainer = OutOfMemory(Mlp(), arguments(tmp_path, max_steps=4, **options), train_dataset=rows())
+    trainer.train()
+    assert trainer.state.global_step == 4 and trainer.replay_log is None
