@@ -91,7 +91,7 @@ SWEEP = [Row(f"dual, q={q}", queries=q) for q in (1, 2, 4, 8, 16)]
 # When forward passes alone pay off: scripts/studies/when_it_pays.py sets these rows against the accuracy of the cells
 # of the same name, which have the same queries.
 QUERIES = "vision=2,language=32"
-PRESET = yaml.safe_load(preset_file("all-zo").read_text(encoding="utf-8"))
+PRESET, HYBRID = (yaml.safe_load(preset_file(name).read_text(encoding="utf-8")) for name in ("all-zo", "hybrid"))
 ALL_ZO = Row(
     "all-zo",
     adapter=PRESET["adapter"],
@@ -99,14 +99,18 @@ ALL_ZO = Row(
     queries=PRESET["zo_queries"],
     frozen=PRESET["frozen_parameters"][0],
 )
-LAST_NORMS = ("post_layernorm", "final_layer_norm")
 PAYS = [
     Row("inference", "inference"),
     Row("FO", "fo"),
     Row("FO, gradient checkpointing", "fo-checkpointing"),
     Row("FO, text tower", "fo", frozen="vision_model"),
     Row("dual/hop-even", layers="hop-even", queries=QUERIES),
-    Row("FO, last norms ZO", layers=LAST_NORMS, queries=PRESET["zo_queries"], saved=LAST_NORMS),
+    Row(
+        "hybrid",
+        layers=tuple(HYBRID["zo_layers"]),
+        queries=HYBRID["zo_queries"],
+        saved=tuple(HYBRID["adapter_config"]["modules_to_save"]),
+    ),
     Row("vision/all", branch="vision", queries=QUERIES),
     Row("dual/all", queries=QUERIES),
     replace(ALL_ZO, name="FO, norms", kind="fo", queries=1, figures={}),

@@ -191,7 +191,8 @@ def pays_cells(config: CLIPConfig) -> dict[str, Cell]:
         "FO": assigned("none"),
         "FO, text tower": assigned("none", "all", "--frozen_parameters", "vision_model"),
         "dual/hop-even": assigned("dual", "hop-even"),
-        "FO, last norms ZO": LAST_NORMS_ZO,
+        "FO, 2e-3": Cell((*assigned("none").arguments, "--learning_rate", "2e-3")),
+        "hybrid": HYBRID,
         "vision/all": assigned("vision"),
         "dual/all": assigned("dual"),
         "FO, norms": norms("none"),
@@ -205,16 +206,8 @@ def assigned(branch: str, layers: str = "all", *more: str) -> Cell:
     return Cell(("--zo_branch", branch, "--zo_layers", layers, *more))
 
 
-# LoRA in all layers, first-order; behind the layers zeroth-order norms, at a rate of their own.
-LAST_NORMS_ZO = Cell(
-    (
-        *("--adapter_config", '{"modules_to_save": ["post_layernorm", "final_layer_norm"]}'),
-        *("--zo_branch", "dual", "--zo_layers", "post_layernorm", "final_layer_norm", "--zo_queries", "256"),
-        *("--zo_sign", "false", "--zo_learning_rate", "auto", "--learning_rate", "2e-3"),
-    )
-)
-
-# It names the adapter again, because the table's own --adapter would override the preset's.
+# They name the adapter again, because the table's own --adapter would override the preset's.
+HYBRID = Cell(("--preset", "hybrid", "--adapter", "lora", "--learning_rate", "2e-3"))
 ALL_ZO = Cell(("--preset", "all-zo", "--adapter", "ln_tuning"))
 
 

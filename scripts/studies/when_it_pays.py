@@ -35,7 +35,7 @@ STYLES = {
     CHECKPOINTING: (CHECKPOINTING, "#555555", "left", 6),
     "FO, text tower": ("FO, text tower alone", "#009E73", "left", -24),
     "dual/hop-even": ("ZO every second layer", "#CC79A7", "right", 6),
-    "FO, last norms ZO": ("FO, last norms ZO", "#332288", "left", 6),
+    "hybrid": ("hybrid", "#332288", "left", 6),
     "vision/all": ("ZO vision, FO text", "#0072B2", "right", -24),
     "dual/all": ("ZO both", "#8C510A", "left", 4),
     "FO, norms": ("FO, norms", "#56B4E9", "left", 22),

@@ -31,8 +31,12 @@ PRESETS = {
         "zo_branch": "dual", "zo_layers": "all", "zo_estimator": "one-sided", "zo_sign": False, "zo_optim": "sign",
         "zo_momentum": 0.9, "zo_learning_rate": "auto",
     },
+    "hybrid": {
+        "zo_branch": "dual", "zo_layers": ["post_layernorm", "final_layer_norm"], "zo_estimator": "one-sided",
+        "zo_sign": False, "zo_optim": "sign", "zo_momentum": 0.9, "zo_learning_rate": "auto",
+    },
 }  # fmt: skip
-QUERIES = {"mozo": (1, 1), "mezo": (1, 1), "fzoo": (8, 8), "zo-adam": (2, 2), "all-zo": (256, 256)}  # vision, language
+QUERIES = {"mozo": 1, "mezo": 1, "fzoo": 8, "zo-adam": 2, "all-zo": 256, "hybrid": 256}
 FILES = Path(hf_zocl.commands.__file__).parent / "presets"
 
 
@@ -53,15 +57,17 @@ def test_every_preset_sets_the_same_arguments_so_that_nothing_of_another_is_left
     keys = [{line.split(":")[0] for line in text if line and not line.startswith("#")} for text in texts]
     common = set.intersection(*keys)
     assert {key for key in common if not key.startswith("zo_")} == set()
-    # One preset alone chooses the adapter too; a preset takes the place of another as a whole.
-    assert [each - common for each in keys if each != common] == [{"adapter", "adapter_config", "frozen_parameters"}]
+    # Two presets choose the adapter too; a preset takes the place of another as a whole.
+    own = {file.stem: each - common for file, each in zip(FILES.glob("*.yaml"), keys, strict=True) if each != common}
+    adapter = {"adapter", "adapter_config"}
+    assert own == {"all-zo": {*adapter, "frozen_parameters"}, "hybrid": adapter}
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_sets_what_it_says_in_a_recipe_and_on_the_command_line(name, tmp_path):
     for recipe in (parse(tmp_path, f"preset: {name}\n"), parse(tmp_path, "", "--preset", name)):
         assert {key: getattr(recipe.training, key) for key in PRESETS[name]} == PRESETS[name]
-        assert queries(recipe) == QUERIES[name]
+        assert queries(recipe) == (QUERIES[name], QUERIES[name])
         assert set(recipe.training.eps_by_branch.values()) == {None}  # measured
         assert recipe.to_dict()["preset"] == name
 
@@ -137,7 +143,7 @@ def test_a_preset_trains(name, tmp_path):
     model = mini_clip_classifier(**{key: getattr(recipe.adapter, key) for key in own})
     before = {key: value.clone() for key, value in model.state_dict().items()}
     trainer = train(tmp_path, model, max_steps=1, data=image_examples(8), **arguments)
-    assert trainer.split.fo if name == "mozo" else not trainer.split.fo
+    assert bool(trainer.split.fo) == (name in ("mozo", "hybrid"))
     assert torch.isfinite(torch.tensor(training_logs(trainer)[0]["loss"]))
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert all(any(tower in key for key in moved) for tower in ("vision_model", "text_model"))

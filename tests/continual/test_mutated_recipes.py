@@ -67,7 +67,7 @@ _HINTS = {
 }
 # Of texts from closed sets; what an argument does not know is refused.
 WORDS = {
-    "preset": ("mozo", "mezo", "fzoo", "zo-adam", "all-zo"),
+    "preset": ("mozo", "mezo", "fzoo", "zo-adam", "all-zo", "hybrid"),
     "zo_branch": BRANCHES,
     "zo_layers": ("all", "hop-odd", "suffix-2", "2"),
     "zo_estimator": tuple(ESTIMATORS),
