@@ -178,7 +178,7 @@ def test_tune_takes_a_value_for_each_tower_as_one_candidate(monkeypatch):
     }
 
 
-@pytest.mark.parametrize("words", [["--grid", "seed=1,2"], ["--seed", "5"], ["--output_dir=x"]])
+@pytest.mark.parametrize("words", [["--grid", "seed=1,2"], ["--seed", "5"], ["--output_dir=x"], ["--output-dir=x"]])
 def test_tune_refuses_what_it_sets_itself(monkeypatch, words):
     command = ["tune", "--recipe", "quickstart", "--retention", "x", "--grid", "learning_rate=1e-3"]
     monkeypatch.setattr(sys, "argv", [*command, *words])

@@ -40,8 +40,13 @@ class Recipe:
     entries: Mapping[str, Entry] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        if self.run.learning == "none" and self.training.push_to_hub:
+        if not self.learns and self.training.push_to_hub:
             raise ValueError("push_to_hub=True: learning=none trains nothing, so no checkpoint would be pushed.")
+
+    @property
+    def learns(self) -> bool:
+        """Whether anything is trained."""
+        return self.run.learning != "none"
 
     def placing(self) -> AbstractContextManager[None]:
         """A context in which an error that names an argument of the recipe also says where that is."""
@@ -116,8 +121,8 @@ def parse_recipe(argv: Sequence[str] | None = None) -> Recipe:
         entries = read_recipe(file, _hints(), with_preset=given.preset is None)
     if given.preset is not None:
         entries |= read_preset(given.preset, f"--preset {given.preset}", _hints())
-    words = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv if word.startswith("--")}
-    entries = {name: entry for name, entry in entries.items() if name not in words}
+    given_here = given_names(argv)
+    entries = {name: entry for name, entry in entries.items() if name not in given_here}
     parser.set_defaults(**{name: entry.value for name, entry in entries.items()})
     with _placing(entries):
         return Recipe(*_parsed(parser, argv), entries)
@@ -135,10 +140,19 @@ def _hints() -> dict[str, Any]:
     return hints | dict.fromkeys(PER_TOWER, Any)  # one value, or a mapping from tower to value
 
 
+def given_names(argv: list[str]) -> set[str]:
+    """The names of the arguments that a command line gives."""
+    return {_argument_name(word) for word in argv if word.startswith("--")}
+
+
+def _argument_name(word: str) -> str:
+    return word.partition("=")[0].lstrip("-").replace("-", "_")
+
+
 def _parsed(parser: RecipeParser, argv: list[str]) -> tuple[RunArguments, AdapterArguments, ZOCLTrainingArguments]:
     _, unknown = parser.parse_known_args(argv)
     if unknown:
-        word = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        word = _argument_name(unknown[0])
         close = difflib.get_close_matches(word, [*_hints(), "recipe", "preset"], n=1)
         raise ValueError(f"unknown argument {shown(unknown[0])}." + (f" Did you mean --{close[0]}?" if close else ""))
     try:

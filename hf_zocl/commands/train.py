@@ -71,10 +71,10 @@ def run(recipe: Recipe) -> None:
     scheduler = build_scheduler(recipe)
     logging.getLogger("hf_zocl").setLevel(logging.INFO if recipe.training.should_save else logging.ERROR)
     with recipe.placing():
-        results = scheduler.run(resume_of(recipe), recipe.run.learning != "none", overwrites(recipe))
+        results = scheduler.run(resume_of(recipe), recipe.learns, overwrites(recipe))
     if recipe.training.should_save:
         print(f"\n{format_results(results)}\n")
-        checkpoints = ", task-01/ …" if recipe.run.learning != "none" else ""
+        checkpoints = ", task-01/ …" if recipe.learns else ""
         print(f"Written to {recipe.training.output_dir}: results.json, accuracy_matrix.png{checkpoints}")
 
 

@@ -34,7 +34,7 @@ from ..data import TaskStream
 from ..files import write_json
 from ..trainer import ZOCLTrainingArguments
 from .door import Parser, command
-from .recipe import Recipe, build_scheduler, parse_recipe
+from .recipe import Recipe, build_scheduler, given_names, parse_recipe
 
 
 @command
@@ -68,8 +68,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     names = [item.partition("=")[0] for item in options.grid]
     if len(set(names)) < len(names):
         parser.error(f"--grid: {', '.join(names)}: expected each argument once, with all its values.")
-    further_names = {word.partition("=")[0].lstrip("-") for word in further if word.startswith("--")}
-    if own := sorted({"seed", "output_dir"} & {*names, *further_names}):
+    if own := sorted({"seed", "output_dir"} & {*names, *given_names(further)}):
         parser.error(f"--{own[0]}: every candidate gets its own (--seeds names the seeds); leave it out.")
     options.grid = {name: _values(text) for name, _, text in (item.partition("=") for item in options.grid)}
     return options, further

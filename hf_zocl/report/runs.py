@@ -76,8 +76,8 @@ class RunGroup:
 
     @property
     def classes_seen(self) -> tuple[int, ...]:
-        """How many classes were seen after each finished task; empty if the results do not say, or it is joint."""
-        details = [] if self.is_joint else self.first.get("details", [])[: self.tasks]
+        """How many classes were seen after each finished task; empty if the results do not say."""
+        details = self.first.get("details", [])[: self.tasks]
         return tuple(len(each.get("per_class_accuracy", ())) for each in details)
 
     @property
@@ -242,24 +242,32 @@ def by_benchmark(groups: Sequence[RunGroup]) -> dict[str, list[RunGroup]]:
     Returns:
         The benchmark's name → its settings, both in the order given.
     """
-    found: list[tuple[tuple, int | None, tuple[int, ...], list[RunGroup]]] = []
+    found: list[list[RunGroup]] = []
     for group in groups:
-        key, tasks, seen = group.protocol, None if group.is_joint else group.planned_tasks, group.classes_seen
-        for position, (other, count, known, members) in enumerate(found):
-            has_same_tasks = count is None or tasks is None or count == tasks
-            if other == key and has_same_tasks and all(map(operator.eq, known, seen)):
+        for members in found:
+            if all(_has_same_tasks(group, member) for member in members):
                 members.append(group)
-                found[position] = (key, tasks if count is None else count, max(known, seen, key=len), members)
                 break
         else:
-            found.append((key, tasks, seen, [group]))
+            found.append([group])
     names: dict[str, list[RunGroup]] = {}
-    for key, tasks, _, members in found:
-        name = _benchmark_name(key, tasks)
+    for members in found:
+        tasks = next((member.planned_tasks for member in members if not member.is_joint), None)
+        name = _benchmark_name(members[0].protocol, tasks)
         if name in names:
             name += f" ({len(names) + 1})"
         names[name] = members
     return names
+
+
+def _has_same_tasks(one: RunGroup, other: RunGroup) -> bool:
+    """True if two settings have one protocol and, unless one learned all classes at once, tasks of the same sizes."""
+    if one.protocol != other.protocol:
+        return False
+    if one.is_joint or other.is_joint:
+        return True
+    # As far as both have come.
+    return one.planned_tasks == other.planned_tasks and all(map(operator.eq, one.classes_seen, other.classes_seen))
 
 
 def _benchmark_name(key: tuple, tasks: int | None) -> str:

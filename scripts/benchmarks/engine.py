@@ -88,11 +88,11 @@ def build_model(
     clip = CLIPModel(config)
     if int8:
         quantise(clip)
-    config = PRESET["adapter_config"] if adapter == PRESET["adapter"] else {}
-    config = config | ({"modules_to_save": list(saved)} if saved else {})
+    more: dict[str, Any] = {"adapter_config": {"modules_to_save": list(saved)}} if saved else {}
+    if adapter == PRESET["adapter"]:
+        more = {"adapter_config": PRESET["adapter_config"]}
     frozen_parameters = [frozen] if frozen else None
-    arguments = AdapterArguments(adapter=adapter, adapter_config=config or None, frozen_parameters=frozen_parameters)
-    clip = add_adapter(clip, arguments)
+    clip = add_adapter(clip, AdapterArguments(adapter=adapter, frozen_parameters=frozen_parameters, **more))
     for parameter in clip.parameters():
         if parameter.requires_grad and parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.02)
